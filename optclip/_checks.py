@@ -1,0 +1,94 @@
+"""Checks on hyperparameters, made once, when a transformation is built.
+
+A hyperparameter may be a tracer (`optax.inject_hyperparams` makes it one), and a tracer
+has no truth value. Every check therefore looks at Python and NumPy numbers and lets JAX
+arrays, tracers and schedules pass.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def concrete(value: Any) -> Any:
+    """Returns ``value`` if it is a number or NumPy array known now, else None."""
+    is_number = isinstance(value, (int, float, np.generic, np.ndarray))
+    return None if isinstance(value, bool) or not is_number else value
+
+
+def _require(rule: str, holds, named: dict[str, Any]) -> None:
+    for name, value in named.items():
+        if isinstance(value, (bool, str, bytes, type(None), complex)):
+            raise TypeError(
+                f"`{name}` must be a number {rule}, got {value!r} of type "
+                f"{type(value).__name__}."
+            )
+        number = concrete(value)
+        if number is not None and not np.all(holds(number)):
+            raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+
+
+def positive(**named: Any) -> None:
+    """Raises for the first number that is not above zero (NaN is not)."""
+    _require("> 0", lambda x: x > 0, named)
+
+
+def non_negative(**named: Any) -> None:
+    """Raises for the first number that is not zero or above (NaN is not)."""
+    _require(">= 0", lambda x: x >= 0, named)
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    """Raises unless ``value`` is one of the ``allowed`` strings."""
+    if value not in allowed:
+        options = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+
+
+def order(value: Any) -> float | str:
+    """Returns a norm's order as a static value: a float of at least 1, inf or "rms"."""
+    if value == "rms":
+        return "rms"
+    known = isinstance(value, (int, float, np.generic)) and not isinstance(value, bool)
+    if known and float(value) >= 1:
+        return float(value)
+    hint = ""
+    if not known and hasattr(value, "dtype"):
+        hint = (
+            " The order shapes the compiled program, so it can't be an array; under "
+            '`optax.inject_hyperparams` pass `static_args=("ord",)`.'
+        )
+    raise ValueError(f'`ord` must be a number >= 1, inf or "rms", got {value!r}.{hint}')
+
+
+def ordered(*, low: Any, high: Any) -> None:
+    """Raises unless ``low`` is at most ``high``, as far as both are known now."""
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, (bool, str, bytes, type(None), complex)):
+            raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    a, b = concrete(low), concrete(high)
+    if (a is not None and not a == a) or (b is not None and not b == b):
+        raise ValueError(f"`low` and `high` must not be NaN, got {low!r} and {high!r}.")
+    if a is not None and b is not None and not np.all(np.asarray(a) <= b):
+        raise ValueError(f"`low` must be at most `high`, got {low!r} and {high!r}.")
+
+
+def instance(name: str, value: Any, kind: type, described: str) -> None:
+    """Raises unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__} {described}, got {value!r}."
+        )
+
+
+def floating(name: str, value: Any) -> None:
+    """Raises unless ``value`` names a dtype of real numbers."""
+    try:
+        known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"`{name}` must be a floating dtype such as jnp.float32, got {value!r}."
+        )

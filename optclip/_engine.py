@@ -1,0 +1,125 @@
+"""What the two pipelines of the engine share: their inputs, outputs and small steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _layouts, _measure, _trees, rules, scopes
+
+__all__ = ["Call", "Options", "Outcome", "begin", "context_of", "finish", "hold"]
+
+POLICIES = ("propagate", "zero", "drop", "skip")
+
+
+class Options(NamedTuple):
+    """What was chosen when the transformation was built."""
+
+    rule: rules.Rule
+    scope: scopes.Scope
+    order: float | str
+    action: Callable
+    nonfinite: str
+    axis_name: Any
+    update_dtype: Any
+
+
+class Call(NamedTuple):
+    """One update: the measured leaves, their norms, and what a rule may look at."""
+
+    options: Options
+    found: _trees.Leaves
+    layout: _layouts.Layout
+    measured: _measure.Measured
+    counts: tuple
+    plan: Any
+    bad: jax.Array
+    step: jax.Array
+    params_norms: Callable[[], tuple]
+
+
+class Outcome(NamedTuple):
+    """What an update did: the new leaves, and the figures that the state keeps."""
+
+    leaves: list
+    rule_state: tuple
+    before: jax.Array
+    after: jax.Array
+    threshold: jax.Array
+    scale: jax.Array
+    clipped: jax.Array
+    stats: tuple | None = None
+
+
+def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
+    """Measures the updates, once, and gathers all that an update needs."""
+    found = _trees.leaves_of(updates)
+    layout = options.scope.layout(updates, found.paths, found.leaves)
+    drop = options.nonfinite == "drop"
+    how = {"order": options.order, "axis_name": options.axis_name}
+    measured, counts, plan = _measure.measure_layout(
+        updates, found, layout, drop=drop, **how
+    )
+
+    def params_norms():
+        if params is None:
+            raise ValueError(
+                f"`{options.rule.name}` compares the updates with the parameters: call "
+                "`update(updates, state, params)`."
+            )
+        mine = found._replace(leaves=_trees.matching(updates, params))
+        return _measure.measure_layout(updates, mine, layout, **how)[0].norm
+
+    return Call(
+        options, found, layout, measured, counts, plan,
+        jnp.any(measured.entries > 0), step, _once(params_norms),
+    )  # fmt: skip
+
+
+def _once(function: Callable) -> Callable:
+    kept: list = []
+
+    def call():
+        if not kept:
+            kept.append(function())
+        return kept[0]
+
+    return call
+
+
+def context_of(call: Call, index: int, tree_norm: jax.Array) -> rules.Context:
+    """Returns what the rule may look at for the array of norms number ``index``."""
+
+    def params_norm():
+        norm = call.params_norms()[index]
+        return norm.reshape(()) if call.layout.scalar else norm
+
+    return rules.Context(call.step, tree_norm, params_norm)
+
+
+def hold(kept: jax.Array, old: Any, new: Any) -> Any:
+    """Returns a rule's new state, but the old one of the groups that are ``kept``."""
+
+    def choose(before, after):
+        mask = kept
+        if before.ndim < kept.ndim:
+            mask = jnp.all(kept)
+        elif before.ndim > kept.ndim:
+            mask = kept.reshape(kept.shape + (1,) * (before.ndim - kept.ndim))
+        return jnp.where(mask, before, jnp.asarray(after).astype(before.dtype))
+
+    return jax.tree.map(choose, old, new)
+
+
+def finish(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:
+    """Rounds once, to the dtype of ``like`` or to an ``update_dtype`` wider than it."""
+    dtype = like.dtype
+    if update_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if jnp.finfo(dtype).bits < jnp.finfo(update_dtype).bits:
+            dtype = jnp.dtype(update_dtype)
+    y = y.astype(dtype)
+    if getattr(like, "weak_type", False) and dtype == like.dtype:
+        # The only way to a weak type that keeps the value: add it to a weak zero.
+        y = jax.lax.convert_element_type(y, type(dtype.type(0).item()))
+    return y

@@ -1,0 +1,162 @@
+"""The pipeline for scopes whose groups have many entries: measure, then rescale."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip import _layouts, _measure, rules
+from optclip._engine import Call, Outcome, context_of, finish, hold
+
+__all__ = ["empty_norms", "scale_groups"]
+
+# A norm this many times its limit is scaled in two steps: the factor of one step would
+# be subnormal, and XLA flushes subnormal numbers to zero.
+FAR = 2.0**96
+
+
+def empty_norms(layout: _layouts.Layout, leaves: list) -> tuple[jax.Array, ...]:
+    """Returns zeros with the shapes that the norms of these leaves will have."""
+    if layout.scalar:
+        return (jnp.zeros([], jnp.float32),)
+    if layout.groups or not leaves:
+        return (jnp.zeros(max(layout.groups, default=0) + 1, jnp.float32),)
+    kept = [
+        tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        for x, axes in zip(leaves, layout.axes, strict=True)
+    ]
+    return tuple(jnp.zeros(shape, jnp.float32) for shape in kept)
+
+
+def _factors(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limit):
+    """Returns the factor of each group in two parts, whose product may be subnormal."""
+    bound = jnp.maximum(limit.threshold, limit.target)
+    huge = (bound > 0) & (norm > FAR * bound)
+    unmeasured = norm >= jnp.finfo(norm.dtype).max  # longer than the dtype can say
+    unit = jnp.where(unmeasured & ~huge, _measure.REDUCTION, 1.0).astype(norm.dtype)
+    length = jnp.where(huge | unmeasured, reduced, norm)
+    near = rules.Limit(limit.threshold * unit, limit.target * unit)
+    scale = jnp.asarray(action(length, near)).astype(norm.dtype)
+    first = jnp.where(huge & (scale != 1), _measure.REDUCTION, 1.0)
+    return scale, first.astype(norm.dtype)
+
+
+def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
+    """Returns which groups hold an entry that is not finite, and was not dropped."""
+    norms, groups = call.measured.norm, call.layout.groups
+    if call.options.nonfinite == "drop":
+        return tuple(jnp.zeros(n.shape, bool) for n in norms)
+    if not groups:
+        return tuple(~jnp.isfinite(n) for n in norms)
+    leaf_bad = jnp.any(call.measured.entries > 0, axis=1)
+    if call.layout.scalar:
+        return (jnp.any(leaf_bad).reshape(norms[0].shape),)
+    at = np.asarray(groups)
+    return (jnp.zeros(norms[0].shape, bool).at[at].max(leaf_bad),)
+
+
+def _for_leaves(values: tuple, layout: _layouts.Layout) -> list[jax.Array]:
+    """Returns what belongs to each leaf, in a shape that broadcasts against it."""
+    count = len(layout.axes)
+    if layout.scalar:
+        return [values[0]] * count
+    if not layout.groups:
+        pairs = zip(values, layout.axes, strict=True)
+        return [_measure.spread(v, axes) for v, axes in pairs]
+    # XLA compiles a kernel for each place that it slices at. Cut in rows first, a
+    # thousand leaves need two times thirty-two of them.
+    width = 32
+    vector = values[0]
+    padded = jnp.pad(vector, (0, -vector.size % width)).reshape(-1, width)
+    rows = lax.optimization_barrier([padded[r] for r in range(padded.shape[0])])
+    return [rows[g // width][g % width] for g in layout.groups]
+
+
+def _scaled(x, scale, first, dead=None, *, policy):
+    """Returns one leaf times its factors, in float32 or wider, not yet rounded."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    real = jnp.finfo(y.dtype).dtype
+    if policy == "drop":
+        y = jnp.where(jnp.isfinite(y), y, jnp.zeros_like(y))
+    # Chosen where it is 1, not multiplied: that would flush subnormal numbers.
+    product = (y * first.astype(real)) * scale.astype(real)
+    y = jnp.where(scale == 1, y, product)
+    return y if dead is None else jnp.where(dead, jnp.zeros_like(y), y)
+
+
+def scale_groups(call: Call, rule_state: tuple) -> Outcome:
+    """Runs the rule on each array of norms, and scales each leaf by what comes out."""
+    options, layout, leaves = call.options, call.layout, call.found.leaves
+    shapes = [z.shape for z in empty_norms(layout, leaves)]
+    norms = [n.reshape(s) for n, s in zip(call.measured.norm, shapes, strict=True)]
+    reduced = [n.reshape(s) for n, s in zip(call.measured.reduced, shapes, strict=True)]
+    bads = [b.reshape(s) for b, s in zip(_bad_groups(call), shapes, strict=True)]
+    safe = [jnp.where(b, 0.0, n) for b, n in zip(bads, norms, strict=True)]
+    tree_norm = _measure.total(safe, call.counts, options.order)
+    skipped = call.bad & (options.nonfinite == "skip")
+
+    new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
+    for k, (norm, bad) in enumerate(zip(safe, bads, strict=True)):
+        context = context_of(call, k, tree_norm)
+        limit, after = options.rule.update(norm, rule_state[k], context)
+        new_state.append(hold(bad | skipped, rule_state[k], after))
+        limit = rules.Limit(
+            *(jnp.broadcast_to(jnp.asarray(v).astype(norm.dtype), norm.shape)
+              for v in limit[:2])
+        )  # fmt: skip
+        scale, first = _factors(options.action, norm, reduced[k], limit)
+        dead = {"zero": bad, "skip": jnp.broadcast_to(skipped, bad.shape)}.get(
+            options.nonfinite
+        )
+        scales.append(jnp.where(bad, 1.0, scale))
+        firsts.append(jnp.where(bad, 1.0, first))
+        deads.append(dead)
+        limits.append(limit)
+        # Of what is measured here, not of the rounded updates: that were another read.
+        length = jnp.where(first == 1, norm, reduced[k]) * scales[-1]
+        length = jnp.where(bad, norms[k], length)
+        afters.append(length if dead is None else jnp.where(dead, 0.0, length))
+
+    parts = [p for p in (scales, firsts, deads) if p[0] is not None]
+    factors = list(zip(*(_for_leaves(tuple(p), layout) for p in parts), strict=True))
+    # Without the barrier XLA shares one widened copy of the leaves between measuring
+    # and scaling, and writes it out; with it, the scaling melts into the optimizer.
+    leaves, factors = lax.optimization_barrier((list(leaves), factors))
+    new = [
+        finish(
+            _scaled(x, *factor, policy=options.nonfinite),
+            call.found.leaves[i],
+            options.update_dtype,
+        )
+        for i, (x, factor) in enumerate(zip(leaves, factors, strict=True))
+    ]
+    total = [s * f for s, f in zip(scales, firsts, strict=True)]
+    return Outcome(
+        leaves=new,
+        rule_state=tuple(new_state),
+        before=_measure.total(norms, call.counts, options.order),
+        after=_measure.total(afters, call.counts, options.order),
+        stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
+        **_summary(safe, limits, total),
+    )
+
+
+def _summary(norms: list, limits: list, scales: list) -> dict[str, jax.Array]:
+    """Returns the figures of the group that was shortened most, and how many were."""
+    lowest = jnp.min(jnp.stack([jnp.min(s, initial=1.0) for s in scales]))
+    lowest = jnp.minimum(lowest, 1.0)
+    amplified = jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in scales]))
+    chosen = jnp.where(lowest < 1, lowest, amplified)
+    thresholds = [
+        jnp.min(jnp.where(s == chosen, li.threshold, jnp.inf), initial=jnp.inf)
+        for s, li in zip(scales, limits, strict=True)
+    ]
+    over = [jnp.sum(n > li.threshold) for n, li in zip(norms, limits, strict=True)]
+    count = sum(n.size for n in norms)
+    return {
+        "threshold": jnp.min(jnp.stack(thresholds)),
+        "scale": chosen,
+        "clipped": jnp.asarray(sum(over)) / max(count, 1),
+    }

@@ -1,0 +1,157 @@
+"""Norms of groups, from sums of powers: roots, combinations and counts.
+
+Norms are float32, or float64 where a leaf is float64 or complex128.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip import _sums, _trees
+from optclip._layouts import Layout
+from optclip._reads import Plan, spread
+
+__all__ = [
+    "REDUCTION",
+    "Measured",
+    "combine",
+    "measure",
+    "measure_layout",
+    "spread",
+    "total",
+]
+
+# A norm may be longer than the largest float32; 2**-64 of it never is.
+REDUCTION = 2.0**-64
+
+
+class Measured(NamedTuple):
+    """The norms of all groups: one vector if they are pooled, else one array a leaf.
+
+    Attributes:
+        norm: A norm too long for its dtype reads as the largest number; that of a
+            group with a NaN or inf reads as NaN or inf.
+        reduced: ``norm`` times 2**-64, which can't overflow.
+        entries: int32[leaves, 3]. How many entries are NaN, +inf, -inf.
+    """
+
+    norm: tuple[jax.Array, ...]
+    reduced: tuple[jax.Array, ...]
+    entries: jax.Array
+
+
+def root(total: jax.Array, order: float) -> jax.Array:
+    """Returns the p-th root, with derivative 0 at 0."""
+    if order in (1.0, np.inf):
+        return total
+    zero = total == 0
+    safe = jnp.where(zero, 1.0, total)
+    return jnp.where(zero, 0.0, jnp.sqrt(safe) if order == 2.0 else safe ** (1 / order))
+
+
+def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:
+    """Returns the norm of each group of ``norms``, without squaring large numbers."""
+    if len(set(groups)) == len(groups):
+        return norms
+    at, count = np.asarray(groups), max(groups) + 1
+
+    def total(values, reduce, segment_reduce):
+        return reduce(values)[None] if count == 1 else segment_reduce(values, at, count)
+
+    if order == np.inf:
+        return total(norms, jnp.max, jax.ops.segment_max)
+    top = total(lax.stop_gradient(norms), jnp.max, jax.ops.segment_max)
+    unit = jnp.where((top > 0) & (top < jnp.inf), top, 1.0)
+    ratio = norms / unit[at]
+    powers = jnp.square(ratio) if order == 2.0 else ratio**order
+    return root(total(powers, jnp.sum, jax.ops.segment_sum), order) * unit
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
+    """Returns the norms of the groups of ``leaves`` that ``plan`` describes."""
+    axes, reals = list(plan.axes), list(leaves)
+    for i, x in enumerate(leaves):
+        if jnp.iscomplexobj(x) and plan.order == 2.0:
+            reals[i] = jnp.stack([x.real, x.imag], axis=-1)
+            axes[i] = (*axes[i], x.ndim)
+        elif jnp.iscomplexobj(x):
+            reals[i] = jnp.abs(x)
+    sums, units, entries = _sums.power_sums(
+        tuple(reals), plan._replace(axes=tuple(axes))
+    )
+    roots = [root(s, plan.order) for s in sums]
+    norm = [r * u for r, u in zip(roots, units, strict=True)]
+    reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
+    if plan.groups:
+        norm = [combine(norm[0], plan.order, plan.groups)]
+        reduced = [combine(reduced[0], plan.order, plan.groups)]
+    saturated = [
+        jnp.where(jnp.isposinf(n) & jnp.isfinite(r), jnp.finfo(n.dtype).max, n)
+        for n, r in zip(norm, reduced, strict=True)
+    ]
+    return Measured(tuple(saturated), tuple(reduced), entries)
+
+
+def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, ...]:
+    """Returns how many entries each group has, one array for each array of norms."""
+    counts = []
+    for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
+        devices = lax.psum(1, names) if names else 1
+        counts.append(float(np.prod([x.shape[a] for a in axes], initial=1) * devices))
+    if not plan.groups:
+        return tuple(np.asarray(c) for c in counts)
+    return (np.bincount(np.asarray(plan.groups), weights=counts),)
+
+
+def total(norms: Sequence[jax.Array], counts: Sequence[np.ndarray], order: Any):
+    """Returns the norm of all groups together."""
+    power = 2.0 if order == "rms" else order
+    parts, entries = [], 0.0
+    for norm, count in zip(norms, counts, strict=True):
+        if order == "rms":
+            norm = norm * np.sqrt(count).astype(norm.dtype)
+        entries += float(np.sum(count)) * (1 if np.ndim(count) else norm.size)
+        flat = jnp.ravel(norm)
+        parts.append(combine(flat, power, (0,) * flat.size)[0] if flat.size else None)
+    parts = [p for p in parts if p is not None]
+    widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
+    joined = jnp.stack([p.astype(widest) for p in parts])
+    length = combine(joined, power, (0,) * len(parts))[0]
+    return length / np.sqrt(max(entries, 1)) if order == "rms" else length
+
+
+def measure_layout(
+    updates: Any,
+    found: _trees.Leaves,
+    layout: Layout,
+    *,
+    order: Any,
+    axis_name: Any,
+    drop: bool = False,
+) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
+    """Returns the norms of the groups of a layout, and how large they are."""
+    names = _trees.axis_names(
+        axis_name, updates, found, list(layout.axes), local=not layout.groups
+    )
+    power = 2.0 if order == "rms" else order
+    plan = Plan(power, layout.axes, layout.groups, names, drop)
+    measured = measure(tuple(found.leaves), plan)
+    counts = entry_counts(found.leaves, plan)
+    if order == "rms":
+        roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
+        measured = measured._replace(
+            norm=tuple(
+                n / r.astype(n.dtype) for n, r in zip(measured.norm, roots, strict=True)
+            ),
+            reduced=tuple(
+                n / r.astype(n.dtype)
+                for n, r in zip(measured.reduced, roots, strict=True)
+            ),
+        )
+    return measured, counts, plan

@@ -1,0 +1,115 @@
+"""The state of a clip: what it did at the last step, and how often it did it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _trees
+
+__all__ = ["ClipState", "GroupStats", "Seen", "first_seen", "look"]
+
+
+class Seen(NamedTuple):
+    """What non-finite entries a transformation met.
+
+    Attributes:
+        nonfinite_steps: int32 scalar. Updates that held a NaN or inf; 0 at first.
+        last_nonfinite_step: int32 scalar. The number of the last such update, where the
+            first update is number 0; -1 if there was none.
+        nonfinite_entries: int32[leaves, 3]. How many entries of each leaf were NaN,
+            +inf and -inf at that update; 0 at first.
+        leaf_code: int32[leaves]. A code of each leaf's path, by which `culprits` and
+            `leaf_metrics` find its name again.
+    """
+
+    nonfinite_steps: jax.Array
+    last_nonfinite_step: jax.Array
+    nonfinite_entries: jax.Array
+    leaf_code: jax.Array
+
+
+class GroupStats(NamedTuple):
+    """What happened to each group at the last update.
+
+    The figures are one float32 vector where whole leaves are grouped, and a tuple of
+    arrays, one a leaf, where leaves are cut into layers.
+
+    Attributes:
+        group_norm: The norms before the clip; 0 at first.
+        group_threshold: The thresholds; 0 at first.
+        group_scale: The factors; 1 at first.
+        group_of_leaf: int32[leaves]. Which group (or which array) a leaf belongs to.
+    """
+
+    group_norm: Any
+    group_threshold: Any
+    group_scale: Any
+    group_of_leaf: jax.Array
+
+
+class ClipState(NamedTuple):
+    """State of every transformation made by `optclip.clip`.
+
+    All arrays have shapes and dtypes that never change. Read them with
+    `optclip.metrics`, `optclip.leaf_metrics` and `optclip.culprits`.
+
+    Attributes:
+        rule_state: What the rule remembers, a tuple with one entry for each array of
+            norms; it never holds a NaN or inf of the gradients.
+        norm_before: float32 scalar. Norm of the whole tree before the clip, non-finite
+            if the updates are; 0 at first. In element scope, the largest magnitude.
+        norm_after: float32 scalar. The same after the clip.
+        threshold: float32 scalar. Threshold of the group with the smallest scale.
+        scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
+            first.
+        clipped: float32 scalar. Share of the groups whose norm was above the threshold,
+            between 0 and 1. In element scope, of the leaves with such an entry.
+        steps: int32 scalar. Updates so far.
+        clipped_steps: int32 scalar. Updates in which a group was above its threshold.
+        seen: A `Seen`: the non-finite entries.
+        groups: A `GroupStats` in leaf, label and layer scope, else None.
+    """
+
+    rule_state: tuple
+    norm_before: jax.Array
+    norm_after: jax.Array
+    threshold: jax.Array
+    scale: jax.Array
+    clipped: jax.Array
+    steps: jax.Array
+    clipped_steps: jax.Array
+    seen: Seen
+    groups: GroupStats | None
+
+
+def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns a new scalar array: no two fields of a state may share a buffer."""
+    return jnp.array(value, dtype)
+
+
+def first_seen(paths: Sequence[str]) -> Seen:
+    """Returns the `Seen` of a transformation that has met nothing yet."""
+    return Seen(
+        nonfinite_steps=scalar(0, jnp.int32),
+        last_nonfinite_step=scalar(-1, jnp.int32),
+        nonfinite_entries=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
+        leaf_code=jnp.array(_trees.path_codes(list(paths))),
+    )
+
+
+def look(seen: Seen, entries: jax.Array, bad: jax.Array, step: jax.Array) -> Seen:
+    """Returns the new `Seen`, after an update with these entries, ``bad`` or not."""
+    if entries.shape != seen.nonfinite_entries.shape:
+        raise ValueError(
+            f"The updates have {entries.shape[0]} leaves of real or complex numbers, "
+            f"but `init` saw {seen.nonfinite_entries.shape[0]}. Call `init` with "
+            "parameters of the same structure as the updates."
+        )
+    return Seen(
+        nonfinite_steps=seen.nonfinite_steps + bad.astype(jnp.int32),
+        last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
+        nonfinite_entries=jnp.where(bad, entries, seen.nonfinite_entries),
+        leaf_code=seen.leaf_code,
+    )

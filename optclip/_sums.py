@@ -1,0 +1,124 @@
+"""Sums of powers over the leaves of a tree, trusted at every size of their entries.
+
+A sum of squares is taken in float32 or wider, in one pass. Only where a sum left the
+range in which it can be trusted, or is not finite, the leaves are read again with care:
+scaled by powers of two, their bad entries counted. So the usual step costs one read of
+the gradients, and the step on which they explode is measured all the same.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip._reads import (
+    Arrays,
+    Plan,
+    constants,
+    lost_below,
+    read,
+    rescue,
+    spread,
+    unpool,
+    wide_dtype,
+)
+
+__all__ = ["power_sums"]
+
+
+def _anywhere(flags: Sequence[jax.Array], plan: Plan) -> jax.Array:
+    """Returns whether a flag is set, on any device that takes part."""
+    flag = functools.reduce(jnp.logical_or, [jnp.any(f) for f in flags])
+    names = tuple(sorted({a for n in plan.names for a in n}))
+    if names and not plan.groups:  # else every device has the same sums anyway
+        flag = lax.pmax(flag.astype(jnp.int32), names) > 0
+    return flag
+
+
+def _floors(leaves: Sequence[jax.Array], like: Arrays, plan: Plan) -> Arrays:
+    lost = [lost_below(x) if plan.order == 2.0 else 0.0 for x in leaves]
+    return constants(lost, like, plan)
+
+
+def _under(sums: Arrays, floors: Arrays, plan: Plan) -> list[jax.Array]:
+    """Returns where entries may have been lost, and matter to the total of a group."""
+    if plan.groups and len(set(plan.groups)) < len(plan.groups):
+        at = np.asarray(plan.groups)
+        sums = (jax.ops.segment_sum(sums[0], at, at.max() + 1)[at],)
+    return [s < f for s, f in zip(sums, floors, strict=True)]
+
+
+def _with_care(leaves: Arrays, sums: Arrays, units: Arrays, tops: Any, plan: Plan):
+    """Returns sums, units and counts, right whatever the leaves hold."""
+    tops = None if tops is None else [1 / t for t in tops]
+    wanted: list[Any] = [tops] if plan.drop else []
+    if plan.order in (1.0, 2.0):
+        wanted += [[_constant(x, power) for x in leaves] for power in (-1, 1)]
+    found, entries = read(leaves, wanted, plan, count=True)
+    if plan.drop:
+        sums = found.pop(0)
+    if not found:
+        return sums, units, entries
+    under = _under(sums, _floors(leaves, sums, plan), plan)
+    rescues = constants([rescue(x) for x in leaves], sums, plan)
+    pairs = [
+        (
+            jnp.where(s < jnp.inf, jnp.where(u, big, s), small),
+            jnp.where(s < jnp.inf, jnp.where(u, 1 / r, 1.0), r).astype(s.dtype),
+        )
+        for s, small, big, u, r in zip(sums, *found, under, rescues, strict=True)
+    ]
+    sums, units = zip(*pairs, strict=True)
+    return sums, units, entries
+
+
+def _constant(x: jax.Array, power: int) -> jax.Array:
+    return jnp.asarray(rescue(x) ** power, wide_dtype(x))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
+    """Returns sums of p-th powers, the unit of each, and the counts of bad entries.
+
+    The norm is ``sum ** (1 / p) * unit``; with order inf, ``sum`` is the maximum. A sum
+    is non-finite only where a leaf is, and derivatives flow through the sums alone. The
+    counts are int32[leaves, 3]: how many entries are NaN, +inf, -inf.
+    """
+    tops: Any = None
+    seeing = plan._replace(drop=False)  # else nothing would tell of bad entries
+    if plan.order not in (1.0, 2.0, np.inf):
+        ((*largest,), _) = read(leaves, [None], plan._replace(order=np.inf))
+        units = tuple(jnp.where((t > 0) & (t < jnp.inf), t, 1.0) for t in largest[0])
+        pairs = zip(unpool(units, plan), plan.axes, strict=True)
+        tops = [spread(t, axes) for t, axes in pairs]
+    (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)
+    if tops is None:
+        units = tuple(jnp.ones_like(s) for s in sums)
+    flags = [~(s < jnp.inf) for s in sums]
+    flags += _under(sums, _floors(leaves, sums, plan), plan)
+    clean = jnp.zeros((len(leaves), 3), jnp.int32)
+    return lax.cond(
+        _anywhere(flags, plan),
+        lambda: _with_care(leaves, sums, units, tops, plan),
+        lambda: (sums, units, clean),
+    )
+
+
+@power_sums.defjvp
+def _power_sums_jvp(plan, primals, tangents):
+    (leaves,), (dots,) = primals, tangents
+    sums, units, entries = power_sums(leaves, plan)
+    each = unpool(units, plan)
+    factors = [spread(1 / u, a) for u, a in zip(each, plan.axes, strict=True)]
+    summed = functools.partial(read, factors=[factors], plan=plan)
+    _, sum_dots = jax.jvp(lambda xs: summed(xs)[0][0], (leaves,), (dots,))
+    no_counts = np.zeros(entries.shape, jax.dtypes.float0)
+    return (sums, units, entries), (
+        sum_dots,
+        tuple(jnp.zeros_like(u) for u in units),
+        no_counts,
+    )

@@ -1,0 +1,172 @@
+"""Trees of gradients: which leaves are measured, their names, and where they lie."""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax import MaskedNode
+
+__all__ = ["Leaves", "axis_names", "leaves_of", "lookup", "matching", "path_codes"]
+
+
+class Leaves(NamedTuple):
+    """The leaves of a tree that hold real or complex numbers, and the way back.
+
+    Attributes:
+        leaves: The measured leaves, in the order of the tree.
+        paths: Their paths, as "encoder/0/kernel".
+        rebuild: Puts a list of new leaves in their place.
+    """
+
+    leaves: list[jax.Array]
+    paths: list[str]
+    rebuild: Callable[[list], Any]
+
+
+def _is_measured(leaf: Any) -> bool:
+    if isinstance(leaf, (float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def path_name(path: tuple) -> str:
+    """Returns "a/b/0" for a key path; Flax's trailing ".value" is left off."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return re.sub(r"/(value|raw_value)$", "", name)
+
+
+def leaves_of(tree: Any) -> Leaves:
+    """Returns the measured leaves of ``tree``."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    values = [leaf for _, leaf in flat]
+    at = [i for i, leaf in enumerate(values) if _is_measured(leaf)]
+
+    def rebuild(new):
+        out = list(values)
+        for i, leaf in zip(at, new, strict=True):
+            out[i] = leaf
+        return jax.tree.unflatten(treedef, out)
+
+    leaves = [
+        x if isinstance(x, jax.Array) or hasattr(x, "aval") else _abstract_or_array(x)
+        for x in (values[i] for i in at)
+    ]
+    return Leaves(leaves, [path_name(flat[i][0]) for i in at], rebuild)
+
+
+def _abstract_or_array(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, MaskedNode)
+
+
+def matching(updates: Any, params: Any) -> list[jax.Array]:
+    """Returns the leaves of ``params`` that stand where ``updates`` is measured."""
+    pairs = []
+
+    def visit(update, param):
+        if not _is_hole(update) and _is_measured(update):
+            pairs.append(jnp.asarray(param))
+
+    try:
+        jax.tree.map(visit, updates, params, is_leaf=_is_hole)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "`params` must have the structure of the updates. Pass the parameters that "
+            f"the gradients belong to. JAX says: {error}"
+        ) from error
+    return pairs
+
+
+def path_codes(paths: list[str]) -> np.ndarray:
+    """Returns one int32 a path, by which a state remembers which leaves it watched."""
+    codes = [zlib.crc32(p.encode()) for p in paths] or [0]
+    return np.asarray(codes, np.uint32).astype(np.int32)
+
+
+def lookup(table: Any, path: str, argument: str) -> Any:
+    """Returns what ``table`` (a value, a function of the path, a map from regex) says.
+
+    Of a map, the first pattern found in the path counts; without one, None.
+    """
+    if isinstance(table, Mapping):
+        for pattern, value in table.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"`{argument}` must map regular expressions (str) to values, got "
+                    f"the key {pattern!r}."
+                )
+            if re.search(pattern, path):
+                return value
+        return None
+    return table(path) if callable(table) else table
+
+
+def _varying(x: jax.Array) -> tuple[str, ...]:
+    """Returns the manual mesh axes that ``x`` varies over, as its type says."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    names = getattr(manual, "varying", None) if manual is not None else None
+    if names is None:
+        names = getattr(kind, "vma", frozenset())
+    return tuple(sorted(names))
+
+
+def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[str, ...]:
+    """Returns the mesh axes of a PartitionSpec, or of names, to sum a leaf over."""
+    if spec is None:
+        return ()
+    if isinstance(spec, str):
+        return (spec,)
+    entries = [spec[a] for a in axes if a < len(spec)] if _is_spec(spec) else list(spec)
+    names: list[str] = []
+    for entry in entries:
+        names += [] if entry is None else [entry] if isinstance(entry, str) else entry
+    return tuple(sorted(set(names)))
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)
+
+
+def _is_names(node: Any) -> bool:
+    plain = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+    return (
+        node is None
+        or isinstance(node, str)
+        or _is_spec(node)
+        or (plain and all(isinstance(n, str) for n in node))
+    )
+
+
+def axis_names(
+    axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
+) -> tuple[tuple[str, ...], ...]:
+    """Returns, for each leaf, the mesh axes that its sums are added up over."""
+    if axis_name is None:
+        return ((),) * len(found.leaves)
+    if isinstance(axis_name, str) and axis_name == "auto":
+        names = tuple(_varying(x) for x in found.leaves)
+        if local and any(names):
+            raise ValueError(
+                '`axis_name="auto"` can\'t tell along which axes a leaf is sharded, '
+                "which layers and units need. Give the tree of PartitionSpecs of the "
+                "updates instead."
+            )
+        return names
+    if _is_names(axis_name):
+        return tuple(_spec_names(axis_name, a) for a in axes)
+    wanted: list[Any] = []
+
+    def visit(spec, subtree):
+        wanted.extend([spec] * len(leaves_of(subtree).leaves))
+
+    jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
+    return tuple(_spec_names(s, a) for s, a in zip(wanted, axes, strict=True))

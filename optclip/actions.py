@@ -1,0 +1,126 @@
+"""Actions: what happens to a group, as the factor that it is multiplied by.
+
+An action is a function ``(norm, limit) -> scale`` on arrays of norms. It must not
+depend on the unit of length: ``scale(c * norm, c * limit) == scale(norm, limit)``.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip.rules import Limit
+
+__all__ = ["Action", "normalize", "rescale", "soften", "zero"]
+
+Action = Callable[[jax.Array, Limit], jax.Array]
+
+
+def _ratio(target: jax.Array, norm: jax.Array) -> jax.Array:
+    """Returns ``target / norm``, finite also where a norm is 0 or tiny."""
+    safe = jnp.where(norm > 0, norm, 1.0)
+    return jnp.minimum(target / safe, jnp.finfo(norm.dtype).max)
+
+
+def rescale(
+    norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    """Brings a group whose norm is above its threshold to its target: hard clipping.
+
+    The scale is ``target / (norm + eps)`` where ``norm + eps > threshold``, else 1.
+    With ``eps=1e-6`` these are the numbers of ``torch.nn.utils.clip_grad_norm_``.
+
+    Args:
+        norm: The norms of the groups.
+        limit: Their thresholds and targets.
+        eps: Added to the norm, in the units of the norm.
+
+    Returns:
+        The scales, at most 1 where the target is at most the threshold.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> limit = optclip.rules.Limit(jnp.float32(1.0), jnp.float32(1.0))
+        >>> float(optclip.actions.rescale(jnp.float32(4.0), limit))
+        0.25
+    """
+    padded = norm + eps
+    return jnp.where(padded > limit.threshold, _ratio(limit.target, padded), 1.0)
+
+
+def normalize(
+    norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    """Brings every group to its target, the short ones too; zero groups stay zero.
+
+    The scale is ``target / (norm + eps)``, and 1 where the norm is zero.
+
+    Args:
+        norm: The norms of the groups.
+        limit: Their thresholds (not used) and targets.
+        eps: Added to the norm, in the units of the norm.
+
+    Returns:
+        The scales. A scale that would be infinite is the largest finite number.
+    """
+    return jnp.where(norm > 0, _ratio(limit.target, norm + eps), 1.0)
+
+
+def zero(norm: jax.Array, limit: Limit) -> jax.Array:
+    """Drops a group whose norm is above its threshold: its scale is 0, else 1."""
+    return jnp.where(norm > limit.threshold, 0.0, jnp.ones_like(norm))
+
+
+# Each f has f(0) = 0, f'(0) = 1 and f(inf) = 1, so that short groups hardly change and
+# none ends above its target.
+_CURVES = {
+    "rational": lambda r: r / (1 + r),
+    "tanh": jnp.tanh,
+    "atan": lambda r: (2 / jnp.pi) * jnp.arctan((jnp.pi / 2) * r),
+    "sqrt": lambda r: r * jax.lax.rsqrt(1 + r * r),
+}
+
+
+def soften(kind: str = "rational") -> Action:
+    """Makes the action that shortens every group a little, and long ones to the target.
+
+    With r = norm / target, a group is brought to ``target * f(r)``, where f(r) is
+
+    | kind         | f(r)                  |
+    | ------------ | --------------------- |
+    | ``rational`` | r / (1 + r)           |
+    | ``tanh``     | tanh(r)               |
+    | ``atan``     | 2/pi * atan(pi/2 * r) |
+    | ``sqrt``     | r / sqrt(1 + r^2)     |
+
+    Args:
+        kind: The curve.
+
+    Returns:
+        An action. Zero groups stay zero; with target 0 every group becomes zero, with
+        target inf none changes.
+
+    Raises:
+        ValueError: If there is no such kind.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(1.0, action=optclip.actions.soften("tanh"))
+    """
+    _checks.one_of("kind", kind, tuple(_CURVES))
+    curve = _CURVES[kind]
+
+    def action(norm, limit):
+        target = jnp.broadcast_to(limit.target, norm.shape)
+        usable = (norm > 0) & (target > 0)
+        safe = jnp.where(usable, target, 1.0)
+        length = jnp.where(usable, norm, 1.0)
+        # Beyond 1e6 every curve is flat; the bound keeps r * r finite.
+        r = jnp.minimum(length / safe, 1e6)
+        far = length / safe > 1e6
+        near = jnp.where(r > 0, curve(r) / jnp.where(r > 0, r, 1.0), 1.0)
+        scale = jnp.where(far, _ratio(safe, length), near)
+        return jnp.where(usable, scale, jnp.where(norm > 0, 0.0, 1.0))
+
+    return action

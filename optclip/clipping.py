@@ -1,0 +1,169 @@
+"""The engine: measure, find the threshold, scale, and remember what was done.
+
+    updates -> scope -> norms -> rule -> limits -> action -> scales -> updates'
+
+It is the only place that deals with trees, non-finite values, state and mesh axes; a
+published method is a rule, a scope and an action handed to `clip`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optclip import (
+    _checks,
+    _elements,
+    _engine,
+    _groups,
+    _state,
+    _trees,
+    actions,
+    rules,
+    scopes,
+)
+from optclip._state import ClipState, GroupStats
+
+__all__ = ["ClipState", "GroupStats", "clip"]
+
+
+def _as_rule(rule: Any) -> rules.Rule:
+    return rule if isinstance(rule, rules.Rule) else rules.fixed(rule)
+
+
+def _copied(tree: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
+
+
+def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
+    picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
+    norm, threshold, scale = _copied(picked, jnp.float32)
+    return GroupStats(norm, threshold, scale, which)
+
+
+def clip(
+    rule: rules.Rule | jax.typing.ArrayLike | Callable,
+    *,
+    scope: scopes.Scope = scopes.tree(),
+    ord: float | str = 2,
+    action: actions.Action = actions.rescale,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips updates by any rule, in any scope, with any action: the engine itself.
+
+    Each group of entries (``scope``) with norm n (``ord``) gets a threshold t
+    (``rule``) and is multiplied by a scale (``action``); by default all updates are
+    one group, and u' = u * min(1, t / n). Products are taken in float32 or wider and
+    rounded once.
+
+    | updates                     | returned                                        |
+    | --------------------------- | ----------------------------------------------- |
+    | within the threshold        | bitwise the updates                             |
+    | all zero                    | zeros; scale 1                                  |
+    | threshold 0, or inf         | zeros, or the updates                           |
+    | NaN or inf, "propagate"     | that group unchanged                            |
+    | NaN or inf, "zero"          | that group all zeros                            |
+    | NaN or inf, "drop"          | those entries zero, the rest clipped            |
+    | NaN or inf, "skip"          | all updates zero, the rule's state as it was    |
+    | integers, None, MaskedNode  | unchanged, not measured                         |
+
+    The state of a rule is kept as it was wherever a norm is not finite.
+
+    Args:
+        rule: A rule of `optclip.rules`, or a threshold: a number, an array or a
+            schedule (a function of the step).
+        scope: Which entries share one norm, from `optclip.scopes`.
+        ord: The norm's order: a number of at least 1, inf or "rms".
+        action: What happens to a group, from `optclip.actions`.
+        nonfinite: What happens to NaN and inf: "propagate", "zero", "drop" or "skip".
+        axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
+            are sharded over: a name or several, "auto" to read each leaf's own from its
+            type, or a tree of names or PartitionSpecs. Not needed under `jax.jit`.
+        update_dtype: A wider dtype to hand half-precision updates on in, unrounded:
+            `jnp.float32` saves XLA a copy of them. By default dtypes are kept.
+
+    Returns:
+        A transformation with `ClipState`. Only some rules need ``params``.
+
+    Raises:
+        ValueError: If an option is none of those named, or a number is out of range.
+        TypeError: If the rule is none of those named.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> tx = optax.chain(optclip.clip(1.0), optax.sgd(0.1))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.array([3.0, 4.0])}, state, params)
+        >>> float(optclip.metrics(state)["clip/norm_before"])
+        5.0
+
+    Reference:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
+        networks, 2013, https://arxiv.org/abs/1211.5063
+    """
+    _checks.one_of("nonfinite", nonfinite, _engine.POLICIES)
+    _checks.instance("scope", scope, scopes.Scope, "made by `optclip.scopes`")
+    if not callable(action):
+        raise TypeError(f"`action` must be one of `optclip.actions`, got {action!r}.")
+    if update_dtype is not None:
+        _checks.floating("update_dtype", update_dtype)
+    order = np.inf if scope.by_element else _checks.order(ord)
+    options = _engine.Options(
+        _as_rule(rule), scope, order, action, nonfinite, axis_name, update_dtype
+    )
+
+    def init_fn(params) -> Any:
+        found = _trees.leaves_of(params)
+        layout = scope.layout(params, found.paths, found.leaves)
+        norms = _groups.empty_norms(layout, found.leaves)
+        if scope.by_element:
+            norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
+        groups = None
+        if not (layout.scalar or scope.summary):
+            which = np.asarray(layout.groups or range(max(len(found.leaves), 1)))
+            ones = tuple(map(jnp.ones_like, norms))
+            groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
+        return ClipState(
+            rule_state=_copied(tuple(options.rule.init(n) for n in norms)),
+            norm_before=_state.scalar(0.0),
+            norm_after=_state.scalar(0.0),
+            threshold=_state.scalar(0.0),
+            scale=_state.scalar(1.0),
+            clipped=_state.scalar(0.0),
+            steps=_state.scalar(0, jnp.int32),
+            clipped_steps=_state.scalar(0, jnp.int32),
+            seen=_state.first_seen(found.paths),
+            groups=groups,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        if not _trees.leaves_of(updates).leaves:
+            return updates, state._replace(steps=state.steps + 1)
+        call = _engine.begin(options, updates, params, state.steps)
+        seen = _state.look(state.seen, call.measured.entries, call.bad, state.steps)
+        pipeline = (
+            _elements.clamp_elements if scope.by_element else _groups.scale_groups
+        )
+        done = pipeline(call, state.rule_state)
+        groups = state.groups
+        if groups is not None and done.stats is not None:
+            groups = _stats(done.stats, call.layout, groups.group_of_leaf)
+        figures = (done.before, done.after, done.threshold, done.scale, done.clipped)
+        new_state = ClipState(
+            done.rule_state,
+            *_copied(figures, jnp.float32),
+            steps=state.steps + 1,
+            clipped_steps=state.clipped_steps + (done.clipped > 0).astype(jnp.int32),
+            seen=seen,
+            groups=groups,
+        )
+        return call.found.rebuild(done.leaves), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

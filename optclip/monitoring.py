@@ -1,0 +1,88 @@
+"""A transformation that changes nothing, and records norms by leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _checks, _layouts, _measure, _state, _trees
+from optclip._state import Seen
+
+__all__ = ["MonitorState", "monitor"]
+
+
+class MonitorState(NamedTuple):
+    """State of `monitor`.
+
+    Attributes:
+        leaf_norm: float32[leaves]. The norm of each leaf at the last update.
+        monitored_norm: float32 scalar. The norm of all leaves together.
+        monitored_steps: int32 scalar. Updates so far.
+        seen: A `Seen`: the non-finite entries.
+    """
+
+    leaf_norm: jax.Array
+    monitored_norm: jax.Array
+    monitored_steps: jax.Array
+    seen: Seen
+
+
+def monitor(
+    *, ord: float | str = 2, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Changes nothing, and records the norm of each leaf of the updates.
+
+    Put it where you want to look: before a clip for gradients, last in the chain for
+    the updates that are applied. Beside a clip it reads nothing twice: XLA sees that
+    both need the same sums.
+
+    Args:
+        ord: The norm's order: a number of at least 1, inf or "rms".
+        axis_name: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `MonitorState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If ``ord`` is no norm's order.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.monitor()
+        >>> grads = {"w": jnp.array([3.0, 4.0])}
+        >>> _, state = tx.update(grads, tx.init(grads))
+        >>> {name: float(x) for name, x in optclip.leaf_metrics(state, grads).items()}
+        {'w/norm': 5.0}
+    """
+    order = _checks.order(ord)
+
+    def init_fn(params) -> Any:
+        paths = _trees.leaves_of(params).paths
+        return MonitorState(
+            leaf_norm=jnp.zeros(max(len(paths), 1), jnp.float32),
+            monitored_norm=_state.scalar(0.0),
+            monitored_steps=_state.scalar(0, jnp.int32),
+            seen=_state.first_seen(paths),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        found = _trees.leaves_of(updates)
+        step = state.monitored_steps
+        if not found.leaves:
+            return updates, state._replace(monitored_steps=step + 1)
+        layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
+        measured, counts, _ = _measure.measure_layout(
+            updates, found, layout, order=order, axis_name=axis_name
+        )
+        bad = jnp.any(measured.entries > 0)
+        total = _measure.total(measured.norm, counts, order)
+        return updates, MonitorState(
+            leaf_norm=jnp.array(measured.norm[0], jnp.float32, copy=True),
+            monitored_norm=jnp.array(total, jnp.float32, copy=True),
+            monitored_steps=step + 1,
+            seen=_state.look(state.seen, measured.entries, bad, step),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,129 @@
+"""Norms of gradient trees that stay right when their squares overflow or underflow.
+
+Norms are float32, or float64 where a leaf is float64 or complex128. Leaves that are no
+gradients (integers, booleans, float0, PRNG keys, None, `optax.MaskedNode`) count for
+nothing. Nothing here knows about Optax, thresholds or state.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks, _layouts, _measure, _trees
+from optclip._layouts import Layout
+
+__all__ = ["global_norm", "leaf_norms", "unit_norms"]
+
+
+def _whole(found: _trees.Leaves) -> Layout:
+    return _layouts.pooled([0] * len(found.leaves), found.leaves)
+
+
+def _each(found: _trees.Leaves) -> Layout:
+    return _layouts.pooled(range(len(found.leaves)), found.leaves)
+
+
+def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
+    order = _checks.order(ord)
+    found = _trees.leaves_of(tree)
+    if not found.leaves:
+        return [], found
+    layout = layout_of(found)
+    measured, _, _ = _measure.measure_layout(
+        tree, found, layout, order=order, axis_name=axis_name
+    )
+    return list(measured.norm), found
+
+
+def global_norm(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> jax.Array:
+    """Returns the norm of all leaves of a tree, read as one long vector.
+
+    For entries x_1 ... x_n it is (sum |x_i|**p) ** (1/p) with ``ord=p``, the largest
+    |x_i| with ``ord=inf``, and the root mean square with ``ord="rms"``. It is right to
+    1e-6 (1e-12 where leaves are float64) also where the squares overflow or underflow.
+
+    | tree                 | returned                                      |
+    | -------------------- | --------------------------------------------- |
+    | empty, or all zero   | 0, with derivative 0                          |
+    | holds a NaN or inf   | NaN or inf                                    |
+    | norm above 3.4e38    | 3.4e38, the largest float32                   |
+    | entries below 1.2e-38| count as 0: XLA flushes subnormal numbers     |
+
+    Args:
+        tree: Any tree of arrays. Leaves that are no gradients count for nothing.
+        ord: The order: a number of at least 1, inf, or "rms".
+        axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that leaves are
+            sharded over: a name or several, "auto" to read each leaf's own axes from
+            its type, or a tree of names or PartitionSpecs, one a leaf. Not needed
+            under `jax.jit`.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        ValueError: If ``ord`` is no norm's order.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> norm = optclip.norms.global_norm({"a": jnp.array([3e30]), "b": 4e30})
+        >>> f"{float(norm):.3g}"
+        '5e+30'
+    """
+    norms, _ = _norms_of(tree, _whole, ord, axis_name)
+    return norms[0].reshape(()) if norms else jnp.zeros([], jnp.float32)
+
+
+def leaf_norms(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> Any:
+    """Returns the norm of each leaf, in a tree of the same structure.
+
+    Args:
+        tree: Any tree of arrays. Leaves that are no gradients stay as they are.
+        ord: As in `global_norm`.
+        axis_name: As in `global_norm`.
+
+    Returns:
+        The tree, with a scalar for each leaf.
+
+    Raises:
+        ValueError: If ``ord`` is no norm's order.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> norms = optclip.norms.leaf_norms({"w": jnp.ones((2, 2)), "b": jnp.zeros(2)})
+        >>> {name: float(norm) for name, norm in norms.items()}
+        {'b': 0.0, 'w': 2.0}
+    """
+    norms, found = _norms_of(tree, _each, ord, axis_name)
+    return found.rebuild([norms[0][i] for i in range(len(found.leaves))])
+
+
+def unit_norms(
+    tree: Any, *, axis: Any = None, ord: Any = 2, axis_name: Any = None
+) -> Any:
+    """Returns the norm of each output unit, in a tree of the same structure.
+
+    Args:
+        tree: Any tree of arrays. Leaves that are no gradients stay as they are.
+        axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
+        ord: As in `global_norm`.
+        axis_name: As in `global_norm`, but not "auto".
+
+    Returns:
+        The tree, with an array for each leaf: its axes that are not summed over.
+
+    Raises:
+        ValueError: If ``ord`` or ``axis`` do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> optclip.norms.unit_norms(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
+        [5.0, 1.0]
+    """
+    axes_of = _layouts.unit_axes(axis)
+
+    def units(found):
+        return Layout(tuple(map(axes_of, found.paths, found.leaves)), ())
+
+    norms, found = _norms_of(tree, units, ord, axis_name)
+    return found.rebuild(norms)

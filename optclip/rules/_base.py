@@ -1,0 +1,58 @@
+"""The interface of a rule."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+__all__ = ["Context", "Limit", "Rule"]
+
+
+class Limit(NamedTuple):
+    """What a rule allows each group; arrays that broadcast against the norms.
+
+    Attributes:
+        threshold: A group is clipped where its norm is above this.
+        target: The norm that such a group is brought to; most rules give the threshold.
+        low: Element scope only: the smallest value allowed, where it is not
+            ``-target``.
+    """
+
+    threshold: jax.Array
+    target: jax.Array
+    low: jax.Array | None = None
+
+
+class Context(NamedTuple):
+    """What a rule may look at beside the norms.
+
+    Attributes:
+        step: int32 scalar. How many updates came before this one.
+        tree_norm: The norm of the whole tree; 0 where it is not finite.
+        params_norm: Function without arguments that returns the norms of the
+            parameters, one for each group; raises ValueError where ``params`` were not
+            given to ``update``.
+    """
+
+    step: jax.Array
+    tree_norm: jax.Array
+    params_norm: Callable[[], jax.Array]
+
+
+class Rule(NamedTuple):
+    """A way to find thresholds: a pair of pure functions on one array of norms.
+
+    The engine calls ``update`` once for each array of norms: a scalar in tree scope, a
+    vector in leaf and label scope, one array a leaf in the others. A group that is not
+    finite is handed over as 0, and its state is kept as it was.
+
+    Attributes:
+        init: Function of the norms (zeros, of the right shape and dtype) that returns
+            the state: a tree of arrays, each of which begins with the norms' shape.
+        update: Function of (norm, state, context) that returns (`Limit`, new state).
+        name: How messages call it.
+    """
+
+    init: Callable[[jax.Array], Any]
+    update: Callable[[jax.Array, Any, Context], tuple[Limit, Any]]
+    name: str = "clip"

@@ -1,0 +1,170 @@
+"""Scopes: which entries of the updates form a group, and share one norm and one scale.
+
+A scope is made by one of the functions here and handed to `optclip.clip`. It knows
+shapes and paths only, never values, so it costs nothing at run time.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from optclip import _layouts, _trees
+from optclip._layouts import Axes, Layout
+
+__all__ = ["Layout", "Scope", "element", "label", "layer", "leaf", "tree", "unit"]
+
+
+class Scope(NamedTuple):
+    """A way to cut updates into groups; made by the functions of this module.
+
+    Attributes:
+        name: What it is called in messages.
+        layout: Function of (tree, paths, leaves) that returns a `Layout`.
+        by_element: Whether each entry is a group of its own.
+        summary: Whether the state keeps the figures of the whole tree only.
+    """
+
+    name: str
+    layout: Callable[[Any, list[str], list[Any]], Layout]
+    by_element: bool = False
+    summary: bool = False
+
+
+def _cut(axes_of: Callable[[str, Any], Axes]) -> Callable[..., Layout]:
+    def layout(tree, paths, leaves):
+        del tree
+        return Layout(tuple(map(axes_of, paths, leaves)), ())
+
+    return layout
+
+
+def tree() -> Scope:
+    """Makes all leaves one group: the global norm.
+
+    Example:
+        >>> import optclip
+        >>> optclip.clip(1.0, scope=optclip.scopes.tree()) is not None
+        True
+    """
+    return Scope(
+        "tree", lambda _, paths, xs: _layouts.pooled([0] * len(xs), xs, scalar=True)
+    )
+
+
+def leaf() -> Scope:
+    """Makes each leaf a group of its own: one norm for each parameter array."""
+    return Scope("leaf", lambda _, paths, xs: _layouts.pooled(list(range(len(xs))), xs))
+
+
+def label(labels: Any) -> Scope:
+    """Makes all leaves with one label a group: one norm for each label.
+
+    Args:
+        labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
+            a tree of labels with the structure of the updates or a prefix of it.
+
+    Raises:
+        ValueError: If the tree of labels does not fit the updates.
+
+    Example:
+        >>> import optclip
+        >>> scope = optclip.scopes.label(lambda path: path.split("/")[0])
+        >>> tx = optclip.clip(1.0, scope=scope)  # one norm for each top-level module
+    """
+
+    def layout(updates, paths, leaves):
+        if callable(labels):
+            names = [labels(path) for path in paths]
+        else:
+            names = _broadcast(labels, updates)
+        order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        return _layouts.pooled([order[name] for name in names], leaves)
+
+    return Scope("label", layout)
+
+
+def _broadcast(labels: Any, updates: Any) -> list[Any]:
+    names: list[Any] = []
+
+    def visit(name, subtree):
+        names.extend([name] * len(_trees.leaves_of(subtree).leaves))
+
+    try:
+        jax.tree.map(visit, labels, updates)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "`labels` must be a function of the path or a tree with the structure of "
+            f"the updates (or a prefix of it), got {labels!r}. JAX says: {error}"
+        ) from error
+    return names
+
+
+def layer(stack_axes: Any) -> Scope:
+    """Makes each layer of a scan-stacked leaf a group of its own.
+
+    Args:
+        stack_axes: How many leading axes of a leaf count layers: an int for all
+            leaves, a function of the path, or a map from regular expression to int
+            (leaves that no pattern finds have none). A leaf with none is one group.
+
+    Raises:
+        ValueError: If a leaf has fewer axes than that, when the tree is first seen.
+
+    Example:
+        >>> import optclip
+        >>> scope = optclip.scopes.layer({"blocks/": 1})  # blocks were stacked by scan
+        >>> tx = optclip.clip(1.0, scope=scope)
+    """
+    if isinstance(stack_axes, bool) or (isinstance(stack_axes, int) and stack_axes < 0):
+        raise ValueError(f"`stack_axes` must be an int >= 0, got {stack_axes!r}.")
+
+    def axes_of(path: str, x: Any) -> Axes:
+        count = _trees.lookup(stack_axes, path, "stack_axes") or 0
+        if not isinstance(count, int) or not 0 <= count <= x.ndim:
+            raise ValueError(
+                f"`stack_axes` must be an int between 0 and the rank of the leaf; for "
+                f"`{path}` of shape {x.shape} it is {count!r}. Leaves that aren't "
+                "stacked need 0: give a map from regular expression to int."
+            )
+        return tuple(range(count, x.ndim))
+
+    return Scope("layer", _cut(axes_of))
+
+
+def unit(axis: Any = None) -> Scope:
+    """Makes each output unit (neuron, filter) a group of its own.
+
+    By default, as in Optax's AGC: a scalar or vector is one unit; a matrix or a leaf of
+    rank 3 is summed over axis 0; rank 4 (HWIO) over axes 0 to 2; rank 5 over 0 to 3.
+    Unlike Optax, axes of length one count as axes: the rule looks at the rank alone.
+
+    Args:
+        axis: The axes that one unit sums over: an int or tuple of ints for all leaves,
+            a function of the path, or a map from regular expression to either. Leaves
+            for which it says None have the default axes.
+
+    Raises:
+        ValueError: If an axis is out of range, or a leaf of rank 6 or more has none.
+
+    Example:
+        >>> import optclip
+        >>> stacked = optclip.scopes.unit({"blocks/.*kernel": 1})  # [layer, in, out]
+        >>> tx = optclip.clip(1.0, scope=stacked)
+    """
+    return Scope("unit", _cut(_layouts.unit_axes(axis)), summary=True)
+
+
+def element() -> Scope:
+    """Makes each entry a group of its own: clipping by value.
+
+    The state keeps no figure for each entry; ``norm_before`` and ``norm_after`` are the
+    largest magnitude in the tree. An infinite entry is clipped like any large one.
+    """
+    # Measured by the largest magnitude of each leaf: one read, and no square.
+    return Scope(
+        "element",
+        lambda _, paths, xs: _layouts.pooled(list(range(len(xs))), xs),
+        by_element=True,
+        summary=True,
+    )
