@@ -46,10 +46,33 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
+class Static:
+    """A default number that shapes the program, and so must never be traced.
+
+    `optax.inject_hyperparams` makes every int and float an array; this is neither.
+    """
+
+    def __init__(self, value: int):
+        """Holds ``value``."""
+        self.value = value
+
+    def __repr__(self) -> str:
+        """Looks like the number."""
+        return repr(self.value)
+
+    def __float__(self) -> float:
+        """Is the number."""
+        return float(self.value)
+
+
+EUCLIDEAN: Any = Static(2)
+
+
 def order(value: Any) -> float | str:
     """Returns a norm's order as a static value: a float of at least 1, inf or "rms"."""
-    if value == "rms":
+    if isinstance(value, str) and value == "rms":
         return "rms"
+    value = float(value) if isinstance(value, Static) else value
     known = isinstance(value, (int, float, np.generic)) and not isinstance(value, bool)
     if known and float(value) >= 1:
         return float(value)

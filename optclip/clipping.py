@@ -25,6 +25,7 @@ from optclip import (
     rules,
     scopes,
 )
+from optclip._checks import EUCLIDEAN
 from optclip._state import ClipState, GroupStats
 
 __all__ = ["ClipState", "GroupStats", "clip"]
@@ -48,7 +49,7 @@ def clip(
     rule: rules.Rule | jax.typing.ArrayLike | Callable,
     *,
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     action: actions.Action = actions.rescale,
     nonfinite: str = "propagate",
     axis_name: Any = None,

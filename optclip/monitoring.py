@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _layouts, _measure, _state, _trees
+from optclip._checks import EUCLIDEAN
 from optclip._state import Seen
 
 __all__ = ["MonitorState", "monitor"]
@@ -29,7 +30,7 @@ class MonitorState(NamedTuple):
 
 
 def monitor(
-    *, ord: float | str = 2, axis_name: Any = None
+    *, ord: float | str = EUCLIDEAN, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Changes nothing, and records the norm of each leaf of the updates.
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks, _layouts, _measure, _trees
+from optclip._checks import EUCLIDEAN
 from optclip._layouts import Layout
 
 __all__ = ["global_norm", "leaf_norms", "unit_norms"]
@@ -36,7 +37,7 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
     return list(measured.norm), found
 
 
-def global_norm(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> jax.Array:
+def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> jax.Array:
     """Returns the norm of all leaves of a tree, read as one long vector.
 
     For entries x_1 ... x_n it is (sum |x_i|**p) ** (1/p) with ``ord=p``, the largest
@@ -74,7 +75,7 @@ def global_norm(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> jax.Array:
     return norms[0].reshape(()) if norms else jnp.zeros([], jnp.float32)
 
 
-def leaf_norms(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> Any:
+def leaf_norms(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> Any:
     """Returns the norm of each leaf, in a tree of the same structure.
 
     Args:
@@ -99,7 +100,7 @@ def leaf_norms(tree: Any, *, ord: Any = 2, axis_name: Any = None) -> Any:
 
 
 def unit_norms(
-    tree: Any, *, axis: Any = None, ord: Any = 2, axis_name: Any = None
+    tree: Any, *, axis: Any = None, ord: Any = EUCLIDEAN, axis_name: Any = None
 ) -> Any:
     """Returns the norm of each output unit, in a tree of the same structure.
 

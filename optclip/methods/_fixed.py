@@ -12,6 +12,7 @@ import jax
 import optax
 
 from optclip import _checks, actions, rules, scopes
+from optclip._checks import EUCLIDEAN
 from optclip.clipping import clip
 
 __all__ = [
@@ -91,7 +92,7 @@ def clip_by_value(
 def clip_by_global_norm(
     max_norm: Threshold,
     *,
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -144,7 +145,7 @@ def clip_by_global_norm(
 def clip_by_leaf_norm(
     max_norm: Threshold,
     *,
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -194,7 +195,7 @@ def clip_per_layer(
     max_norm: Threshold,
     stack_axes: Any,
     *,
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "propagate",
     axis_name: Any = None,

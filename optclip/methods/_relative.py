@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from optclip import actions, rules, scopes
+from optclip._checks import EUCLIDEAN
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip
 
@@ -16,7 +17,7 @@ def adaptive_grad_clip(
     *,
     eps: jax.typing.ArrayLike = 1e-3,
     axis: Any = None,
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,

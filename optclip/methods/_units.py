@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optclip import _checks, actions, rules, scopes
+from optclip._checks import EUCLIDEAN
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip, Threshold, hard
 
@@ -16,7 +17,7 @@ def clip_by_unit_norm(
     max_norm: Threshold,
     *,
     axis: Any = None,
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -110,7 +111,7 @@ def normalize_by_norm(
     *,
     eps: jax.typing.ArrayLike = 0.0,
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,
@@ -164,7 +165,7 @@ def soft_clip(
     *,
     kind: str = "rational",
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = 2,
+    ord: float | str = EUCLIDEAN,
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,

@@ -1,0 +1,98 @@
+# Each target does all its own set-up: bare Python 3.11 or newer is enough.
+#   make test                     with python3
+#   make test PYTHON=python3.13   with another interpreter, in an environment of its own
+#   make demo ARGS="--steps 200"  options for the program
+
+PYTHON ?= python3
+ARGS ?=
+JOBS ?= 2
+
+# One environment for each version of Python; python3's own is called .venv.
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+default := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= .venv$(if $(filter $(version),$(default)),,-$(version))
+bin := $(VENV)/bin
+uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit docs notebooks notebooks-check bench constraints clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# --- environments ---------------------------------------------------------------------
+
+# A stamp is named after what it stands for, so that a change of Python, of the
+# requirements or of the groups makes a new one.
+key := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(version)
+stamp = $(VENV)/.$(1)-$(key)
+
+$(VENV)/.uv-$(version):
+	@test -n "$(version)" || { echo "No interpreter '$(PYTHON)': pass PYTHON=, for example PYTHON=python3.12." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "optclip needs Python 3.11 or newer; '$(PYTHON)' is $(version). Pass PYTHON=." >&2; exit 2; }
+	@echo "Setting up $(VENV) with Python $(version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(call stamp,demo): $(VENV)/.uv-$(version)
+	@echo "Installing what the demo needs"
+	@$(uv) -e '.[demo]'
+	@touch $@
+
+$(call stamp,test): $(VENV)/.uv-$(version)
+	@echo "Installing what the tests need"
+	@$(uv) -e '.[demo,report]' --group test --group lint
+	@touch $@
+
+$(call stamp,docs): $(VENV)/.uv-$(version)
+	@echo "Installing what the docs need"
+	@$(uv) -e . --group docs
+	@touch $@
+
+$(call stamp,notebooks): $(VENV)/.uv-$(version)
+	@echo "Installing what the notebooks need"
+	@$(uv) -e . --group notebooks
+	@touch $@
+
+# --- what to run ----------------------------------------------------------------------
+
+demo: $(call stamp,demo)  ## Train on real text with and without a clip; table and picture
+	@$(bin)/python -m optclip.demo $(ARGS)
+
+test: lint unit  ## Lint, types, docstring examples, docs examples and tests
+
+lint: $(call stamp,test)  ## Ruff and pyright only
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/pyright --pythonpath $(bin)/python
+
+# The docstring examples go first, so that the last line tells of the tests.
+unit: $(call stamp,test)  ## Tests and examples only, without lint
+	@$(bin)/python -m pytest -q -o addopts= --doctest-modules optclip
+	@$(bin)/python -m pytest -n $(JOBS) $(ARGS)
+
+docs: $(call stamp,docs)  ## Build the site; any warning is an error
+	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "Built docs/_build/html/index.html"
+
+notebooks: $(call stamp,notebooks)  ## Run the notebooks and store their outputs
+	@$(bin)/python tools/build_notebooks.py
+
+notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail where they differ
+	@$(bin)/python tools/build_notebooks.py --check
+
+bench: $(call stamp,test)  ## Measure what a clip costs in a training step
+	@$(bin)/python benchmarks/step_cost.py $(ARGS)
+
+constraints: $(VENV)/.uv-$(version)  ## Look for newer versions and write constraints.txt
+	@echo '# The versions that `make` installs, for every Python; remade by `make constraints`.' > constraints.new
+	@$(bin)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
+	  --no-annotate --all-extras --group test --group lint --group notebooks \
+	  --group docs pyproject.toml >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove environments, build output and caches
+	rm -rf .venv .venv-* build dist docs/_build docs/notebooks runs
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
