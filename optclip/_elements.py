@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip import actions
+from optclip import _measure, actions
 from optclip._engine import Call, Outcome, context_of, finish, hold
 from optclip.rules import Limit
 
@@ -20,7 +20,7 @@ __all__ = ["clamp_elements", "magnitudes"]
 
 def magnitudes(x: jax.Array) -> jax.Array:
     """Returns |x| of each entry, in float32 or wider."""
-    return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.abs(_measure.widen(x))
 
 
 def _direction(x: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
     # As in `_groups`: or XLA writes out what measuring and clamping share.
     leaves, tops = lax.optimization_barrier((list(call.found.leaves), tops))
     for i, x in enumerate(leaves):
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = _measure.widen(x)
         size = magnitudes(x)
         bad = ~jnp.isfinite(size)
         context = context_of(call, i, tree_norm)

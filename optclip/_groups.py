@@ -76,7 +76,7 @@ def _for_leaves(values: tuple, layout: _layouts.Layout) -> list[jax.Array]:
 
 def _scaled(x, scale, first, dead=None, *, policy):
     """Returns one leaf times its factors, in float32 or wider, not yet rounded."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = _measure.widen(x)
     real = jnp.finfo(y.dtype).dtype
     if policy == "drop":
         y = jnp.where(jnp.isfinite(y), y, jnp.zeros_like(y))
@@ -115,7 +115,10 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         deads.append(dead)
         limits.append(limit)
         # Of what is measured here, not of the rounded updates: that were another read.
-        length = jnp.where(first == 1, norm, reduced[k]) * scales[-1]
+        length = reduced[k] * scales[-1]
+        unmeasured = (first == 1) & (norm >= jnp.finfo(norm.dtype).max)
+        length = jnp.where(unmeasured, length / _measure.REDUCTION, length)
+        length = jnp.where((first == 1) & ~unmeasured, norm * scales[-1], length)
         length = jnp.where(bad, norms[k], length)
         afters.append(length if dead is None else jnp.where(dead, 0.0, length))
 
@@ -145,10 +148,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
 def _summary(norms: list, limits: list, scales: list) -> dict[str, jax.Array]:
     """Returns the figures of the group that was shortened most, and how many were."""
-    lowest = jnp.min(jnp.stack([jnp.min(s, initial=1.0) for s in scales]))
-    lowest = jnp.minimum(lowest, 1.0)
-    amplified = jnp.max(jnp.stack([jnp.max(s, initial=0.0) for s in scales]))
-    chosen = jnp.where(lowest < 1, lowest, amplified)
+    chosen = jnp.min(jnp.stack([jnp.min(s, initial=jnp.inf) for s in scales]))
     thresholds = [
         jnp.min(jnp.where(s == chosen, li.threshold, jnp.inf), initial=jnp.inf)
         for s, li in zip(scales, limits, strict=True)

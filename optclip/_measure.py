@@ -14,7 +14,7 @@ from jax import lax
 
 from optclip import _sums, _trees
 from optclip._layouts import Layout
-from optclip._reads import Plan, spread
+from optclip._reads import Plan, spread, usable_unit, widen
 
 __all__ = [
     "REDUCTION",
@@ -24,6 +24,7 @@ __all__ = [
     "measure_layout",
     "spread",
     "total",
+    "widen",
 ]
 
 # A norm may be longer than the largest float32; 2**-64 of it never is.
@@ -66,7 +67,7 @@ def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:
     if order == np.inf:
         return total(norms, jnp.max, jax.ops.segment_max)
     top = total(lax.stop_gradient(norms), jnp.max, jax.ops.segment_max)
-    unit = jnp.where((top > 0) & (top < jnp.inf), top, 1.0)
+    unit = usable_unit(top)
     ratio = norms / unit[at]
     powers = jnp.square(ratio) if order == 2.0 else ratio**order
     return root(total(powers, jnp.sum, jax.ops.segment_sum), order) * unit
@@ -91,11 +92,21 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
     if plan.groups:
         norm = [combine(norm[0], plan.order, plan.groups)]
         reduced = [combine(reduced[0], plan.order, plan.groups)]
-    saturated = [
-        jnp.where(jnp.isposinf(n) & jnp.isfinite(r), jnp.finfo(n.dtype).max, n)
-        for n, r in zip(norm, reduced, strict=True)
-    ]
-    return Measured(tuple(saturated), tuple(reduced), entries)
+    return Measured(tuple(norm), tuple(reduced), entries)
+
+
+def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
+    """Divides the norms; those too long for their dtype read as the largest number."""
+    norms, reduced = [], []
+    for norm, small, divisor in zip(*measured[:2], divisors, strict=True):
+        short = small / divisor
+        long = jnp.isposinf(norm) & jnp.isfinite(small)
+        length = jnp.where(long, short / REDUCTION, norm / divisor)
+        largest = jnp.finfo(norm.dtype).max
+        too_long = long & jnp.isinf(length)
+        norms.append(jnp.where(too_long, largest, length))
+        reduced.append(short)
+    return Measured(tuple(norms), tuple(reduced), measured.entries)
 
 
 def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, ...]:
@@ -143,15 +154,10 @@ def measure_layout(
     plan = Plan(power, layout.axes, layout.groups, names, drop)
     measured = measure(tuple(found.leaves), plan)
     counts = entry_counts(found.leaves, plan)
+    divisors = [1.0] * len(counts)
     if order == "rms":
+        kinds = [n.dtype for n in measured.norm]
         roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
-        measured = measured._replace(
-            norm=tuple(
-                n / r.astype(n.dtype) for n, r in zip(measured.norm, roots, strict=True)
-            ),
-            reduced=tuple(
-                n / r.astype(n.dtype)
-                for n, r in zip(measured.reduced, roots, strict=True)
-            ),
-        )
+        divisors = [r.astype(k) for r, k in zip(roots, kinds, strict=True)]
+    measured = _finished(measured, divisors)
     return measured, counts, plan

@@ -25,7 +25,9 @@ __all__ = [
     "rescue",
     "spread",
     "unpool",
+    "usable_unit",
     "wide_dtype",
+    "widen",
 ]
 
 Arrays = tuple[jax.Array, ...]
@@ -55,7 +57,19 @@ class Plan(NamedTuple):
 
 def wide_dtype(x: jax.Array) -> Any:
     """Returns the dtype that ``x`` is measured in: real, float32 or float64."""
-    return jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
+    info = jnp.finfo(x.dtype)
+    return info.dtype if info.bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Returns ``x`` in the dtype that products are taken in: float32 or wider."""
+    return x if jnp.iscomplexobj(x) else x.astype(wide_dtype(x))
+
+
+def usable_unit(length: jax.Array) -> jax.Array:
+    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
+    known = (length > 0) & (length < jnp.inf)
+    return jnp.where(known, jnp.minimum(length, jnp.finfo(length.dtype).max / 16), 1.0)
 
 
 def lost_below(x: jax.Array) -> float:
@@ -105,22 +119,18 @@ def _bad_entries(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.stack(lax.reduce(kinds, (np.int32(0),) * 3, add, axes), axis=-1)
 
 
-def _across_devices(values: Arrays, plan: Plan) -> Arrays:
-    """Adds up each leaf's values over its mesh axes, one collective for each set."""
+def _joined(columns: list, chunks: list[list[int]], plan: Plan) -> jax.Array:
+    """Returns one vector of all leaves, in order, added up over their mesh axes."""
     reduce = lax.pmax if plan.order == np.inf else lax.psum
-    wanted = sorted({n for n in plan.names if n})
-    if not wanted:
-        return values
-    if not plan.groups:
-        pairs = zip(values, plan.names, strict=True)
-        return tuple(reduce(v, n) if n else v for v, n in pairs)
-    (vector,) = values
-    parts = []
+    parts, order = [], []
+    # One collective for each set of axes, and before leaves of other sets come in: in
+    # `jax.shard_map` what is joined with a sharded value counts as sharded.
     for names in sorted(set(plan.names)):
-        at = np.asarray([i for i, n in enumerate(plan.names) if n == names])
-        parts.append((at, reduce(vector[at], names) if names else vector[at]))
-    order = np.argsort(np.concatenate([at for at, _ in parts]))
-    return (jnp.concatenate([part for _, part in parts])[order],)
+        at = [k for k, chunk in enumerate(chunks) if plan.names[chunk[0]] == names]
+        part = jnp.concatenate([columns[k] for k in at])
+        parts.append(reduce(part, names) if names else part)
+        order += [i for k in at for i in chunks[k]]
+    return jnp.concatenate(parts)[np.argsort(order)]
 
 
 def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
@@ -192,16 +202,20 @@ def read(
         if stacked or plan.drop:
             taken = sums[0].ravel()[0].astype(jnp.float32)
         columns.append(sums)
-    order = np.argsort(np.concatenate(chunks))
     rows = [list(column) for column in zip(*columns, strict=True)]
     counts = None
     if count:
-        together = plan._replace(order=2.0, groups=tuple(range(len(leaves))))
-        joined = (jnp.concatenate(rows.pop())[order],)
-        (counts,) = _across_devices(joined, together)
+        counts = _joined(rows.pop(), chunks, plan._replace(order=2.0))
     if plan.groups:
         widest = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
-        laid = [(jnp.concatenate([s.astype(widest) for s in r])[order],) for r in rows]
-    else:  # chunks of one leaf each, in order
-        laid = [tuple(s[0] for s in r) for r in rows]
-    return [_across_devices(r, plan) for r in laid], counts
+        wide = [[s.astype(widest) for s in row] for row in rows]
+        return [(_joined(row, chunks, plan),) for row in wide], counts
+    # Chunks of one leaf each, in order.
+    reduce = lax.pmax if plan.order == np.inf else lax.psum
+    return [
+        tuple(
+            reduce(s[0], names) if names else s[0]
+            for s, names in zip(row, plan.names, strict=True)
+        )
+        for row in rows
+    ], counts

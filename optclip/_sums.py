@@ -24,6 +24,7 @@ from optclip._reads import (
     rescue,
     spread,
     unpool,
+    usable_unit,
     wide_dtype,
 )
 
@@ -92,7 +93,7 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     seeing = plan._replace(drop=False)  # else nothing would tell of bad entries
     if plan.order not in (1.0, 2.0, np.inf):
         ((*largest,), _) = read(leaves, [None], plan._replace(order=np.inf))
-        units = tuple(jnp.where((t > 0) & (t < jnp.inf), t, 1.0) for t in largest[0])
+        units = tuple(map(usable_unit, largest[0]))
         pairs = zip(unpool(units, plan), plan.axes, strict=True)
         tops = [spread(t, axes) for t, axes in pairs]
     (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)

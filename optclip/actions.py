@@ -17,10 +17,26 @@ __all__ = ["Action", "normalize", "rescale", "soften", "zero"]
 Action = Callable[[jax.Array, Limit], jax.Array]
 
 
-def _ratio(target: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns ``target / norm``, finite also where a norm is 0 or tiny."""
-    safe = jnp.where(norm > 0, norm, 1.0)
-    return jnp.minimum(target / safe, jnp.finfo(norm.dtype).max)
+@jax.custom_jvp
+def _quotient(target: jax.Array, norm: jax.Array) -> jax.Array:
+    return target / norm
+
+
+@_quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    # The usual rule squares the norm, which over- or underflows.
+    (target, norm), (target_dot, norm_dot) = primals, tangents
+    scale = target / norm
+    return scale, target_dot / norm - scale * (norm_dot / norm)
+
+
+def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
+    """Returns ``target / norm`` where that is asked, else 1; finite, also its slope."""
+    asked = where & (norm > 0)
+    target = jnp.where(asked, target, 1.0)
+    scale = _quotient(target, jnp.where(asked, norm, 1.0))
+    largest = jnp.finfo(scale.dtype).max
+    return jnp.where(scale < largest, scale, largest)
 
 
 def rescale(
@@ -46,7 +62,7 @@ def rescale(
         0.25
     """
     padded = norm + eps
-    return jnp.where(padded > limit.threshold, _ratio(limit.target, padded), 1.0)
+    return _ratio(padded > limit.threshold, limit.target, padded)
 
 
 def normalize(
@@ -64,7 +80,7 @@ def normalize(
     Returns:
         The scales. A scale that would be infinite is the largest finite number.
     """
-    return jnp.where(norm > 0, _ratio(limit.target, norm + eps), 1.0)
+    return _ratio(norm > 0, limit.target, norm + eps)
 
 
 def zero(norm: jax.Array, limit: Limit) -> jax.Array:
@@ -113,14 +129,15 @@ def soften(kind: str = "rational") -> Action:
 
     def action(norm, limit):
         target = jnp.broadcast_to(limit.target, norm.shape)
-        usable = (norm > 0) & (target > 0)
-        safe = jnp.where(usable, target, 1.0)
-        length = jnp.where(usable, norm, 1.0)
-        # Beyond 1e6 every curve is flat; the bound keeps r * r finite.
-        r = jnp.minimum(length / safe, 1e6)
-        far = length / safe > 1e6
-        near = jnp.where(r > 0, curve(r) / jnp.where(r > 0, r, 1.0), 1.0)
-        scale = jnp.where(far, _ratio(safe, length), near)
-        return jnp.where(usable, scale, jnp.where(norm > 0, 0.0, 1.0))
+        usable = (norm > 0) & (target > 0) & (target < jnp.inf)
+        # Beyond 1e6 every curve is flat, before it r * r is finite.
+        far = usable & (norm > 1e6 * target)
+        near = usable & ~far
+        r = _quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))
+        visible = near & (r > 1e-12)
+        r = jnp.where(visible, r, 1.0)
+        scale = jnp.where(visible, curve(r) / r, 1.0)
+        scale = jnp.where(far, _ratio(far, target, norm), scale)
+        return jnp.where((norm > 0) & (target == 0), 0.0, scale)
 
     return action

@@ -35,13 +35,24 @@ def _as_rule(rule: Any) -> rules.Rule:
     return rule if isinstance(rule, rules.Rule) else rules.fixed(rule)
 
 
-def _copied(tree: Any, dtype: Any = None) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _figures(tree: Any) -> Any:
+    """Returns figures as float32, where a finite one stays finite."""
+    largest = float(jnp.finfo(jnp.float32).max)
+
+    def figure(x):
+        bounded = jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x)
+        return jnp.array(bounded, jnp.float32, copy=True)
+
+    return jax.tree.map(figure, tree)
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
-    norm, threshold, scale = _copied(picked, jnp.float32)
+    norm, threshold, scale = _figures(picked)
     return GroupStats(norm, threshold, scale, which)
 
 
@@ -159,7 +170,7 @@ def clip(
         figures = (done.before, done.after, done.threshold, done.scale, done.clipped)
         new_state = ClipState(
             done.rule_state,
-            *_copied(figures, jnp.float32),
+            *_figures(figures),
             steps=state.steps + 1,
             clipped_steps=state.clipped_steps + (done.clipped > 0).astype(jnp.int32),
             seen=seen,

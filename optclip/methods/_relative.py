@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from optclip import actions, rules, scopes
+from optclip import _checks, actions, rules, scopes
 from optclip._checks import EUCLIDEAN
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip
@@ -61,6 +61,7 @@ def adaptive_grad_clip(
         Brock et al., High-Performance Large-Scale Image Recognition Without
         Normalization, 2021, https://arxiv.org/abs/2102.06171
     """
+    _checks.non_negative(clipping=clipping, eps=eps)
     rule = rules.relative_to_params(clipping, floor=eps)
     return clip(
         rule._replace(name="adaptive_grad_clip"),

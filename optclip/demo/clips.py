@@ -1,0 +1,50 @@
+"""The clips that the demo can run, by name, with thresholds that suit its task."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+import optclip
+
+__all__ = ["BASELINE", "METHODS", "Method"]
+
+
+class Method(NamedTuple):
+    """A clip of optclip as the demo offers it.
+
+    Attributes:
+        factory: Takes the threshold, returns the transformation.
+        threshold: What ``--threshold`` is by default, at the default learning rate.
+        meaning: What the threshold bounds, in words.
+    """
+
+    factory: Callable[[Any], optax.GradientTransformationExtraArgs]
+    threshold: float
+    meaning: str
+
+
+BASELINE = "clip_by_global_norm"
+
+METHODS = {
+    "clip_by_global_norm": Method(
+        optclip.clip_by_global_norm, 0.5, "norm of all gradients"
+    ),
+    "clip_by_leaf_norm": Method(
+        optclip.clip_by_leaf_norm, 0.25, "norm of each parameter's gradient"
+    ),
+    "clip_by_value": Method(optclip.clip_by_value, 0.005, "magnitude of each entry"),
+    "clip_by_unit_norm": Method(
+        optclip.clip_by_unit_norm, 0.05, "norm of each unit's gradient"
+    ),
+    "clip_by_block_rms": Method(
+        optclip.clip_by_block_rms, 0.005, "root mean square of each gradient"
+    ),
+    "adaptive_grad_clip": Method(
+        optclip.adaptive_grad_clip, 0.03, "gradient norm over weight norm, per unit"
+    ),
+    "normalize_by_norm": Method(
+        optclip.normalize_by_norm, 0.5, "norm that every gradient is scaled to"
+    ),
+    "soft_clip": Method(optclip.soft_clip, 1.0, "norm that no gradient reaches"),
+}

@@ -1,0 +1,201 @@
+"""What ``python -m optclip.demo`` does: prepare, train by chunks, and show."""
+
+import importlib.util
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optclip.demo import clips
+from optclip.demo import text as texts
+from optclip.demo.options import DEFAULTS, Options, Parser, Sizes, merge
+
+__all__ = ["main"]
+
+# Of a shell's convention: 128 + SIGINT.
+_INTERRUPTED = 130
+_SIZES = Sizes()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _require_extras() -> None:
+    names = ("flax", "orbax.checkpoint", "matplotlib", "tqdm")
+    missing = [name for name in names if not _installed(name)]
+    if missing:
+        raise ValueError(
+            f"The demo needs {', '.join(missing)}, not installed here. Run: "
+            'pip install "optclip[demo]"'
+        )
+
+
+def _open_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output {output} cannot be written to ({error.strerror}). Name another "
+            "folder."
+        ) from error
+
+
+class _Task(NamedTuple):
+    """All that training needs, checked.
+
+    Attributes:
+        options: The user's choices.
+        sizes: The network's sizes.
+        text: The text to learn.
+        resumed: Whether to go on from a checkpoint.
+    """
+
+    options: Options
+    sizes: Sizes
+    text: texts.Text
+    resumed: bool
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what a checkpoint has to know besides the progress, for JSON."""
+        options = self.options._asdict()
+        del options["output"]
+        path = options["text"]
+        options["text"] = None if path is None else str(path)
+        return {
+            "options": options,
+            "sizes": self.sizes._asdict(),
+            "digest": self.text.digest,
+        }
+
+
+def _prepare(given: dict[str, Any], resume: bool, sizes: Sizes) -> _Task:
+    """Returns the task, or raises a `ValueError` that tells the user what to do."""
+    _require_extras()
+    if not resume:
+        options = merge(given, None)
+        text = texts.load(options.text, sizes.symbols)
+        _open_folder(options.output)
+        return _Task(options, sizes, text, resumed=False)
+    from optclip.demo import checkpoints
+
+    settings = checkpoints.read_settings(given["output"] or DEFAULTS["output"])
+    stored = settings["options"]
+    path = stored["text"]
+    options = merge(given, stored | {"text": None if path is None else Path(path)})
+    sizes = Sizes(**settings["sizes"])
+    text = texts.load(options.text, sizes.symbols)
+    if text.digest != settings["digest"]:
+        raise ValueError(
+            "The text is not the one that the checkpoint was trained on: the file or "
+            "the Python has changed. Start anew without --resume."
+        )
+    _open_folder(options.output)
+    return _Task(options, sizes, text, resumed=True)
+
+
+def _begin(task: _Task, runs: list[Any]) -> Any:
+    from optclip.demo import checkpoints, training
+
+    progress = training.begin(runs, task.options, task.sizes)
+    output = task.options.output
+    if task.resumed:
+        return checkpoints.restore(output, progress)
+    checkpoints.clear(output)
+    (output / "figure.png").unlink(missing_ok=True)
+    checkpoints.save(output, progress, task.settings())
+    return progress
+
+
+def _train(task: _Task, runs: list[Any], progress: Any) -> Any:
+    """Returns the progress at the last step; logs and saves after each chunk."""
+    import jax
+    from tqdm import tqdm
+
+    from optclip.demo import checkpoints, records, training
+
+    output, steps = task.options.output, task.options.steps
+    chunks = [training.compile_chunk(run, task.sizes) for run in runs]
+    codes = jax.numpy.asarray(task.text.codes)
+    log = records.open_log(output / "metrics.jsonl", runs, progress)
+    bar = tqdm(desc="training", total=steps, initial=progress.step, unit="step")
+    with log, bar:
+        while progress.step < steps:
+            begun, ended = progress.step, min(progress.step + task.sizes.chunk, steps)
+            progress = training.advance(progress, chunks, ended - begun, codes)
+            records.write_rows(log, runs, progress, begun)
+            checkpoints.save(output, progress, task.settings())
+            bar.update(ended - begun)
+    return progress
+
+
+def _show(task: _Task, runs: list[Any], progress: Any) -> None:
+    from optclip.demo import figure, table
+
+    output, entropy = task.options.output, task.text.entropy
+    meaning = clips.METHODS[task.options.method].meaning
+    figure.draw(output / "figure.png", runs, progress, entropy, meaning)
+    print(f"\n{table.render(runs, progress, entropy)}\n")
+    print("final loss: mean over the last tenth of the steps; median of the seeds")
+    print("diverged: ended above the loss it began with, or not finite\n")
+    print(f"Wrote {output / 'figure.png'} and {output / 'metrics.jsonl'}.")
+
+
+def _how_to_resume(output: Path) -> str:
+    words = ["python", "-m", "optclip.demo", "--resume"]
+    if output != DEFAULTS["output"]:
+        words += ["--output", str(output)]
+    return shlex.join(words)
+
+
+def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
+    """Runs the demo.
+
+    Args:
+        argv: The command line, by default the process's own.
+        sizes: Sizes of the network; a resumed run keeps those it began with.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: With code 2 and one line on stderr, if an option is wrong.
+    """
+    parser = Parser()
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    output = None
+    try:
+        task = _prepare(given, resume, sizes)
+        from optclip.demo import training
+
+        options = task.options
+        runs = training.plan(options)
+        progress = _begin(task, runs)
+        output = options.output
+        print(
+            f"Learning {len(task.text.codes):,} characters at learning rate "
+            f"{options.learning_rate:g}: {len(runs)} runs of {options.steps} steps, "
+            f"{options.seeds} seeds each."
+        )
+        progress = _train(task, runs, progress)
+        _show(task, runs, progress)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"a result could not be written ({error}). Free some space.")
+    except KeyboardInterrupt:
+        if output is None:
+            print("\nStopped before it began.", file=sys.stderr)
+        else:
+            how = _how_to_resume(output)
+            print(f"\nStopped. To go on where it was:\n  {how}", file=sys.stderr)
+        return _INTERRUPTED
+    return 0

@@ -1,0 +1,186 @@
+"""The demo's options: how they are read, checked, and merged with a checkpoint's."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from optclip.demo import clips
+
+__all__ = ["DEFAULTS", "Options", "Parser", "Sizes", "merge"]
+
+DEFAULTS = {
+    "method": clips.BASELINE,
+    "learning_rate": 2.0,
+    "steps": 600,
+    "seeds": 5,
+    "output": Path("runs/demo"),
+    "text": None,
+}
+
+
+class Options(NamedTuple):
+    """What the user can choose; the attributes are the options of the same names."""
+
+    method: str
+    threshold: float
+    learning_rate: float
+    steps: int
+    seeds: int
+    output: Path
+    text: Path | None
+
+
+class Sizes(NamedTuple):
+    """What the user cannot choose.
+
+    Attributes:
+        symbols: Size of the alphabet.
+        hidden: Units of the network.
+        length: Characters that gradients flow back over.
+        batch: Windows of text a step.
+        chunk: Steps between two checkpoints.
+    """
+
+    symbols: int = 64
+    hidden: int = 64
+    length: int = 64
+    batch: int = 16
+    chunk: int = 40
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least 1, got {text!r}"
+        )
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
+    return Path(text)
+
+
+def _methods() -> str:
+    rows = [
+        f"  {name:<20} {method.threshold:<6g} {method.meaning}"
+        for name, method in clips.METHODS.items()
+    ]
+    return "\n".join(["methods, with default thresholds and what they bound:", *rows])
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads the command line. An error is one line on stderr and exit code 2."""
+
+    def __init__(self):
+        """Declares the options."""
+        super().__init__(
+            prog="python -m optclip.demo",
+            description=(
+                "Trains a recurrent network on text, character by character, three\n"
+                "times: without a clip, with Optax's clip_by_global_norm, and with a\n"
+                "clip of optclip. Shows a table, and writes figure.png and\n"
+                "metrics.jsonl. Ctrl-C stops it; --resume goes on where it was."
+            ),
+            epilog=_methods(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add = self.add_argument
+        add(
+            "--method",
+            choices=tuple(clips.METHODS),
+            metavar="NAME",
+            help=f"clip of optclip, one of those below (default {DEFAULTS['method']})",
+        )
+        add(
+            "--threshold",
+            type=_positive,
+            metavar="X",
+            help="its threshold (default: see below)",
+        )
+        add(
+            "--learning-rate",
+            type=_positive,
+            metavar="X",
+            help=f"of plain SGD (default {DEFAULTS['learning_rate']})",
+        )
+        add(
+            "--steps",
+            type=_whole,
+            metavar="N",
+            help=f"training steps (default {DEFAULTS['steps']})",
+        )
+        add(
+            "--seeds",
+            type=_whole,
+            metavar="N",
+            help=f"networks that a run trains at once (default {DEFAULTS['seeds']})",
+        )
+        add(
+            "--output",
+            type=_path,
+            metavar="FOLDER",
+            help=f"where results go (default {DEFAULTS['output']}); an earlier run's "
+            "are replaced",
+        )
+        add(
+            "--text",
+            type=_path,
+            metavar="FILE",
+            help="a text of your own, in UTF-8 (default: the documentation that comes "
+            "with Python)",
+        )
+        add(
+            "--resume",
+            action="store_true",
+            help="go on with the run in the output folder, with its options",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with one line instead of a usage notice."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:
+    """Returns the options, from those given and those of a checkpoint or the defaults.
+
+    Args:
+        given: Options by name, None where the user said nothing.
+        stored: Those of the checkpoint to resume, as `Options`, or None.
+
+    Raises:
+        ValueError: If one that was given differs from the checkpoint's.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "text" in given:
+        given["text"] = given["text"].resolve()
+    if stored is None:
+        chosen = DEFAULTS | given
+        chosen.setdefault("threshold", clips.METHODS[chosen["method"]].threshold)
+        return Options(**chosen)
+    for name, value in given.items():
+        if name != "output" and value != stored[name]:
+            option = f"--{name.replace('_', '-')}"
+            old = "Python's documentation" if stored[name] is None else stored[name]
+            raise ValueError(
+                f"{option} {value} differs from the checkpoint's ({old}). Leave it "
+                "out, or start anew without --resume."
+            )
+    return Options(**(stored | {"output": given.get("output", DEFAULTS["output"])}))

@@ -1,0 +1,41 @@
+"""What the demo writes down: ``metrics.jsonl``, one object a step, run and seed."""
+
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from optclip.demo.training import FIELDS, Progress, Run
+
+__all__ = ["open_log", "write_rows"]
+
+
+def _number(value: np.float32) -> float | None:
+    """Returns the shortest float that is this float32, or None where JSON has none."""
+    return float(str(value)) if math.isfinite(value) else None
+
+
+def _row(run: Run, seed: int, step: int, values: dict[str, Any]) -> dict[str, Any]:
+    finite = math.isfinite(values["loss"]) and math.isfinite(values["norm_before"])
+    row = {"run": run.name, "seed": seed, "step": step}
+    row |= {name: _number(values[name]) for name in FIELDS}
+    return row | {"nonfinite": not finite}
+
+
+def write_rows(log: IO[str], runs: list[Run], progress: Progress, begun: int) -> None:
+    """Writes the steps from ``begun`` on. Without a clip, the threshold is null."""
+    for step in range(begun, progress.step):
+        for run, record in zip(runs, progress.records, strict=True):
+            for seed in range(record["loss"].shape[1]):
+                values = {name: record[name][step, seed] for name in FIELDS}
+                log.write(json.dumps(_row(run, seed, step, values)) + "\n")
+    log.flush()
+
+
+def open_log(path: Path, runs: list[Run], progress: Progress) -> IO[str]:
+    """Returns the log, rewritten with exactly the steps that the progress knows."""
+    log = path.open("w", encoding="utf-8")
+    write_rows(log, runs, progress, 0)
+    return log

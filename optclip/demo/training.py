@@ -1,0 +1,142 @@
+"""Three runs on the same data from the same start, which differ in the clip alone.
+
+All seeds of a run train at once under `jax.vmap`, a chunk of steps in one
+`jax.lax.scan`; telemetry is read from the optimizer state inside the jitted step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optclip
+from optclip.demo import clips, model
+from optclip.demo.options import Options, Sizes
+
+__all__ = ["FIELDS", "Progress", "Run", "advance", "begin", "compile_chunk", "plan"]
+
+FIELDS = ("loss", "norm_before", "norm_after", "threshold", "scale", "clipped")
+
+
+class Run(NamedTuple):
+    """One way to train.
+
+    Attributes:
+        name: What it is called in the table, the figure and the log.
+        transformation: Clip and optimizer.
+        threshold: The clip's, infinite where there is no clip.
+    """
+
+    name: str
+    transformation: optax.GradientTransformation
+    threshold: float
+
+
+class Progress(NamedTuple):
+    """How far the runs have come: what a checkpoint holds.
+
+    Attributes:
+        step: Steps taken.
+        states: Parameters and optimizer state of each run, all seeds stacked.
+        records: Telemetry of each run: float32[steps, seeds] by name, NaN from ``step``
+            on.
+    """
+
+    step: int
+    states: list[Any]
+    records: list[dict[str, np.ndarray]]
+
+
+def plan(options: Options) -> list[Run]:
+    """Returns the runs: without a clip, with Optax's, and with optclip's."""
+    method = clips.METHODS[options.method]
+    own = options.threshold
+    same = options.method == clips.BASELINE
+    usual = own if same else clips.METHODS[clips.BASELINE].threshold
+
+    def run(name, clip, threshold):
+        # The monitors measure the same norm in all runs, whatever the clip looks at.
+        descent = optax.sgd(options.learning_rate)
+        chain = optax.chain(optclip.monitor(), clip, optclip.monitor(), descent)
+        return Run(name, chain, threshold)
+
+    return [
+        run("no clip", optax.identity(), float("inf")),
+        run(f"optax.{clips.BASELINE}", optax.clip_by_global_norm(usual), usual),
+        run(f"optclip.{options.method}", method.factory(own), own),
+    ]
+
+
+def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
+    """Returns what happened to the gradients at the last step."""
+    seen = optclip.metrics(opt_state)
+    norm = seen["monitor/norm"]
+    norms = {"norm_before": norm, "norm_after": seen["monitor_2/norm"]}
+    if "clip/scale" in seen:
+        own = ("threshold", "scale", "clipped")
+        return norms | {name: seen[f"clip/{name}"] for name in own}
+    above = norm > run.threshold
+    return norms | {
+        "threshold": jnp.full_like(norm, run.threshold),
+        "scale": jnp.where(above, run.threshold / norm, 1.0),
+        "clipped": above.astype(jnp.float32),
+    }
+
+
+def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
+    """Returns the progress of runs that have not begun."""
+    params = model.create(sizes.symbols, sizes.hidden, jnp.arange(options.seeds))
+    states = [(params, jax.vmap(run.transformation.init)(params)) for run in runs]
+    shape = (options.steps, options.seeds)
+    records = [{n: np.full(shape, np.nan, np.float32) for n in FIELDS} for _ in runs]
+    return Progress(0, states, records)
+
+
+def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
+    """Returns a jitted function of (state, steps, seeds, codes) for all seeds of a run.
+
+    It returns the new state and the telemetry, with axes [steps, seeds].
+    """
+    definition = model.define(sizes.symbols, sizes.hidden)
+
+    def train_step(state, step, seed, codes):
+        params, opt_state = state
+        # The data depend on seed and step alone, so that a resumed run sees the same.
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        last = codes.shape[0] - sizes.length
+        starts = jax.random.randint(key, (sizes.batch, 1), 0, last)
+        windows = codes[starts + jnp.arange(sizes.length + 1)[None]]
+        value, grads = jax.value_and_grad(model.loss)(params, definition, windows)
+        updates, opt_state = run.transformation.update(grads, opt_state, params)
+        seen = {"loss": value} | _telemetry(opt_state, run)
+        return (optax.apply_updates(params, updates), opt_state), seen
+
+    all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None))
+
+    @jax.jit
+    def chunk(state, steps, seeds, codes):
+        return jax.lax.scan(lambda s, i: all_seeds(s, i, seeds, codes), state, steps)
+
+    return chunk
+
+
+def advance(
+    progress: Progress, chunks: list[Callable[..., Any]], steps: int, codes: jax.Array
+) -> Progress:
+    """Returns the progress after so many more steps of every run."""
+    begun, ended = progress.step, progress.step + steps
+    numbers = jnp.arange(begun, ended)
+    states, records = [], []
+    old = zip(chunks, progress.states, progress.records, strict=True)
+    for chunk, state, record in old:
+        seeds = jnp.arange(record["loss"].shape[1])
+        state, seen = chunk(state, numbers, seeds, codes)
+        states.append(jax.block_until_ready(state))
+        record = {name: array.copy() for name, array in record.items()}
+        for name, array in jax.device_get(seen).items():
+            record[name][begun:ended] = array
+        records.append(record)
+    return Progress(ended, states, records)

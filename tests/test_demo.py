@@ -1,0 +1,300 @@
+"""The demo: what it writes, that a resumed run is the same run, and its messages."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+for needed in ("flax", "matplotlib", "orbax.checkpoint", "tqdm"):
+    pytest.importorskip(needed)
+
+from optclip.demo import checkpoints, clips, command, table, text, training  # noqa: E402
+from optclip.demo.options import Options, Sizes  # noqa: E402
+
+TINY = Sizes(symbols=12, hidden=4, length=5, batch=2, chunk=3)
+STEPS, SEEDS, RUNS = 6, 2, 3
+SHORT = ["--steps", str(STEPS), "--seeds", str(SEEDS)]
+PROSE = "It was the best of times, it was the worst of times. " * 30
+
+
+def run_demo(*words: object) -> int:
+    return command.main([str(word) for word in words], TINY)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def newest_arrays(folder: Path, options: Options) -> list[np.ndarray]:
+    """Returns all that the newest checkpoint holds."""
+    blank = training.begin(training.plan(options), options, TINY)
+    progress = checkpoints.restore(folder, blank)
+    assert progress.step == STEPS
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(progress[1:])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Compiles each run once: tests differ in nothing but what is looked up here."""
+    original, done = training.compile_chunk, {}
+
+    def compile_chunk(run, sizes):
+        key = (run.name, run.threshold, sizes)
+        if key not in done:
+            done[key] = original(run, sizes)
+        return done[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "compile_chunk", compile_chunk)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(PROSE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, prose):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "results"
+    assert run_demo("--output", folder, "--text", prose, *SHORT) == 0
+    return folder
+
+
+def test_writes_a_figure_and_one_object_a_step_run_and_seed(finished):
+    assert (finished / "figure.png").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(finished)
+    assert len(rows) == STEPS * RUNS * SEEDS
+    assert len({(r["run"], r["seed"], r["step"]) for r in rows}) == len(rows)
+    assert list(rows[0]) == ["run", "seed", "step", *training.FIELDS, "nonfinite"]
+    assert not any(row["nonfinite"] for row in rows)
+    for row in rows[:SEEDS]:
+        assert (row["run"], row["threshold"], row["clipped"]) == ("no clip", None, 0)
+
+
+def test_optax_and_optclip_do_the_same_and_keep_the_threshold(finished):
+    rows = rows_of(finished)
+    ours = [row for row in rows if row["run"] == "optclip.clip_by_global_norm"]
+    theirs = [row for row in rows if row["run"] == "optax.clip_by_global_norm"]
+    assert any(row["clipped"] == 1 for row in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in training.FIELDS:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4)
+        assert mine["norm_after"] <= mine["threshold"] * 1.00001
+
+
+def test_resuming_a_finished_run_shows_it_again(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert run_demo("--resume", "--output", finished) == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    out = capsys.readouterr().out
+    names = ("no clip", "optax.clip_by_global_norm", "unigram entropy", "diverged")
+    assert all(name in out for name in names)
+
+
+# The first save is that of step 0.
+@pytest.mark.parametrize("stop", [(training, "advance", 2), (checkpoints, "save", 3)])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    stop, finished, prose, tmp_path, monkeypatch, capsys
+):
+    module, name, fatal = stop
+    original, calls = getattr(module, name), []
+
+    def interrupted(*args):
+        calls.append(name)
+        if len(calls) == fatal:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    folder = tmp_path / "a folder"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        assert run_demo("--output", folder, "--text", prose, *SHORT) == 130
+    how = f"python -m optclip.demo --resume --output '{folder}'"
+    assert how in capsys.readouterr().err
+    assert not (folder / "figure.png").exists()
+
+    assert run_demo("--resume", "--output", folder) == 0
+    log = (folder / "metrics.jsonl").read_bytes()
+    assert log == (finished / "metrics.jsonl").read_bytes()
+    options = Options("clip_by_global_norm", 0.5, 2.0, STEPS, SEEDS, folder, prose)
+    resumed, whole = newest_arrays(folder, options), newest_arrays(finished, options)
+    assert all(map(np.array_equal, resumed, whole))
+    assert len(resumed) == len(whole)
+
+
+@pytest.mark.parametrize("method", clips.METHODS)
+def test_every_method_trains(method):
+    options = Options(method, clips.METHODS[method].threshold, 2.0, 3, 2, Path(), None)
+    run = training.plan(options)[-1]
+    progress = training.begin([run], options, TINY)
+    codes = jax.numpy.asarray(text.encode(PROSE, TINY.symbols).codes)
+    chunk = training.compile_chunk(run, TINY)
+    record = training.advance(progress, [chunk], 3, codes).records[0]
+    assert all(np.isfinite(record[name]).all() for name in training.FIELDS)
+    assert len(np.unique(record["loss"])) == 6
+
+
+def test_diverged_runs_are_seen_in_table_figure_and_log(
+    prose, tmp_path, monkeypatch, capsys
+):
+    advance = training.advance
+
+    def explode(progress, *args):
+        progress = advance(progress, *args)
+        for record, value in zip(progress.records, (np.nan, np.inf, 1.0), strict=True):
+            record["loss"][1:] = 1.0
+            for name in ("loss", "norm_before", "norm_after"):
+                record[name][2:, 0] = value
+        progress.records[0]["loss"][2:, 1] = 50.0
+        return progress
+
+    monkeypatch.setattr(training, "advance", explode)
+    words = ["--output", tmp_path, "--text", prose, "--steps", 3, "--seeds", 2]
+    assert run_demo(*words) == 0
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "2/2 = 100%" in lines["no clip"]
+    assert "50.00 to not finite" in lines["no clip"]
+    assert "1/2 = 50%" in lines["optax.clip_by_global_norm"]
+    last = rows_of(tmp_path)[-RUNS * SEEDS :]
+    assert [i for i, row in enumerate(last) if row["nonfinite"]] == [0, 2]
+    assert last[0]["loss"] is last[0]["norm_before"] is None
+
+
+def test_other_method_keeps_the_baselines_threshold():
+    options = Options("clip_by_value", 0.01, 1.0, 1, 1, Path(), None)
+    thresholds = [run.threshold for run in training.plan(options)]
+    assert thresholds == [float("inf"), 0.5, 0.01]
+
+
+def test_entropy_and_codes_of_a_text():
+    codes, entropy, _ = text.encode("aaaabbcd", 3)
+    assert codes.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert entropy == pytest.approx(1.5 * np.log(2))
+    assert text.load(None, 64).codes.shape == (450_000,)
+
+
+def test_median_ranks_what_is_not_finite_last():
+    rows = np.array([[np.nan, 1.0, 2.0], [np.nan, np.inf, 2.0]])
+    assert table.median(rows).tolist() == [2.0, np.inf]
+
+
+def fails(capsys, *words: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run_demo(*words)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("python -m optclip.demo: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "clip"], "choose from .*soft_clip"),
+        (["--threshold", "-1"], "must be a number above 0, got '-1'"),
+        (["--threshold", "nan"], "must be a number above 0, got 'nan'"),
+        (["--threshold", "inf"], "must be a number above 0, got 'inf'"),
+        (["--learning-rate", "-0.1"], "--learning-rate: must be a number above 0"),
+        (["--learning-rate", "fast"], "must be a number above 0, got 'fast'"),
+        (["--steps", "0"], "--steps: must be a whole number of at least 1, got '0'"),
+        (["--steps", "1.5"], "must be a whole number of at least 1"),
+        (["--seeds", "-2"], "--seeds: must be a whole number"),
+        (["--output", ""], "must be a path"),
+        (["--output", __file__], r"cannot be written to .*\. Name another folder"),
+        (["--speed", "3"], "unrecognized arguments: --speed 3"),
+        (["--text", "/no/such"], r"cannot be read \(No such file.*Give a text file"),
+    ],
+)
+def test_bad_options_are_one_line(words, message, capsys):
+    err = fails(capsys, *words)
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"too short", "has 9 characters, which is too short"),
+        (b"\xff\xfe\x00" * 500, "is not UTF-8 text"),
+        (b"a" * 2000, "repeats one character"),
+    ],
+)
+def test_bad_texts_are_one_line(content, message, tmp_path, capsys):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    assert message in fails(capsys, "--text", path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["flax", "orbax.checkpoint", "matplotlib", "tqdm"])
+def test_missing_extra_is_one_line(module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = f'needs {module}, not installed here. Run: pip install "optclip[demo]"'
+    assert message in fails(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "7"], "--steps 7 differs from the checkpoint's (6). Leave it out"),
+        (["--method", "soft_clip"], "the checkpoint's (clip_by_global_norm)"),
+        (["--threshold", "0.25"], "--threshold 0.25 differs"),
+        (["--learning-rate", "1"], "--learning-rate 1.0 differs"),
+        (["--text", "other.txt"], "differs from the checkpoint's"),
+    ],
+)
+def test_resuming_with_other_options_is_one_line(words, message, finished, capsys):
+    assert message in fails(capsys, "--resume", "--output", finished, *words)
+
+
+def test_resuming_nothing_is_one_line(tmp_path, capsys):
+    assert "no checkpoint" in fails(capsys, "--resume", "--output", tmp_path)
+
+
+def test_resuming_a_damaged_checkpoint_is_one_line(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / str(STEPS) / "progress")
+    assert "cannot be read" in fails(capsys, "--resume", "--output", copy)
+
+
+def test_resuming_with_a_changed_text_is_one_line(finished, prose, capsys, monkeypatch):
+    monkeypatch.setattr(text, "_read", lambda path: PROSE.upper())
+    words = ["--resume", "--output", finished, "--text", prose]
+    assert "The text is not the one" in fails(capsys, *words)
+
+
+def test_help_names_every_method(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_demo("--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(method in out for method in clips.METHODS)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_runs_as_a_module_that_the_library_does_not_import(finished):
+    code = """
+import runpy, sys, optclip
+assert not {"flax", "matplotlib", "optclip.demo"} & set(sys.modules)
+runpy.run_module("optclip.demo", run_name="__main__", alter_sys=True)
+"""
+    words = [sys.executable, "-W", "error", "-c", code]
+    words += ["--resume", "--output", str(finished)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "unigram entropy of the text" in done.stdout

@@ -1,0 +1,91 @@
+"""Imports go down only, files stay short, and only public names of others are used."""
+
+import ast
+import pathlib
+
+import pytest
+
+import optclip
+
+ROOT = pathlib.Path(optclip.__file__).parent
+FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
+
+# Each room, and the rooms that it may import from. `__init__` and the demo see all.
+MAY_IMPORT = {
+    "_checks": set(),
+    "_trees": set(),
+    "_reads": set(),
+    "_sums": {"_reads"},
+    "_layouts": {"_trees"},
+    "_state": {"_trees"},
+    "_measure": {"_layouts", "_reads", "_sums", "_trees"},
+    "norms": {"_checks", "_layouts", "_measure", "_trees"},
+    "rules": {"_checks"},
+    "actions": {"_checks", "rules"},
+    "scopes": {"_layouts", "_trees"},
+    "_engine": {"_layouts", "_measure", "_trees", "actions", "rules", "scopes"},
+    "_elements": {"_engine", "_layouts", "_measure", "_trees", "actions", "rules"},
+    "_groups": {"_engine", "_layouts", "_measure", "actions", "rules"},
+    "clipping": {
+        "_checks", "_elements", "_engine", "_groups", "_layouts", "_state", "_trees",
+        "actions", "norms", "rules", "scopes",
+    },
+    "methods": {"_checks", "actions", "clipping", "norms", "rules", "scopes"},
+    "monitoring": {"_checks", "_layouts", "_measure", "_state", "_trees"},
+    "telemetry": {"_checks", "_state", "_trees", "clipping", "monitoring"},
+}  # fmt: skip
+ABOVE = {"__init__", "__main__", "demo"}
+
+
+def room(path):
+    return path.removesuffix(".py").split("/")[0]
+
+
+def imported(path):
+    """Returns the full names that a file imports, from anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(FILES[path].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported(path):
+    parts = [name.split(".") for name in imported(path)]
+    return {p[1] for p in parts if p[0] == "optclip" and len(p) > 1}
+
+
+def test_the_table_only_points_down():
+    order = list(MAY_IMPORT)
+    for name, below in MAY_IMPORT.items():
+        assert below <= set(order[: order.index(name)]), name
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_go_down_only(path):
+    if room(path) in ABOVE:
+        return
+    assert room(path) in MAY_IMPORT, "a new room: write it into the table"
+    assert rooms_imported(path) - {room(path)} <= MAY_IMPORT[room(path)]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_private_module_of_jax_or_optax_is_imported(path):
+    for name in imported(path):
+        assert not name.startswith(("jax._src", "optax._src", "jaxlib")), name
+    assert "._src" not in FILES[path].read_text()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) != "demo"])
+def test_only_jax_optax_and_numpy_are_needed(path):
+    allowed = {"collections", "functools", "jax", "numpy", "optax", "optclip", "re"}
+    allowed |= {"typing", "zlib"}
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_file_is_longer_than_300_lines(path):
+    assert len(FILES[path].read_text().splitlines()) <= 300

@@ -1,0 +1,143 @@
+"""Every public transformation lowers for every platform, without leaving XLA.
+
+One module for all platforms is exported from one jitted, AdamW-stepping function; it
+must hold no callback into Python and no custom call.
+"""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+
+import optclip
+from optclip import actions, rules, scopes
+
+PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
+
+# Names of `optclip.__all__` that make no update: modules, states, readers.
+READERS = {"culprits", "leaf_metrics", "metrics"}
+# Functions on gradients, without a state.
+PURE = {
+    "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0)[0],
+    "clip_grad_value": lambda g: optclip.clip_grad_value(g, 1.0),
+}
+EVERY_SCOPE = {
+    "tree": scopes.tree(),
+    "leaf": scopes.leaf(),
+    "layer": scopes.layer({"blocks": 1}),
+    "unit": scopes.unit(),
+    "element": scopes.element(),
+    "label": scopes.label(lambda path: path[:1]),
+}
+SAMPLES = {
+    "adaptive_grad_clip": [lambda: optclip.adaptive_grad_clip(0.01)],
+    "clip": [
+        *(lambda s=s: optclip.clip(1.0, scope=s) for s in EVERY_SCOPE.values()),
+        *(
+            lambda p=p: optclip.clip(1.0, nonfinite=p, scope=scopes.leaf())
+            for p in ("zero", "drop", "skip")
+        ),
+        lambda: optclip.clip(optax.linear_schedule(2.0, 1.0, 10), ord=3),
+        lambda: optclip.clip(rules.relative_to_params(0.1), action=actions.zero),
+        lambda: optclip.clip(1.0, update_dtype=jnp.float32, ord=1),
+        lambda: optclip.clip(1.0, ord=float("inf")),
+    ],
+    "clip_by_block_rms": [lambda: optclip.clip_by_block_rms(1.0)],
+    "clip_by_global_norm": [
+        lambda: optclip.clip_by_global_norm(1.0),
+        lambda: optclip.clip_by_global_norm(1.0, eps=1e-6),
+    ],
+    "clip_by_leaf_norm": [lambda: optclip.clip_by_leaf_norm(1.0)],
+    "clip_by_unit_norm": [lambda: optclip.clip_by_unit_norm(1.0)],
+    "clip_by_value": [
+        lambda: optclip.clip_by_value(1.0),
+        lambda: optclip.clip_by_value((-1.0, 2.0)),
+    ],
+    "clip_per_layer": [lambda: optclip.clip_per_layer(1.0, {"blocks": 1})],
+    "monitor": [optclip.monitor],
+    "normalize_by_norm": [lambda: optclip.normalize_by_norm(1.0)],
+    "soft_clip": [
+        lambda kind=kind: optclip.soft_clip(1.0, kind=kind)
+        for kind in ("rational", "tanh", "atan", "sqrt")
+    ],
+}
+PARAMS = {
+    "blocks": jnp.ones((3, 4, 5)),
+    "kernel": jnp.ones((4, 5)),
+    "kernel_too": jnp.ones((4, 5)),
+    "bias": jnp.ones(5),
+    "half": jnp.ones(5, jnp.bfloat16),
+    "scale": jnp.ones([]),
+}
+
+
+def public_transformations():
+    names = [n for n in optclip.__all__ if inspect.isfunction(getattr(optclip, n))]
+    return set(names) - READERS
+
+
+def adamw_step(tx):
+    optimizer = optax.chain(tx, optax.adamw(1e-3))
+
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, optclip.metrics(state)
+
+    return step, optimizer.init
+
+
+def assert_lowers_everywhere(step, *arguments):
+    # Export refuses callbacks and unstable custom calls by itself.
+    exported = export.export(jax.jit(step), platforms=PLATFORMS)(*arguments)
+    assert list(exported.platforms) == PLATFORMS
+    # Locations quote names of functions, this test's own among them.
+    lines = exported.mlir_module().splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#loc"))
+    text = re.sub(r"loc\(.*\)", "", text)
+    assert "stablehlo." in text
+    assert "custom_call" not in text
+    assert "callback" not in text
+
+
+def test_every_public_transformation_has_a_sample():
+    assert public_transformations() == set(SAMPLES) | set(PURE)
+
+
+EACH = [
+    pytest.param(make, id=f"{name}-{i}")
+    for name, makers in SAMPLES.items()
+    for i, make in enumerate(makers)
+]
+
+
+@pytest.mark.parametrize("make", EACH)
+def test_step_lowers_for_every_platform_without_custom_calls(make):
+    step, init = adamw_step(make())
+    state = jax.eval_shape(init, PARAMS)
+    assert_lowers_everywhere(step, PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_functions_lower_for_every_platform_without_custom_calls(name):
+    assert_lowers_everywhere(PURE[name], PARAMS)
+
+
+def test_a_custom_call_would_be_found():
+    def orthogonal(x):
+        return jnp.linalg.qr(x)
+
+    with pytest.raises(AssertionError, match="custom_call"):
+        assert_lowers_everywhere(orthogonal, PARAMS["kernel"])
+
+
+def test_a_callback_would_be_found():
+    def calling_back(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: x, shape, x)
+
+    with pytest.raises(NotImplementedError, match="callback"):
+        assert_lowers_everywhere(calling_back, PARAMS["kernel"])

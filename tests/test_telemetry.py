@@ -1,0 +1,259 @@
+"""Figures by hand-computed examples, at any depth, several clips told apart."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+
+import optclip
+from optclip import Culprit, scopes
+
+PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+GRADS = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 12.0])}  # norms 5, 12; 13
+KEYS = {
+    "norm_before", "norm_after", "threshold", "scale", "clipped", "steps",
+    "clipped_steps", "clipped_fraction", "nonfinite_steps",
+}  # fmt: skip
+
+
+def stepped(tx, *updates, params=PARAMS):
+    state = tx.init(params)
+    step = registry.jit(tx.update)
+    for u in updates or (GRADS,):
+        _, state = step(u, state, params)
+    return state
+
+
+def figures(state, **options):
+    return {k: float(v) for k, v in optclip.metrics(state, **options).items()}
+
+
+def test_metrics_of_a_global_clip_are_those_of_the_hand_computed_example():
+    small = jax.tree.map(lambda x: x / 130, GRADS)
+    nan = {"a": GRADS["a"] * jnp.nan, "b": GRADS["b"]}
+    got = figures(stepped(optclip.clip_by_global_norm(6.5), nan, small, small, GRADS))
+    wanted = {
+        "norm_before": 13.0, "norm_after": 6.5, "threshold": 6.5, "scale": 0.5,
+        "clipped": 1.0, "steps": 4.0, "clipped_steps": 1.0, "clipped_fraction": 0.25,
+        "nonfinite_steps": 1.0,
+    }  # fmt: skip
+    chex.assert_trees_all_close(
+        got, {f"clip/{k}": v for k, v in wanted.items()}, rtol=1e-6
+    )
+
+
+def test_a_fresh_state_has_the_figures_that_its_docstring_says():
+    got = figures(optclip.clip(1.0).init(PARAMS))
+    assert got.pop("clip/scale") == 1
+    assert set(got.values()) == {0}
+
+
+def test_metrics_of_a_leaf_clip_name_the_group_that_was_shortened_most():
+    got = figures(stepped(optclip.clip_by_leaf_norm(jnp.array([4.0, 6.0]))))
+    assert got["clip/threshold"] == 6
+    assert got["clip/scale"] == 0.5
+    assert got["clip/clipped"] == 1
+    np.testing.assert_allclose(got["clip/norm_after"], np.hypot(4, 6), rtol=1e-6)
+    got = figures(stepped(optclip.clip_by_leaf_norm(10.0)))
+    assert got["clip/clipped"] == 0.5
+
+
+def test_the_scale_is_the_smallest_factor_also_where_all_grow():
+    tx = optclip.normalize_by_norm(60.0, scope=scopes.leaf())
+    np.testing.assert_allclose(figures(stepped(tx))["clip/scale"], 5.0, rtol=1e-6)
+
+
+def test_metrics_of_a_value_clip_are_largest_magnitudes():
+    got = figures(stepped(optclip.clip_by_value(3.0)))
+    assert got["clip/norm_before"] == 12
+    assert got["clip/norm_after"] == 3
+    assert got["clip/scale"] == 0.25
+    assert got["clip/clipped"] == 1
+
+
+def test_norm_before_is_nan_or_inf_as_the_updates_are():
+    for value in (np.nan, np.inf):
+        bad = {"a": jnp.array([value, 1.0]), "b": GRADS["b"]}
+        got = figures(stepped(optclip.clip(1.0), bad))
+        np.testing.assert_equal(got["clip/norm_before"], value)
+
+
+def with_inject():
+    return optax.inject_hyperparams(
+        lambda rate: optax.chain(optclip.clip(6.5), optax.sgd(rate))
+    )(rate=0.1)
+
+
+NESTED = {
+    "chain": lambda: optax.chain(optclip.clip(6.5), optax.adam(1e-3)),
+    "nested chain": lambda: optax.chain(optax.chain(optclip.clip(6.5)), optax.sgd(1.0)),
+    "MultiSteps": lambda: optax.MultiSteps(optclip.clip(6.5), 1),
+    "inject_hyperparams": with_inject,
+    "apply_if_finite": lambda: optax.apply_if_finite(optclip.clip(6.5), 3),
+    "partition": lambda: optax.partition({"all": optclip.clip(6.5)}, "all"),
+    "masked": lambda: optax.masked(optclip.clip(6.5), {"a": True, "b": True}),
+}
+
+
+@pytest.mark.parametrize("nesting", NESTED)
+def test_metrics_are_found_at_any_depth(nesting):
+    got = figures(stepped(NESTED[nesting]()))
+    assert set(got) == {f"clip/{k}" for k in KEYS}
+    assert got["clip/norm_before"] == 13
+    assert got["clip/norm_after"] == 6.5
+
+
+def test_metrics_are_found_in_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optclip.monitor(), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(model)
+        optimizer.update(model, grads)
+        return optclip.metrics(optimizer.opt_state)
+
+    inside = step(model, optimizer)
+    outside = optclip.metrics(optimizer.opt_state)
+    chex.assert_trees_all_close(inside, outside)
+    assert float(outside["clip/steps"]) == 1
+    assert float(outside["clip/norm_before"]) > 0
+    params = nnx.state(model, nnx.Param)
+    rows = optclip.leaf_metrics(optimizer.opt_state, params)
+    assert {"bias/norm_before", "kernel/scale", "kernel/norm"} <= set(rows)
+
+
+def test_several_clips_are_told_apart_in_the_order_of_the_chain():
+    tx = optax.chain(optclip.monitor(), optclip.clip(6.5), optclip.clip(1.3))
+    got = figures(stepped(tx), prefix="grad")
+    assert got["monitor/norm"] == 13
+    assert got["monitor/steps"] == 1
+    assert got["grad/norm_before"] == 13
+    np.testing.assert_allclose(got["grad_2/norm_before"], 6.5, rtol=1e-6)
+    np.testing.assert_allclose(got["grad_2/norm_after"], 1.3, rtol=1e-6)
+    assert len(got) == 2 * len(KEYS) + 3
+
+
+def test_metrics_inside_jit_are_those_outside():
+    tx = optclip.clip(6.5)
+
+    @jax.jit
+    def step(updates, state):
+        _, state = tx.update(updates, state)
+        return state, optclip.metrics(state)
+
+    state, inside = step(GRADS, tx.init(PARAMS))
+    chex.assert_trees_all_equal(inside, optclip.metrics(state))
+    chex.assert_rank(jax.tree.leaves(inside), 0)
+
+
+def test_a_state_without_a_clip_has_no_metrics():
+    state = optax.adam(1e-3).init(PARAMS)
+    assert optclip.metrics(state) == {}
+    assert optclip.leaf_metrics(state, PARAMS) == {}
+    assert optclip.culprits(state, PARAMS) == []
+
+
+def rows(tx, params=PARAMS, grads=GRADS):
+    found = optclip.leaf_metrics(stepped(tx, grads, params=params), params)
+    return {k: round(float(v), 5) for k, v in found.items()}
+
+
+def test_leaf_metrics_of_a_leaf_clip():
+    assert rows(optclip.clip_by_leaf_norm(6.0)) == {
+        "a/norm_before": 5, "a/threshold": 6, "a/scale": 1,
+        "b/norm_before": 12, "b/threshold": 6, "b/scale": 0.5,
+    }  # fmt: skip
+
+
+def test_leaf_metrics_of_a_label_clip_are_those_of_the_label():
+    tx = optclip.clip(6.5, scope=scopes.label(lambda path: "both"))
+    got = rows(tx)
+    assert got["a/norm_before"] == got["b/norm_before"] == 13
+    assert got["a/scale"] == got["b/scale"] == 0.5
+
+
+def test_leaf_metrics_of_a_layer_clip_number_the_layers():
+    params = {"blocks": jnp.zeros((2, 2)), "w": jnp.zeros(2)}
+    grads = {"blocks": jnp.array([[3.0, 4.0], [0.0, 12.0]]), "w": jnp.array([0.0, 1.0])}
+    assert rows(optclip.clip_per_layer(6.0, {"blocks": 1}), params, grads) == {
+        "blocks/0/norm_before": 5, "blocks/0/threshold": 6, "blocks/0/scale": 1,
+        "blocks/1/norm_before": 12, "blocks/1/threshold": 6, "blocks/1/scale": 0.5,
+        "w/norm_before": 1, "w/threshold": 6, "w/scale": 1,
+    }  # fmt: skip
+
+
+def test_leaf_metrics_of_a_second_clip_and_of_monitors_are_told_apart():
+    tx = optax.chain(
+        optclip.monitor(), optclip.clip_by_leaf_norm(6.0),
+        optclip.clip_by_leaf_norm(1.0), optclip.monitor(),
+    )  # fmt: skip
+    got = rows(tx)
+    assert got["b/norm"] == 12
+    assert got["b/norm_2"] == 1
+    assert got["b/norm_before_2"] == 6
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
+    inner = optclip.clip_by_leaf_norm(6.0)
+    tx = {
+        "masked": lambda: optax.masked(inner, {"a": False, "b": True}),
+        "partition": lambda: optax.partition(
+            {"x": optax.identity(), "y": inner}, {"a": "x", "b": "y"}
+        ),
+    }[wrap]()
+    assert set(rows(tx)) == {"b/norm_before", "b/threshold", "b/scale"}
+    bad = {"a": GRADS["a"], "b": jnp.array([np.nan, np.inf])}
+    assert optclip.culprits(stepped(tx, bad), PARAMS) == [Culprit("b", 0, 1, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optclip.clip(1.0),
+        lambda: optclip.clip_by_unit_norm(1.0),
+        lambda: optclip.clip_by_value(1.0),
+        lambda: optclip.clip(1.0, ord=3, nonfinite="drop"),
+        optclip.monitor,
+    ],
+    ids=["tree", "unit", "element", "ord3-drop", "monitor"],
+)
+def test_culprits_are_counted_and_the_worst_comes_first(make):
+    bad = {"a": jnp.array([-np.inf, 1.0]), "b": jnp.array([np.nan, np.inf])}
+    state = stepped(make(), GRADS, bad, GRADS)
+    assert optclip.culprits(state, PARAMS) == [
+        Culprit("b", 1, 1, 1, 0),
+        Culprit("a", 1, 0, 0, 1),
+    ]
+
+
+def test_other_parameters_than_those_of_init_are_an_error():
+    state = stepped(
+        optclip.clip_by_leaf_norm(1.0), {k: v * jnp.nan for k, v in GRADS.items()}
+    )
+    with pytest.raises(ValueError, match="that the optimizer was initialised with"):
+        optclip.leaf_metrics(state, {"c": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="that the optimizer was initialised with"):
+        optclip.culprits(state, {"c": jnp.zeros(2)})
+
+
+def test_a_batch_of_states_is_an_error_that_says_what_to_do():
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), optclip.clip(1.0).init(PARAMS))
+    with pytest.raises(ValueError, match="take one of them"):
+        optclip.culprits(state, PARAMS)
+    assert optclip.metrics(state)["clip/scale"].shape == (2,)
+
+
+def test_a_monitor_changes_nothing_bitwise():
+    updates = {"a": jnp.array([np.nan, 1e-42, -0.0]), "b": jnp.array([np.inf, 3e38])}
+    tx = optclip.monitor(ord=1)
+    out, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    for key, value in updates.items():
+        a, b = np.asarray(out[key]), np.asarray(value)
+        np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
