@@ -79,7 +79,14 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
     axes, reals = list(plan.axes), list(leaves)
     for i, x in enumerate(leaves):
         if jnp.iscomplexobj(x) and plan.order == 2.0:
-            reals[i] = jnp.stack([x.real, x.imag], axis=-1)
+            re, im = x.real, x.imag
+            if plan.drop:  # an entry is dropped whole: its finite part counts for 0
+                fine_re, fine_im = jnp.isfinite(re), jnp.isfinite(im)
+                re, im = (
+                    jnp.where(fine_im | ~fine_re, re, 0),
+                    jnp.where(fine_re | ~fine_im, im, 0),
+                )
+            reals[i] = jnp.stack([re, im], axis=-1)
             axes[i] = (*axes[i], x.ndim)
         elif jnp.iscomplexobj(x):
             reals[i] = jnp.abs(x)

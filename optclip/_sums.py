@@ -90,6 +90,7 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     counts are int32[leaves, 3]: how many entries are NaN, +inf, -inf.
     """
     tops: Any = None
+    units: Arrays = ()
     seeing = plan._replace(drop=False)  # else nothing would tell of bad entries
     if plan.order not in (1.0, 2.0, np.inf):
         ((*largest,), _) = read(leaves, [None], plan._replace(order=np.inf))
@@ -97,16 +98,19 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
         pairs = zip(unpool(units, plan), plan.axes, strict=True)
         tops = [spread(t, axes) for t, axes in pairs]
     (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)
-    if tops is None:
-        units = tuple(jnp.ones_like(s) for s in sums)
     flags = [~(s < jnp.inf) for s in sums]
     flags += _under(sums, _floors(leaves, sums, plan), plan)
-    clean = jnp.zeros((len(leaves), 3), jnp.int32)
-    return lax.cond(
-        _anywhere(flags, plan),
-        lambda: _with_care(leaves, sums, units, tops, plan),
-        lambda: (sums, units, clean),
-    )
+
+    # Constants are made inside: under `jax.vmap` of a sharded axis they must be.
+    def as_they_are():
+        ones = tuple(jnp.ones_like(s) for s in sums) if tops is None else units
+        return sums, ones, jnp.zeros((len(leaves), 3), jnp.int32)
+
+    def with_care():
+        ones = tuple(jnp.ones_like(s) for s in sums) if tops is None else units
+        return _with_care(leaves, sums, ones, tops, plan)
+
+    return lax.cond(_anywhere(flags, plan), with_care, as_they_are)
 
 
 @power_sums.defjvp

@@ -19,7 +19,6 @@ if not os.environ.get("OPTCLIP_LONG"):
         "test_contract_*.py",
         "test_faults.py",
         "test_laws.py",
-        "test_lowering.py",
         "test_speed.py",
     ]
 
