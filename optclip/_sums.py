@@ -100,17 +100,14 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)
     flags = [~(s < jnp.inf) for s in sums]
     flags += _under(sums, _floors(leaves, sums, plan), plan)
-
-    # Constants are made inside: under `jax.vmap` of a sharded axis they must be.
-    def as_they_are():
-        ones = tuple(jnp.ones_like(s) for s in sums) if tops is None else units
-        return sums, ones, jnp.zeros((len(leaves), 3), jnp.int32)
-
-    def with_care():
-        ones = tuple(jnp.ones_like(s) for s in sums) if tops is None else units
-        return _with_care(leaves, sums, ones, tops, plan)
-
-    return lax.cond(_anywhere(flags, plan), with_care, as_they_are)
+    if tops is None:
+        units = tuple(jnp.ones_like(s) for s in sums)
+    clean = jnp.zeros((len(leaves), 3), jnp.int32)
+    return lax.cond(
+        _anywhere(flags, plan),
+        lambda: _with_care(leaves, sums, units, tops, plan),
+        lambda: (sums, units, clean),
+    )
 
 
 @power_sums.defjvp
