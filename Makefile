@@ -70,10 +70,10 @@ lint: $(call stamp,test)  ## Ruff and pyright only
 # The docstring examples go first, so that the last line tells of the tests.
 unit: $(call stamp,test)  ## Tests and examples only, without lint
 	@$(bin)/python -m pytest -q -o addopts= --doctest-modules optclip
-	@$(bin)/python -m pytest -n $(JOBS) $(ARGS)
+	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 contract: $(call stamp,test)  ## The long suite: contracts, faults, laws, lowering, speed
-	@OPTCLIP_LONG=1 $(bin)/python -m pytest -n $(JOBS) $(ARGS)
+	@OPTCLIP_LONG=1 $(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -9,12 +9,15 @@ from jax import lax
 
 from optclip import _layouts, _measure, rules
 from optclip._engine import Call, Outcome, context_of, finish, hold
+from optclip._reads import Plan
 
 __all__ = ["empty_norms", "scale_groups"]
 
 # A norm this many times its limit is scaled in two steps: the factor of one step would
 # be subnormal, and XLA flushes subnormal numbers to zero.
 FAR = 2.0**96
+# From this share of the largest number on, a scale counts as constant in derivatives.
+EDGE = 2.0**-16
 
 
 def empty_norms(layout: _layouts.Layout, leaves: list) -> tuple[jax.Array, ...]:
@@ -39,6 +42,9 @@ def _factors(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limi
     length = jnp.where(huge | unmeasured, reduced, norm)
     near = rules.Limit(limit.threshold * unit, limit.target * unit)
     scale = jnp.asarray(action(length, near)).astype(norm.dtype)
+    # The derivative by the scale is the group itself, whose sum would overflow here.
+    edge = norm > jnp.finfo(norm.dtype).max * EDGE
+    scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(huge & (scale != 1), _measure.REDUCTION, 1.0)
     return scale, first.astype(norm.dtype)
 
@@ -94,7 +100,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     reduced = [n.reshape(s) for n, s in zip(call.measured.reduced, shapes, strict=True)]
     bads = [b.reshape(s) for b, s in zip(_bad_groups(call), shapes, strict=True)]
     safe = [jnp.where(b, 0.0, n) for b, n in zip(bads, norms, strict=True)]
-    tree_norm = _measure.total(safe, call.counts, options.order)
+    tree_norm = _measure.total(safe, call.counts, options.order, call.plan)
     skipped = call.bad & (options.nonfinite == "skip")
 
     new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
@@ -116,8 +122,10 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         limits.append(limit)
         # Of what is measured here, not of the rounded updates: that were another read.
         length = reduced[k] * scales[-1]
-        unmeasured = (first == 1) & (norm >= jnp.finfo(norm.dtype).max)
-        length = jnp.where(unmeasured, length / _measure.REDUCTION, length)
+        largest = jnp.finfo(norm.dtype).max
+        unmeasured = (first == 1) & (norm >= largest)
+        unreduced = jnp.minimum(length / _measure.REDUCTION, largest)
+        length = jnp.where(unmeasured, unreduced, length)
         length = jnp.where((first == 1) & ~unmeasured, norm * scales[-1], length)
         length = jnp.where(bad, norms[k], length)
         afters.append(length if dead is None else jnp.where(dead, 0.0, length))
@@ -139,24 +147,33 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     return Outcome(
         leaves=new,
         rule_state=tuple(new_state),
-        before=_measure.total(norms, call.counts, options.order),
-        after=_measure.total(afters, call.counts, options.order),
+        before=_measure.total(norms, call.counts, options.order, call.plan),
+        after=_measure.total(afters, call.counts, options.order, call.plan),
         stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
-        **_summary(safe, limits, total),
+        **_summary(safe, limits, total, call.plan),
     )
 
 
-def _summary(norms: list, limits: list, scales: list) -> dict[str, jax.Array]:
+def _summary(norms: list, limits: list, scales: list, plan: Plan) -> dict:
     """Returns the figures of the group that was shortened most, and how many were."""
-    chosen = jnp.min(jnp.stack([jnp.min(s, initial=jnp.inf) for s in scales]))
+    across = plan.across or ((),) * len(norms)
+    every = list(zip(norms, limits, scales, across, strict=True))
+
+    def least(x, names):
+        low = jnp.min(x, initial=jnp.inf)
+        return lax.pmin(low, names) if names else low
+
+    chosen = jnp.min(jnp.stack([least(s, a) for _, _, s, a in every]))
     thresholds = [
-        jnp.min(jnp.where(s == chosen, li.threshold, jnp.inf), initial=jnp.inf)
-        for s, li in zip(scales, limits, strict=True)
+        least(jnp.where(s == chosen, li.threshold, jnp.inf), a) for _, li, s, a in every
     ]
-    over = [jnp.sum(n > li.threshold) for n, li in zip(norms, limits, strict=True)]
-    count = sum(n.size for n in norms)
+    over, count = 0.0, 0
+    for norm, limit, _, names in every:
+        mine = jnp.sum(norm > limit.threshold).astype(jnp.float32)
+        over = over + (lax.psum(mine, names) if names else mine)
+        count += norm.size * _measure.devices_along(names)
     return {
         "threshold": jnp.min(jnp.stack(thresholds)),
         "scale": chosen,
-        "clipped": jnp.asarray(sum(over)) / max(count, 1),
+        "clipped": over / max(count, 1),
     }

@@ -14,12 +14,13 @@ from jax import lax
 
 from optclip import _sums, _trees
 from optclip._layouts import Layout
-from optclip._reads import Plan, spread, usable_unit, widen
+from optclip._reads import Plan, reading_order, spread, usable_unit, widen
 
 __all__ = [
     "REDUCTION",
     "Measured",
     "combine",
+    "devices_along",
     "measure",
     "measure_layout",
     "spread",
@@ -66,6 +67,8 @@ def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:
 
     if order == np.inf:
         return total(norms, jnp.max, jax.ops.segment_max)
+    # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
+    norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
     top = total(lax.stop_gradient(norms), jnp.max, jax.ops.segment_max)
     unit = usable_unit(top)
     ratio = norms / unit[at]
@@ -90,9 +93,16 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
             axes[i] = (*axes[i], x.ndim)
         elif jnp.iscomplexobj(x):
             reals[i] = jnp.abs(x)
-    sums, units, entries = _sums.power_sums(
-        tuple(reals), plan._replace(axes=tuple(axes))
+    order = reading_order(reals, plan)
+    ordered = plan._replace(
+        axes=tuple(axes[i] for i in order),
+        names=tuple(plan.names[i] for i in order),
+        groups=tuple(plan.groups[i] for i in order) if plan.groups else (),
     )
+    sums, units, entries = _sums.power_sums(tuple(reals[i] for i in order), ordered)
+    if order != sorted(order):
+        back = np.argsort(order)
+        sums, units, entries = (sums[0][back],), (units[0][back],), entries[back]
     roots = [root(s, plan.order) for s in sums]
     norm = [r * u for r, u in zip(roots, units, strict=True)]
     reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
@@ -120,28 +130,59 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
     """Returns how many entries each group has, one array for each array of norms."""
     counts = []
     for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
-        devices = lax.psum(1, names) if names else 1
-        counts.append(float(np.prod([x.shape[a] for a in axes], initial=1) * devices))
+        size = np.prod([x.shape[a] for a in axes], initial=1)
+        counts.append(float(size * devices_along(names)))
     if not plan.groups:
         return tuple(np.asarray(c) for c in counts)
     return (np.bincount(np.asarray(plan.groups), weights=counts),)
 
 
-def total(norms: Sequence[jax.Array], counts: Sequence[np.ndarray], order: Any):
-    """Returns the norm of all groups together."""
+def _combine_across(norm: jax.Array, order: float, names: tuple[str, ...]):
+    """Returns the norm of one number a device."""
+    if not names:
+        return norm
+    top = lax.pmax(lax.stop_gradient(norm), names)
+    if order == np.inf:
+        return top
+    unit = usable_unit(top)
+    return root(lax.psum((norm / unit) ** order, names), order) * unit
+
+
+def total(
+    norms: Sequence[jax.Array], counts: Sequence[np.ndarray], order: Any, plan: Plan
+) -> jax.Array:
+    """Returns the norm of all groups together; the largest number if it is longer."""
     power = 2.0 if order == "rms" else order
-    parts, entries = [], 0.0
-    for norm, count in zip(norms, counts, strict=True):
+    across = plan.across if len(plan.across) == len(norms) else ((),) * len(norms)
+    sizes = [
+        np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
+        for norm, count, names in zip(norms, counts, across, strict=True)
+    ]
+    parts = []
+    for norm, count, names in zip(norms, counts, across, strict=True):
         if order == "rms":
-            norm = norm * np.sqrt(count).astype(norm.dtype)
-        entries += float(np.sum(count)) * (1 if np.ndim(count) else norm.size)
+            share = np.sqrt(count / max(sum(sizes), 1))
+            norm = norm * share.astype(norm.dtype)
         flat = jnp.ravel(norm)
-        parts.append(combine(flat, power, (0,) * flat.size)[0] if flat.size else None)
-    parts = [p for p in parts if p is not None]
+        part = combine(flat, power, (0,) * flat.size) if flat.size else jnp.zeros(1)
+        parts.append(_combine_across(part, power, names))
     widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
-    joined = jnp.stack([p.astype(widest) for p in parts])
+    joined = jnp.concatenate([p.astype(widest) for p in parts])
     length = combine(joined, power, (0,) * len(parts))[0]
-    return length / np.sqrt(max(entries, 1)) if order == "rms" else length
+    # An overflow, where no group is infinite itself: those are at most the largest.
+    finite = [jnp.all(jnp.ravel(n) < jnp.inf)[None] for n in norms]
+    finite = [~_any_device(~f, a) for f, a in zip(finite, across, strict=True)]
+    too_long = jnp.isposinf(length) & jnp.all(jnp.concatenate(finite))
+    return jnp.where(too_long, jnp.finfo(widest).max, length)
+
+
+def _any_device(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    return lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
+
+
+def devices_along(names: tuple[str, ...]) -> int:
+    """Returns over how many devices these mesh axes spread a leaf."""
+    return lax.psum(1, names) if names else 1
 
 
 def measure_layout(
@@ -154,11 +195,12 @@ def measure_layout(
     drop: bool = False,
 ) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
     """Returns the norms of the groups of a layout, and how large they are."""
-    names = _trees.axis_names(
+    names, across = _trees.axis_names(
         axis_name, updates, found, list(layout.axes), local=not layout.groups
     )
     power = 2.0 if order == "rms" else order
-    plan = Plan(power, layout.axes, layout.groups, names, drop)
+    across = () if layout.groups else across
+    plan = Plan(power, layout.axes, layout.groups, names, drop, across)
     measured = measure(tuple(found.leaves), plan)
     counts = entry_counts(found.leaves, plan)
     divisors = [1.0] * len(counts)

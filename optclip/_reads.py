@@ -8,6 +8,8 @@ with a thousand leaves quick to compile.
 """
 
 import functools
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ __all__ = [
     "constants",
     "lost_below",
     "read",
+    "reading_order",
     "rescue",
     "spread",
     "unpool",
@@ -46,6 +49,7 @@ class Plan(NamedTuple):
         groups: Per leaf, the number of its group; empty if local.
         names: Per leaf, the mesh axes that its sums are added up over.
         drop: Whether entries that are not finite are left out.
+        across: Per leaf, the mesh axes that its groups lie along; empty if pooled.
     """
 
     order: float
@@ -53,6 +57,14 @@ class Plan(NamedTuple):
     groups: tuple[int, ...]
     names: tuple[tuple[str, ...], ...]
     drop: bool = False
+    across: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def everywhere(self) -> tuple[tuple[str, ...], ...]:
+        """Per leaf, the mesh axes that it is sharded over."""
+        if not self.across:
+            return self.names
+        return tuple(n + a for n, a in zip(self.names, self.across, strict=True))
 
 
 def wide_dtype(x: jax.Array) -> Any:
@@ -122,15 +134,15 @@ def _bad_entries(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _joined(columns: list, chunks: list[list[int]], plan: Plan) -> jax.Array:
     """Returns one vector of all leaves, in order, added up over their mesh axes."""
     reduce = lax.pmax if plan.order == np.inf else lax.psum
-    parts, order = [], []
+    parts = []
     # One collective for each set of axes, and before leaves of other sets come in: in
     # `jax.shard_map` what is joined with a sharded value counts as sharded.
-    for names in sorted(set(plan.names)):
-        at = [k for k, chunk in enumerate(chunks) if plan.names[chunk[0]] == names]
-        part = jnp.concatenate([columns[k] for k in at])
+    names_of = operator.itemgetter(1)
+    pairs = [(c, plan.names[at[0]]) for c, at in zip(columns, chunks, strict=True)]
+    for names, group in itertools.groupby(pairs, key=names_of):
+        part = jnp.concatenate([column for column, _ in group])
         parts.append(reduce(part, names) if names else part)
-        order += [i for k in at for i in chunks[k]]
-    return jnp.concatenate(parts)[np.argsort(order)]
+    return jnp.concatenate(parts)
 
 
 def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
@@ -140,8 +152,27 @@ def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
 def constants(values: Sequence[float], like: Arrays, plan: Plan) -> Arrays:
     """Returns one constant a leaf, laid out like the sums ``like``."""
     if plan.groups:
-        return (jnp.asarray(np.asarray(values), like[0].dtype),)
+        # No array constant: under `lax.cond`, vmapped over an explicitly sharded axis,
+        # JAX can't place one.
+        runs = [(value, len([*same])) for value, same in itertools.groupby(values)]
+        parts = [jnp.full(length, v, like[0].dtype) for v, length in runs]
+        return (jnp.concatenate(parts),)
     return tuple(jnp.asarray(v, s.dtype) for v, s in zip(values, like, strict=True))
+
+
+def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
+    """Returns the numbers of the leaves, those of one kind and mesh axes together."""
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        alike.setdefault((plan.names[i], jax.typeof(x)), []).append(i)
+    return [alike[key] for key in sorted(alike, key=lambda key: key[0])]
+
+
+def reading_order(leaves: Sequence[jax.Array], plan: Plan) -> list[int]:
+    """Returns the order of leaves that `read` wants, which reorders nothing."""
+    if not plan.groups:
+        return [*range(len(leaves))]
+    return [i for at in _alike(leaves, plan) for i in at]
 
 
 def _chunks(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
@@ -149,11 +180,8 @@ def _chunks(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
     if not plan.groups:
         return [[i] for i in range(len(leaves))]
     sizes = [x.size * x.dtype.itemsize for x in leaves]
-    alike: dict[Any, list[int]] = {}
-    for i, x in enumerate(leaves):
-        alike.setdefault((jax.typeof(x), plan.names[i]), []).append(i)
     room, chunks = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
-    for at in alike.values():
+    for at in _alike(leaves, plan):
         size = max(sizes[at[0]], 1)
         many = len(at) >= MANY_ALIKE and size <= SMALL_BYTES
         step = int(room // size) if many else 1
@@ -167,7 +195,7 @@ def read(
     """Returns the sums of powers, one set for each of ``factors``, and the counts.
 
     Args:
-        leaves: The leaves, real.
+        leaves: The leaves, real; if pooled, in their `reading_order`.
         factors: For each set, what entries are multiplied by: None for 1, or a list of
             one array a leaf that broadcasts against it.
         plan: What to measure.
@@ -205,7 +233,8 @@ def read(
     rows = [list(column) for column in zip(*columns, strict=True)]
     counts = None
     if count:
-        counts = _joined(rows.pop(), chunks, plan._replace(order=2.0))
+        whole = plan._replace(order=2.0, names=plan.everywhere)
+        counts = _joined(rows.pop(), chunks, whole)
     if plan.groups:
         widest = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
         wide = [[s.astype(widest) for s in row] for row in rows]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optclip import _trees
 
-__all__ = ["ClipState", "GroupStats", "Seen", "first_seen", "look"]
+__all__ = ["ClipState", "GroupStats", "Seen", "figures", "first_seen", "look"]
 
 
 class Seen(NamedTuple):
@@ -87,6 +87,17 @@ class ClipState(NamedTuple):
 def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
     """Returns a new scalar array: no two fields of a state may share a buffer."""
     return jnp.array(value, dtype)
+
+
+def figures(tree: Any) -> Any:
+    """Returns figures as new float32 arrays, where a finite one stays finite."""
+    largest = float(jnp.finfo(jnp.float32).max)
+
+    def figure(x):
+        bounded = jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x)
+        return jnp.array(bounded, jnp.float32, copy=True)
+
+    return jax.tree.map(figure, tree)
 
 
 def first_seen(paths: Sequence[str]) -> Seen:

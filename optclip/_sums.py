@@ -34,7 +34,7 @@ __all__ = ["power_sums"]
 def _anywhere(flags: Sequence[jax.Array], plan: Plan) -> jax.Array:
     """Returns whether a flag is set, on any device that takes part."""
     flag = functools.reduce(jnp.logical_or, [jnp.any(f) for f in flags])
-    names = tuple(sorted({a for n in plan.names for a in n}))
+    names = tuple(sorted({a for n in plan.everywhere for a in n}))
     if names and not plan.groups:  # else every device has the same sums anyway
         flag = lax.pmax(flag.astype(jnp.int32), names) > 0
     return flag
@@ -47,7 +47,9 @@ def _floors(leaves: Sequence[jax.Array], like: Arrays, plan: Plan) -> Arrays:
 
 def _under(sums: Arrays, floors: Arrays, plan: Plan) -> list[jax.Array]:
     """Returns where entries may have been lost, and matter to the total of a group."""
-    if plan.groups and len(set(plan.groups)) < len(plan.groups):
+    if plan.groups and len(set(plan.groups)) == 1:
+        sums = (jnp.broadcast_to(jnp.sum(sums[0]), sums[0].shape),)
+    elif plan.groups and len(set(plan.groups)) < len(plan.groups):
         at = np.asarray(plan.groups)
         sums = (jax.ops.segment_sum(sums[0], at, at.max() + 1)[at],)
     return [s < f for s, f in zip(sums, floors, strict=True)]
@@ -100,13 +102,13 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)
     flags = [~(s < jnp.inf) for s in sums]
     flags += _under(sums, _floors(leaves, sums, plan), plan)
-    if tops is None:
-        units = tuple(jnp.ones_like(s) for s in sums)
-    clean = jnp.zeros((len(leaves), 3), jnp.int32)
+    # Constants are made in the branches: under `jax.vmap` over an explicitly sharded
+    # axis, JAX can't place those that a branch takes from outside.
+    used = lambda: units or tuple(map(jnp.ones_like, sums))  # noqa: E731
     return lax.cond(
         _anywhere(flags, plan),
-        lambda: _with_care(leaves, sums, units, tops, plan),
-        lambda: (sums, units, clean),
+        lambda: _with_care(leaves, sums, used(), tops, plan),
+        lambda: (sums, used(), jnp.zeros((len(leaves), 3), jnp.int32)),
     )
 
 

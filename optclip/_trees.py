@@ -119,17 +119,19 @@ def _varying(x: jax.Array) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[str, ...]:
-    """Returns the mesh axes of a PartitionSpec, or of names, to sum a leaf over."""
-    if spec is None:
-        return ()
-    if isinstance(spec, str):
-        return (spec,)
-    entries = [spec[a] for a in axes if a < len(spec)] if _is_spec(spec) else list(spec)
+def _flat(entries: Any) -> tuple[str, ...]:
     names: list[str] = []
     for entry in entries:
         names += [] if entry is None else [entry] if isinstance(entry, str) else entry
     return tuple(sorted(set(names)))
+
+
+def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes to sum a leaf over, and those that its groups lie along."""
+    if not _is_spec(spec):
+        return _flat([spec] if isinstance(spec, str) else spec or ()), ()
+    names = _flat([spec[a] for a in axes if a < len(spec)])
+    return names, tuple(n for n in _flat(spec) if n not in names)
 
 
 def _is_spec(node: Any) -> bool:
@@ -148,10 +150,11 @@ def _is_names(node: Any) -> bool:
 
 def axis_names(
     axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
-) -> tuple[tuple[str, ...], ...]:
-    """Returns, for each leaf, the mesh axes that its sums are added up over."""
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Returns the mesh axes of each leaf: those to sum over, those groups lie along."""
+    count = len(found.leaves)
     if axis_name is None:
-        return ((),) * len(found.leaves)
+        return ((),) * count, ((),) * count
     if isinstance(axis_name, str) and axis_name == "auto":
         names = tuple(_varying(x) for x in found.leaves)
         if local and any(names):
@@ -160,13 +163,14 @@ def axis_names(
                 "which layers and units need. Give the tree of PartitionSpecs of the "
                 "updates instead."
             )
-        return names
-    if _is_names(axis_name):
-        return tuple(_spec_names(axis_name, a) for a in axes)
-    wanted: list[Any] = []
+        return names, ((),) * count
+    wanted: list[Any] = [axis_name] * count
 
     def visit(spec, subtree):
         wanted.extend([spec] * len(leaves_of(subtree).leaves))
 
-    jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
-    return tuple(_spec_names(s, a) for s, a in zip(wanted, axes, strict=True))
+    if not _is_names(axis_name):
+        wanted.clear()
+        jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
+    pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
+    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)

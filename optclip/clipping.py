@@ -39,20 +39,9 @@ def _copied(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def _figures(tree: Any) -> Any:
-    """Returns figures as float32, where a finite one stays finite."""
-    largest = float(jnp.finfo(jnp.float32).max)
-
-    def figure(x):
-        bounded = jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x)
-        return jnp.array(bounded, jnp.float32, copy=True)
-
-    return jax.tree.map(figure, tree)
-
-
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
-    norm, threshold, scale = _figures(picked)
+    norm, threshold, scale = _state.figures(picked)
     return GroupStats(norm, threshold, scale, which)
 
 
@@ -91,7 +80,9 @@ def clip(
             schedule (a function of the step).
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        action: What happens to a group, from `optclip.actions`.
+        action: What happens to a group, from `optclip.actions`. A function, which
+            `optax.inject_hyperparams` takes for a schedule unless it is told
+            ``static_args=("action",)``; the named clips do without.
         nonfinite: What happens to NaN and inf: "propagate", "zero", "drop" or "skip".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
             are sharded over: a name or several, "auto" to read each leaf's own from its
@@ -170,7 +161,7 @@ def clip(
         figures = (done.before, done.after, done.threshold, done.scale, done.clipped)
         new_state = ClipState(
             done.rule_state,
-            *_figures(figures),
+            *_state.figures(figures),
             steps=state.steps + 1,
             clipped_steps=state.clipped_steps + (done.clipped > 0).astype(jnp.int32),
             seen=seen,

@@ -74,14 +74,14 @@ def monitor(
         if not found.leaves:
             return updates, state._replace(monitored_steps=step + 1)
         layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
-        measured, counts, _ = _measure.measure_layout(
+        measured, counts, plan = _measure.measure_layout(
             updates, found, layout, order=order, axis_name=axis_name
         )
         bad = jnp.any(measured.entries > 0)
-        total = _measure.total(measured.norm, counts, order)
+        total = _measure.total(measured.norm, counts, order, plan)
         return updates, MonitorState(
-            leaf_norm=jnp.array(measured.norm[0], jnp.float32, copy=True),
-            monitored_norm=jnp.array(total, jnp.float32, copy=True),
+            leaf_norm=_state.figures(measured.norm[0]),
+            monitored_norm=_state.figures(total),
             monitored_steps=step + 1,
             seen=_state.look(state.seen, measured.entries, bad, step),
         )

@@ -23,6 +23,16 @@ if not os.environ.get("OPTCLIP_LONG"):
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """Sends tests that share a compiled program to one worker (--dist loadgroup)."""
+    for item in items:
+        params = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        if "name" in params:
+            wide = "x64" in item.fixturenames
+            group = (item.path.stem, params["name"], params.get("dtype"), wide)
+            item.add_marker(pytest.mark.xdist_group("-".join(map(str, group))))
+
+
 @pytest.fixture
 def x64():
     """Turns float64 on for one test."""

@@ -40,6 +40,12 @@ WIDE_PAIRS = [
 ]
 
 
+def beyond(updates, expected):
+    """Tells whether an entry of what is expected is too large for its dtype."""
+    pairs = zip(jax.tree.leaves(updates), expected.leaves, strict=True)
+    return any(np.max(np.abs(y)) > float(jnp.finfo(x.dtype).max) for x, y in pairs)
+
+
 @functools.cache
 def runs(name, dtype):
     """Returns (updates, threshold, result, state, expected) of many updates."""
@@ -55,6 +61,8 @@ def runs(name, dtype):
             if name == "normalize_by_norm" and threshold == np.inf:
                 continue
             expected = case.expect(updates, params, threshold)
+            if name == "normalize_by_norm" and beyond(updates, expected):
+                continue  # the entries of this length are infinite in their dtype
             if max(expected.thresholds.values()) > BIG and threshold < BIG and not wide:
                 continue  # a share of the parameters' norm that float32 can't say
             out, state = registry.run(name, updates, threshold, params)

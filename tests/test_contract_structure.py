@@ -72,10 +72,10 @@ def test_scalars_and_empty_leaves_are_clipped(name):
 
 @pytest.mark.parametrize("name", registry.CORE)
 def test_weak_types_are_kept(name):
-    updates = {"blocks": jnp.asarray(3.0), "strong": jnp.ones(2)}
-    assert updates["blocks"].weak_type
+    updates = {"weak": jnp.asarray(3.0), "strong": jnp.ones(2)}
+    assert updates["weak"].weak_type
     out, _ = update(name, updates)
-    assert out["blocks"].weak_type
+    assert out["weak"].weak_type
     assert not out["strong"].weak_type
 
 

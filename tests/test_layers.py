@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "scopes": {"_layouts", "_trees"},
     "_engine": {"_layouts", "_measure", "_trees", "actions", "rules", "scopes"},
     "_elements": {"_engine", "_layouts", "_measure", "_trees", "actions", "rules"},
-    "_groups": {"_engine", "_layouts", "_measure", "actions", "rules"},
+    "_groups": {"_engine", "_layouts", "_measure", "_reads", "actions", "rules"},
     "clipping": {
         "_checks", "_elements", "_engine", "_groups", "_layouts", "_state", "_trees",
         "actions", "norms", "rules", "scopes",
@@ -81,8 +81,17 @@ def test_no_private_module_of_jax_or_optax_is_imported(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if room(p) != "demo"])
 def test_only_jax_optax_and_numpy_are_needed(path):
-    allowed = {"collections", "functools", "jax", "numpy", "optax", "optclip", "re"}
-    allowed |= {"typing", "zlib"}
+    allowed = {
+        "collections",
+        "functools",
+        "itertools",
+        "jax",
+        "numpy",
+        "optax",
+        "optclip",
+        "re",
+    }
+    allowed |= {"operator", "typing", "zlib"}
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 
