@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit contract docs notebooks notebooks-check bench constraints clean
+.PHONY: help demo test lint unit test-all docs notebooks notebooks-check bench constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,8 +72,8 @@ unit: $(call stamp,test)  ## Tests and examples only, without lint
 	@$(bin)/python -m pytest -q -o addopts= --doctest-modules optclip
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-contract: $(call stamp,test)  ## The long suite: contracts, faults, laws, lowering, speed
-	@OPTCLIP_LONG=1 $(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+test-all: $(call stamp,test)  ## All tests, with the variants that `make test` leaves out
+	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m "slow or not slow" $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

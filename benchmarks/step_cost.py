@@ -77,6 +77,26 @@ def variants(dtype):
     }
 
 
+def adaptive(dtype):
+    """Returns the clips that find their threshold, beside the constant one."""
+    del dtype
+    return {
+        "AdamW alone": None,
+        "optclip.clip_by_global_norm": optclip.clip_by_global_norm(1.0),
+        "optclip.quantile_clip": optclip.quantile_clip(),
+        "optclip.zclip": optclip.zclip(),
+        "optclip.autoclip": optclip.autoclip(),
+        "optclip.autoclip, whole history": optclip.autoclip(window=None),
+        "optclip.rolling_sigma_clip": optclip.rolling_sigma_clip(),
+        "optclip.ema_sigma_clip": optclip.ema_sigma_clip(),
+        "optclip.dual_ema_clip": optclip.dual_ema_clip(),
+        "optclip.clip_by_leaf_norm": optclip.clip_by_leaf_norm(0.1),
+        "optclip.adagc": optclip.adagc(),
+        "optclip.percentile_clip": optclip.percentile_clip(),
+        "optclip.norm_growth_limiter": optclip.norm_growth_limiter(),
+    }
+
+
 CORE = (
     "AdamW alone",
     "optax.clip_by_global_norm",
@@ -156,13 +176,13 @@ def measure(steps, grads, rounds):
     return {name: np.asarray(t[2:]) for name, t in times.items()}
 
 
-def table(name, dtype, rounds, chosen):
+def table(name, dtype, rounds, chosen, clips=variants):
     params = random_tree(TREES[name], jnp.float32, 0)
     grads = random_tree(TREES[name], dtype, 1)
     size = sum(x.nbytes for x in grads.values())
     steps = {
         key: build(clip, params, grads)
-        for key, clip in variants(dtype).items()
+        for key, clip in clips(dtype).items()
         if chosen is None or key in chosen
     }
     times = measure(steps, grads, rounds)
@@ -222,6 +242,11 @@ def main():
             chosen = CORE if options.quick or many else None
             parts.append(table(name, dtype, rounds // (2 if many else 1), chosen))
             print(parts[-1] + "\n", flush=True)
+    if not options.quick:
+        first = next(iter(TREES))
+        parts.append(table(first, jnp.float32, rounds, None, adaptive))
+        parts[-1] = parts[-1].replace("## ", "## Adaptive clips: ", 1)
+        print(parts[-1], flush=True)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "step_cost.md").write_text("\n\n".join(parts) + "\n")

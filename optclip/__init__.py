@@ -10,8 +10,14 @@ scans, vmaps, shards and checkpoints as Optax's own.
 
 from optclip import actions, norms, rules, scopes
 from optclip.clipping import ClipState, GroupStats, clip
+from optclip.feedback import CarryState, u_clip
 from optclip.methods import (
+    adagc,
+    adagn,
+    adamw_clip,
     adaptive_grad_clip,
+    autoclip,
+    cap_update,
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_leaf_norm,
@@ -20,21 +26,42 @@ from optclip.methods import (
     clip_grad_norm,
     clip_grad_value,
     clip_per_layer,
+    dual_ema_clip,
+    ema_sigma_clip,
+    norm_growth_limiter,
     normalize_by_norm,
+    percentile_clip,
+    quantile_clip,
+    rolling_sigma_clip,
     soft_clip,
+    spam_clip,
+    stable_spam_clip,
+    trust_ratio_clip,
+    zclip,
 )
 from optclip.monitoring import MonitorState, monitor
+from optclip.spectral import spectral_clip
+from optclip.stabilize import StabilizeState, stabilize
+from optclip.stable_adam import StableAdamState, scale_by_stable_adam
 from optclip.telemetry import Culprit, culprits, leaf_metrics, metrics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CarryState",
     "ClipState",
     "Culprit",
     "GroupStats",
     "MonitorState",
+    "StabilizeState",
+    "StableAdamState",
     "actions",
+    "adagc",
+    "adagn",
+    "adamw_clip",
     "adaptive_grad_clip",
+    "autoclip",
+    "cap_update",
     "clip",
     "clip_by_block_rms",
     "clip_by_global_norm",
@@ -45,12 +72,26 @@ __all__ = [
     "clip_grad_value",
     "clip_per_layer",
     "culprits",
+    "dual_ema_clip",
+    "ema_sigma_clip",
     "leaf_metrics",
     "metrics",
     "monitor",
+    "norm_growth_limiter",
     "normalize_by_norm",
     "norms",
+    "percentile_clip",
+    "quantile_clip",
+    "rolling_sigma_clip",
     "rules",
+    "scale_by_stable_adam",
     "scopes",
     "soft_clip",
+    "spam_clip",
+    "spectral_clip",
+    "stabilize",
+    "stable_spam_clip",
+    "trust_ratio_clip",
+    "u_clip",
+    "zclip",
 ]

@@ -39,6 +39,41 @@ def non_negative(**named: Any) -> None:
     _require(">= 0", lambda x: x >= 0, named)
 
 
+def fraction(**named: Any) -> None:
+    """Raises for the first number that is not between 0 and 1 (NaN is not)."""
+    _require("between 0 and 1", lambda x: (x >= 0) & (x <= 1), named)
+
+
+def decay(**named: Any) -> None:
+    """Raises for the first number that is not at least 0 and below 1 (NaN is not)."""
+    _require(">= 0 and < 1", lambda x: (x >= 0) & (x < 1), named)
+
+
+def percentile(**named: Any) -> None:
+    """Raises for the first number that is not between 0 and 100 (NaN is not)."""
+    _require("between 0 and 100", lambda x: (x >= 0) & (x <= 100), named)
+
+
+def size(name: str, value: Any, least: int = 1) -> int:
+    """Returns an int of at least ``least`` that shapes arrays of the state."""
+    value = value.value if isinstance(value, Static) else value
+    known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if known and value >= least:
+        return int(value)
+    hint = ""
+    if hasattr(value, "dtype") and not known:
+        hint = (
+            " It shapes the state, so it can't be an array; under "
+            f'`optax.inject_hyperparams` pass `static_args=("{name}",)`.'
+        )
+    raise ValueError(f"`{name}` must be an int >= {least}, got {value!r}.{hint}")
+
+
+def steps(**named: Any) -> None:
+    """Raises for the first number of steps that is not whole and at least 0."""
+    _require("a whole number >= 0", lambda x: (x >= 0) & (x == np.floor(x)), named)
+
+
 def one_of(name: str, value: Any, allowed: tuple) -> None:
     """Raises unless ``value`` is one of the ``allowed`` strings."""
     if value not in allowed:

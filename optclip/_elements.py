@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _measure, actions
-from optclip._engine import Call, Outcome, context_of, finish, hold
+from optclip._engine import Call, Outcome, context_of, finish
 from optclip.rules import Limit
+from optclip.rules._base import hold
 
 __all__ = ["clamp_elements", "magnitudes"]
 

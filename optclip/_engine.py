@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optclip import _layouts, _measure, _trees, rules, scopes
 
-__all__ = ["Call", "Options", "Outcome", "begin", "context_of", "finish", "hold"]
+__all__ = ["Call", "Options", "Outcome", "begin", "context_of", "finish"]
 
 POLICIES = ("propagate", "zero", "drop", "skip")
 
@@ -96,20 +96,6 @@ def context_of(call: Call, index: int, tree_norm: jax.Array) -> rules.Context:
         return norm.reshape(()) if call.layout.scalar else norm
 
     return rules.Context(call.step, tree_norm, params_norm)
-
-
-def hold(kept: jax.Array, old: Any, new: Any) -> Any:
-    """Returns a rule's new state, but the old one of the groups that are ``kept``."""
-
-    def choose(before, after):
-        mask = kept
-        if before.ndim < kept.ndim:
-            mask = jnp.all(kept)
-        elif before.ndim > kept.ndim:
-            mask = kept.reshape(kept.shape + (1,) * (before.ndim - kept.ndim))
-        return jnp.where(mask, before, jnp.asarray(after).astype(before.dtype))
-
-    return jax.tree.map(choose, old, new)
 
 
 def finish(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:

@@ -1,5 +1,6 @@
 """The pipeline for scopes whose groups have many entries: measure, then rescale."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 from jax import lax
 
 from optclip import _layouts, _measure, rules
-from optclip._engine import Call, Outcome, context_of, finish, hold
-from optclip._reads import Plan
+from optclip._engine import Call, Outcome, context_of, finish
+from optclip._reads import Plan, unpool
+from optclip.rules._base import hold
 
 __all__ = ["empty_norms", "scale_groups"]
 
@@ -20,17 +22,21 @@ FAR = 2.0**96
 EDGE = 2.0**-16
 
 
-def empty_norms(layout: _layouts.Layout, leaves: list) -> tuple[jax.Array, ...]:
+def empty_norms(
+    layout: _layouts.Layout, leaves: list, plan: Plan
+) -> tuple[jax.Array, ...]:
     """Returns zeros with the shapes that the norms of these leaves will have."""
     if layout.scalar:
         return (jnp.zeros([], jnp.float32),)
     if layout.groups or not leaves:
         return (jnp.zeros(max(layout.groups, default=0) + 1, jnp.float32),)
-    kept = [
-        tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        for x, axes in zip(leaves, layout.axes, strict=True)
-    ]
-    return tuple(jnp.zeros(shape, jnp.float32) for shape in kept)
+
+    def zeros(kind):
+        shape, axes = leaves[kind[0]].shape, layout.axes[kind[0]]
+        kept = [n for a, n in enumerate(shape) if a not in axes]
+        return jnp.zeros((len(kind), *kept), jnp.float32)
+
+    return tuple(map(zeros, plan.kinds))
 
 
 def _factors(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limit):
@@ -63,23 +69,18 @@ def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
     return (jnp.zeros(norms[0].shape, bool).at[at].max(leaf_bad),)
 
 
-def _for_leaves(values: tuple, layout: _layouts.Layout) -> list[jax.Array]:
+def _for_leaves(values: tuple, call: Call) -> list[jax.Array]:
     """Returns what belongs to each leaf, in a shape that broadcasts against it."""
-    count = len(layout.axes)
-    if layout.scalar:
-        return [values[0]] * count
-    if not layout.groups:
-        pairs = zip(values, layout.axes, strict=True)
-        return [_measure.spread(v, axes) for v, axes in pairs]
-    # XLA compiles a kernel for each place that it slices at. Cut in rows first, a
-    # thousand leaves need two times thirty-two of them.
-    width = 32
-    vector = values[0]
-    padded = jnp.pad(vector, (0, -vector.size % width)).reshape(-1, width)
-    rows = lax.optimization_barrier([padded[r] for r in range(padded.shape[0])])
-    return [rows[g // width][g % width] for g in layout.groups]
+    if call.layout.scalar:
+        return [values[0]] * len(call.layout.axes)
+    each = unpool(values, call.plan)
+    if call.layout.groups:
+        return each
+    pairs = zip(each, call.layout.axes, strict=True)
+    return [_measure.spread(v, axes) for v, axes in pairs]
 
 
+@functools.partial(jax.jit, static_argnames=("policy",))
 def _scaled(x, scale, first, dead=None, *, policy):
     """Returns one leaf times its factors, in float32 or wider, not yet rounded."""
     y = _measure.widen(x)
@@ -95,7 +96,7 @@ def _scaled(x, scale, first, dead=None, *, policy):
 def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     """Runs the rule on each array of norms, and scales each leaf by what comes out."""
     options, layout, leaves = call.options, call.layout, call.found.leaves
-    shapes = [z.shape for z in empty_norms(layout, leaves)]
+    shapes = [z.shape for z in empty_norms(layout, leaves, call.plan)]
     norms = [n.reshape(s) for n, s in zip(call.measured.norm, shapes, strict=True)]
     reduced = [n.reshape(s) for n, s in zip(call.measured.reduced, shapes, strict=True)]
     bads = [b.reshape(s) for b, s in zip(_bad_groups(call), shapes, strict=True)]
@@ -130,11 +131,11 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         length = jnp.where(bad, norms[k], length)
         afters.append(length if dead is None else jnp.where(dead, 0.0, length))
 
-    parts = [p for p in (scales, firsts, deads) if p[0] is not None]
-    factors = list(zip(*(_for_leaves(tuple(p), layout) for p in parts), strict=True))
+    parts = [tuple(p) for p in (scales, firsts, deads) if p[0] is not None]
     # Without the barrier XLA shares one widened copy of the leaves between measuring
     # and scaling, and writes it out; with it, the scaling melts into the optimizer.
-    leaves, factors = lax.optimization_barrier((list(leaves), factors))
+    leaves, parts = lax.optimization_barrier((list(leaves), parts))
+    factors = list(zip(*(_for_leaves(p, call) for p in parts), strict=True))
     new = [
         finish(
             _scaled(x, *factor, policy=options.nonfinite),
@@ -156,7 +157,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
 def _summary(norms: list, limits: list, scales: list, plan: Plan) -> dict:
     """Returns the figures of the group that was shortened most, and how many were."""
-    across = plan.across or ((),) * len(norms)
+    across = _measure.across_of(plan)
     every = list(zip(norms, limits, scales, across, strict=True))
 
     def least(x, names):

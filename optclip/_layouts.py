@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from optclip import _trees
 
-__all__ = ["Axes", "Layout", "pooled", "unit_axes"]
+__all__ = ["Axes", "Layout", "kinds", "pooled", "unit_axes"]
 
 Axes = tuple[int, ...]
 
@@ -23,6 +23,14 @@ class Layout(NamedTuple):
     axes: tuple[Axes, ...]
     groups: tuple[int, ...]
     scalar: bool = False
+
+
+def kinds(leaves: Sequence[Any], *each: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of the leaves that agree in shape and in all of ``each``."""
+    alike: dict[Any, list[int]] = {}
+    for i, (x, *rest) in enumerate(zip(leaves, *each, strict=True)):
+        alike.setdefault((tuple(x.shape), *rest), []).append(i)
+    return tuple(map(tuple, alike.values()))
 
 
 def _all_axes(x: Any) -> Axes:

@@ -13,18 +13,29 @@ import numpy as np
 from jax import lax
 
 from optclip import _sums, _trees
-from optclip._layouts import Layout
-from optclip._reads import Plan, reading_order, spread, usable_unit, widen
+from optclip._layouts import Layout, kinds
+from optclip._reads import (
+    Plan,
+    reading_order,
+    reordered,
+    spread,
+    unpool,
+    usable_unit,
+    widen,
+)
 
 __all__ = [
     "REDUCTION",
     "Measured",
+    "across_of",
     "combine",
     "devices_along",
     "measure",
     "measure_layout",
+    "plan_of",
     "spread",
     "total",
+    "unpool",
     "widen",
 ]
 
@@ -33,7 +44,7 @@ REDUCTION = 2.0**-64
 
 
 class Measured(NamedTuple):
-    """The norms of all groups: one vector if they are pooled, else one array a leaf.
+    """The norms of all groups: one vector if they are pooled, else an array a kind.
 
     Attributes:
         norm: A norm too long for its dtype reads as the largest number; that of a
@@ -94,15 +105,13 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
         elif jnp.iscomplexobj(x):
             reals[i] = jnp.abs(x)
     order = reading_order(reals, plan)
-    ordered = plan._replace(
-        axes=tuple(axes[i] for i in order),
-        names=tuple(plan.names[i] for i in order),
-        groups=tuple(plan.groups[i] for i in order) if plan.groups else (),
-    )
+    ordered = reordered(plan._replace(axes=tuple(axes)), order)
     sums, units, entries = _sums.power_sums(tuple(reals[i] for i in order), ordered)
     if order != sorted(order):
         back = np.argsort(order)
-        sums, units, entries = (sums[0][back],), (units[0][back],), entries[back]
+        entries = entries[back]
+        if plan.groups:
+            sums, units = (sums[0][back],), (units[0][back],)
     roots = [root(s, plan.order) for s in sums]
     norm = [r * u for r, u in zip(roots, units, strict=True)]
     reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
@@ -133,7 +142,7 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
         size = np.prod([x.shape[a] for a in axes], initial=1)
         counts.append(float(size * devices_along(names)))
     if not plan.groups:
-        return tuple(np.asarray(c) for c in counts)
+        return tuple(np.asarray(counts[kind[0]]) for kind in plan.kinds)
     return (np.bincount(np.asarray(plan.groups), weights=counts),)
 
 
@@ -153,7 +162,7 @@ def total(
 ) -> jax.Array:
     """Returns the norm of all groups together; the largest number if it is longer."""
     power = 2.0 if order == "rms" else order
-    across = plan.across if len(plan.across) == len(norms) else ((),) * len(norms)
+    across = across_of(plan)
     sizes = [
         np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
         for norm, count, names in zip(norms, counts, across, strict=True)
@@ -176,6 +185,13 @@ def total(
     return jnp.where(too_long, jnp.finfo(widest).max, length)
 
 
+def across_of(plan: Plan) -> list[tuple[str, ...]]:
+    """Returns the mesh axes that groups lie along, for each array of norms."""
+    if not plan.across:
+        return [()] * len(plan.kinds or (0,))
+    return [plan.across[kind[0]] for kind in plan.kinds]
+
+
 def _any_device(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
 
@@ -185,7 +201,7 @@ def devices_along(names: tuple[str, ...]) -> int:
     return lax.psum(1, names) if names else 1
 
 
-def measure_layout(
+def plan_of(
     updates: Any,
     found: _trees.Leaves,
     layout: Layout,
@@ -193,20 +209,28 @@ def measure_layout(
     order: Any,
     axis_name: Any,
     drop: bool = False,
-) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
-    """Returns the norms of the groups of a layout, and how large they are."""
+) -> Plan:
+    """Returns what to measure, and how the norms are laid out in arrays."""
     names, across = _trees.axis_names(
         axis_name, updates, found, list(layout.axes), local=not layout.groups
     )
     power = 2.0 if order == "rms" else order
-    across = () if layout.groups else across
-    plan = Plan(power, layout.axes, layout.groups, names, drop, across)
+    if layout.groups:
+        return Plan(power, layout.axes, layout.groups, names, drop)
+    alike = kinds(found.leaves, layout.axes, names, across)
+    return Plan(power, layout.axes, (), names, drop, across, alike)
+
+
+def measure_layout(
+    updates: Any, found: _trees.Leaves, layout: Layout, *, order: Any, **how: Any
+) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
+    """Returns the norms of the groups of a layout, and how large they are."""
+    plan = plan_of(updates, found, layout, order=order, **how)
     measured = measure(tuple(found.leaves), plan)
     counts = entry_counts(found.leaves, plan)
     divisors = [1.0] * len(counts)
     if order == "rms":
-        kinds = [n.dtype for n in measured.norm]
+        dtypes = [n.dtype for n in measured.norm]
         roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
-        divisors = [r.astype(k) for r, k in zip(roots, kinds, strict=True)]
-    measured = _finished(measured, divisors)
-    return measured, counts, plan
+        divisors = [r.astype(d) for r, d in zip(roots, dtypes, strict=True)]
+    return _finished(measured, divisors), counts, plan

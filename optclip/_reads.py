@@ -1,7 +1,8 @@
 """Reading the leaves of a tree: sums of powers, and counts of entries not finite.
 
 Two layouts of the results: *pooled*, one vector with one entry a leaf; and *local*, one
-array a leaf, whose shape is that of the axes that are kept.
+array for all leaves of one kind: a row for each leaf, whose shape is that of the axes
+that are kept.
 
 Many small leaves of one kind are stacked and read by one kernel, which keeps a program
 with a thousand leaves quick to compile.
@@ -25,6 +26,7 @@ __all__ = [
     "lost_below",
     "read",
     "reading_order",
+    "reordered",
     "rescue",
     "spread",
     "unpool",
@@ -34,9 +36,10 @@ __all__ = [
 ]
 
 Arrays = tuple[jax.Array, ...]
-# Leaves up to this size, if this many are alike, are stacked to be read together; no
+# Leaves up to this size, if this many are alike, are stacked to be read together, this
+# many at most (XLA compiles longer stacks slowly); no
 # more at a time than this many bytes, or this share of all.
-SMALL_BYTES, MANY_ALIKE = 2**16, 8
+SMALL_BYTES, MANY_ALIKE, MOST = 2**16, 8, 64
 ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
 
 
@@ -50,6 +53,8 @@ class Plan(NamedTuple):
         names: Per leaf, the mesh axes that its sums are added up over.
         drop: Whether entries that are not finite are left out.
         across: Per leaf, the mesh axes that its groups lie along; empty if pooled.
+        kinds: If local, the numbers of the leaves whose norms share an array: those of
+            one shape, axes and mesh axes.
     """
 
     order: float
@@ -58,6 +63,7 @@ class Plan(NamedTuple):
     names: tuple[tuple[str, ...], ...]
     drop: bool = False
     across: tuple[tuple[str, ...], ...] = ()
+    kinds: tuple[tuple[int, ...], ...] = ()
 
     @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
@@ -146,18 +152,38 @@ def _joined(columns: list, chunks: list[list[int]], plan: Plan) -> jax.Array:
 
 
 def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
-    return [values[0][i] for i in range(len(plan.axes))] if plan.groups else [*values]
+    """Returns what belongs to each leaf.
+
+    XLA compiles a kernel for each place that it slices at, unless the place is a number
+    that it can't know: then all leaves of one shape share a kernel.
+    """
+    each: list[Any] = [None] * len(plan.axes)
+    if plan.groups:
+        places = {i: (0, group) for i, group in enumerate(plan.groups)}
+    else:
+        places = {
+            i: (k, row)
+            for k, kind in enumerate(plan.kinds)
+            for row, i in enumerate(kind)
+        }
+    for i, (k, row) in places.items():
+        at = lax.optimization_barrier(np.int32(row))
+        each[i] = lax.dynamic_index_in_dim(values[k], at, keepdims=False)
+    return each
 
 
 def constants(values: Sequence[float], like: Arrays, plan: Plan) -> Arrays:
     """Returns one constant a leaf, laid out like the sums ``like``."""
-    if plan.groups:
+    rows = plan.kinds or (tuple(range(len(values))),)
+    made = []
+    for array, row in zip(like, rows, strict=True):
         # No array constant: under `lax.cond`, vmapped over an explicitly sharded axis,
         # JAX can't place one.
-        runs = [(value, len([*same])) for value, same in itertools.groupby(values)]
-        parts = [jnp.full(length, v, like[0].dtype) for v, length in runs]
-        return (jnp.concatenate(parts),)
-    return tuple(jnp.asarray(v, s.dtype) for v, s in zip(values, like, strict=True))
+        same = itertools.groupby(values[i] for i in row)
+        runs = [(value, len([*run])) for value, run in same]
+        parts = [jnp.full(length, value, array.dtype) for value, length in runs]
+        made.append(jnp.concatenate(parts).reshape(-1, *(1,) * (array.ndim - 1)))
+    return tuple(made)
 
 
 def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
@@ -170,23 +196,49 @@ def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
 
 def reading_order(leaves: Sequence[jax.Array], plan: Plan) -> list[int]:
     """Returns the order of leaves that `read` wants, which reorders nothing."""
-    if not plan.groups:
-        return [*range(len(leaves))]
-    return [i for at in _alike(leaves, plan) for i in at]
+    return [i for at in plan.kinds or _alike(leaves, plan) for i in at]
+
+
+def reordered(plan: Plan, order: list[int]) -> Plan:
+    """Returns the plan of the leaves in another order."""
+    place = {old: new for new, old in enumerate(order)}
+    take = lambda each: tuple(each[i] for i in order) if each else ()  # noqa: E731
+    return plan._replace(
+        axes=take(plan.axes),
+        groups=take(plan.groups),
+        names=take(plan.names),
+        across=take(plan.across),
+        kinds=tuple(tuple(place[i] for i in kind) for kind in plan.kinds),
+    )
 
 
 def _chunks(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
-    """Returns the numbers of the leaves to be read together."""
-    if not plan.groups:
-        return [[i] for i in range(len(leaves))]
+    """Returns the numbers of the leaves to be read together, kind by kind."""
     sizes = [x.size * x.dtype.itemsize for x in leaves]
     room, chunks = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
-    for at in _alike(leaves, plan):
+    runs = _alike(leaves, plan)
+    if not plan.groups:
+        by_type = lambda i: jax.typeof(leaves[i])  # noqa: E731
+        runs = [
+            [*run] for kind in plan.kinds for _, run in itertools.groupby(kind, by_type)
+        ]
+    for at in runs:
         size = max(sizes[at[0]], 1)
         many = len(at) >= MANY_ALIKE and size <= SMALL_BYTES
-        step = int(room // size) if many else 1
+        step = min(int(room // size), MOST) if many else 1
         chunks += [at[i : i + step] for i in range(0, len(at), step)]
     return chunks
+
+
+def _factor(each: Arrays, chunk: list[int], rank: int, plan: Plan) -> jax.Array:
+    """Returns the factors of a chunk, which broadcast against its stacked leaves."""
+    if plan.groups:  # a chunk is a run of leaves
+        part = lax.slice(each[0], (chunk[0],), (chunk[-1] + 1,))
+        return part.reshape(-1, *(1,) * (rank - 1))
+    at = next(k for k, kind in enumerate(plan.kinds) if chunk[0] in kind)
+    start = plan.kinds[at].index(chunk[0])
+    part = lax.slice_in_dim(each[at], start, start + len(chunk))
+    return jnp.expand_dims(part, tuple(a + 1 for a in plan.axes[chunk[0]]))
 
 
 def read(
@@ -195,9 +247,9 @@ def read(
     """Returns the sums of powers, one set for each of ``factors``, and the counts.
 
     Args:
-        leaves: The leaves, real; if pooled, in their `reading_order`.
-        factors: For each set, what entries are multiplied by: None for 1, or a list of
-            one array a leaf that broadcasts against it.
+        leaves: The leaves, real, in their `reading_order`.
+        factors: For each set, what entries are multiplied by: None for 1, or a factor
+            for each group, laid out like the sums.
         plan: What to measure.
         count: Whether to count bad entries.
 
@@ -213,15 +265,12 @@ def read(
         if stacked or plan.drop:
             # Always 1, but XLA can't know: so chunks take turns in the same memory.
             one = jnp.where(taken < 0, 0, 1).astype(xs[0].dtype)
-            xs = [x * one for x in xs]
+            xs[0] = xs[0] * one
         x = jnp.stack(xs) if stacked else xs[0][None]
         axes = tuple(a + 1 for a in plan.axes[chunk[0]])
         sums = []
         for each in factors:
-            factor = None
-            if each is not None:
-                factor = jnp.stack([each[i] for i in chunk])
-                factor = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+            factor = None if each is None else _factor(each, chunk, x.ndim, plan)
             # Or XLA writes out what sums share: a widened leaf, a broadcast factor.
             y, factor = (x, factor) if alone else lax.optimization_barrier((x, factor))
             sums.append(_kernel(y, factor, axes, plan.order, plan.drop))
@@ -239,12 +288,12 @@ def read(
         widest = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
         wide = [[s.astype(widest) for s in row] for row in rows]
         return [(_joined(row, chunks, plan),) for row in wide], counts
-    # Chunks of one leaf each, in order.
     reduce = lax.pmax if plan.order == np.inf else lax.psum
-    return [
-        tuple(
-            reduce(s[0], names) if names else s[0]
-            for s, names in zip(row, plan.names, strict=True)
-        )
-        for row in rows
-    ], counts
+
+    def joined(row, kind):
+        names = plan.names[kind[0]]
+        own = [r for r, at in zip(row, chunks, strict=True) if at[0] in kind]
+        part = jnp.concatenate(own)
+        return reduce(part, names) if names else part
+
+    return [tuple(joined(row, kind) for kind in plan.kinds) for row in rows], counts

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 
 from optclip import _trees
 
-__all__ = ["ClipState", "GroupStats", "Seen", "figures", "first_seen", "look"]
+__all__ = [
+    "ClipState",
+    "GroupStats",
+    "Seen",
+    "bad_entries",
+    "figures",
+    "first",
+    "first_seen",
+    "look",
+]
 
 
 class Seen(NamedTuple):
@@ -33,14 +42,15 @@ class Seen(NamedTuple):
 class GroupStats(NamedTuple):
     """What happened to each group at the last update.
 
-    The figures are one float32 vector where whole leaves are grouped, and a tuple of
-    arrays, one a leaf, where leaves are cut into layers.
+    The figures are one float32 vector where whole leaves are grouped. Where leaves are
+    cut into layers they are a tuple of arrays, one for each kind (shape) of leaf, with
+    a row for each leaf of that kind.
 
     Attributes:
         group_norm: The norms before the clip; 0 at first.
         group_threshold: The thresholds; 0 at first.
         group_scale: The factors; 1 at first.
-        group_of_leaf: int32[leaves]. Which group (or which array) a leaf belongs to.
+        group_of_leaf: int32[leaves]. Which group (or which kind) a leaf belongs to.
     """
 
     group_norm: Any
@@ -107,6 +117,22 @@ def first_seen(paths: Sequence[str]) -> Seen:
         last_nonfinite_step=scalar(-1, jnp.int32),
         nonfinite_entries=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
         leaf_code=jnp.array(_trees.path_codes(list(paths))),
+    )
+
+
+def first(paths: Sequence[str]) -> ClipState:
+    """Returns the `ClipState` of a transformation without a rule and groups."""
+    return ClipState(
+        (), scalar(0.0), scalar(0.0), scalar(0.0), scalar(1.0), scalar(0.0),
+        scalar(0, jnp.int32), scalar(0, jnp.int32), first_seen(paths), None,
+    )  # fmt: skip
+
+
+def bad_entries(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Returns int32[leaves, 3]: how many entries are NaN, +inf and -inf."""
+    kinds = [[x != x, x == jnp.inf, x == -jnp.inf] for x in leaves]
+    return jnp.stack(
+        [jnp.stack([jnp.sum(k, dtype=jnp.int32) for k in x]) for x in kinds]
     )
 
 

@@ -8,7 +8,6 @@ the gradients, and the step on which they explode is measured all the same.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,7 @@ from optclip._reads import (
     lost_below,
     read,
     rescue,
-    spread,
-    unpool,
     usable_unit,
-    wide_dtype,
 )
 
 __all__ = ["power_sums"]
@@ -55,32 +51,20 @@ def _under(sums: Arrays, floors: Arrays, plan: Plan) -> list[jax.Array]:
     return [s < f for s, f in zip(sums, floors, strict=True)]
 
 
-def _with_care(leaves: Arrays, sums: Arrays, units: Arrays, tops: Any, plan: Plan):
+def _with_care(leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan):
     """Returns sums, units and counts, right whatever the leaves hold."""
-    tops = None if tops is None else [1 / t for t in tops]
-    wanted: list[Any] = [tops] if plan.drop else []
-    if plan.order in (1.0, 2.0):
-        wanted += [[_constant(x, power) for x in leaves] for power in (-1, 1)]
-    found, entries = read(leaves, wanted, plan, count=True)
     if plan.drop:
-        sums = found.pop(0)
-    if not found:
-        return sums, units, entries
+        (sums,), _ = read(leaves, [tuple(1 / u for u in units)], plan)
+    if plan.order not in (1.0, 2.0):
+        return sums, units, read(leaves, [], plan, count=True)[1]
     under = _under(sums, _floors(leaves, sums, plan), plan)
     rescues = constants([rescue(x) for x in leaves], sums, plan)
-    pairs = [
-        (
-            jnp.where(s < jnp.inf, jnp.where(u, big, s), small),
-            jnp.where(s < jnp.inf, jnp.where(u, 1 / r, 1.0), r).astype(s.dtype),
-        )
-        for s, small, big, u, r in zip(sums, *found, under, rescues, strict=True)
-    ]
-    sums, units = zip(*pairs, strict=True)
-    return sums, units, entries
-
-
-def _constant(x: jax.Array, power: int) -> jax.Array:
-    return jnp.asarray(rescue(x) ** power, wide_dtype(x))
+    factors = tuple(
+        jnp.where(s < jnp.inf, jnp.where(u, r, 1.0), 1 / r).astype(s.dtype)
+        for s, u, r in zip(sums, under, rescues, strict=True)
+    )
+    (sums,), entries = read(leaves, [factors], plan, count=True)
+    return sums, tuple(1 / f for f in factors), entries
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -91,15 +75,13 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     is non-finite only where a leaf is, and derivatives flow through the sums alone. The
     counts are int32[leaves, 3]: how many entries are NaN, +inf, -inf.
     """
-    tops: Any = None
-    units: Arrays = ()
+    units: Arrays | None = None
     seeing = plan._replace(drop=False)  # else nothing would tell of bad entries
     if plan.order not in (1.0, 2.0, np.inf):
         ((*largest,), _) = read(leaves, [None], plan._replace(order=np.inf))
         units = tuple(map(usable_unit, largest[0]))
-        pairs = zip(unpool(units, plan), plan.axes, strict=True)
-        tops = [spread(t, axes) for t, axes in pairs]
-    (sums,), _ = read(leaves, [tops and [1 / t for t in tops]], seeing)
+    inverse = None if units is None else tuple(1 / u for u in units)
+    (sums,), _ = read(leaves, [inverse], seeing)
     flags = [~(s < jnp.inf) for s in sums]
     flags += _under(sums, _floors(leaves, sums, plan), plan)
     # Constants are made in the branches: under `jax.vmap` over an explicitly sharded
@@ -107,7 +89,7 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     used = lambda: units or tuple(map(jnp.ones_like, sums))  # noqa: E731
     return lax.cond(
         _anywhere(flags, plan),
-        lambda: _with_care(leaves, sums, used(), tops, plan),
+        lambda: _with_care(leaves, sums, used(), plan),
         lambda: (sums, used(), jnp.zeros((len(leaves), 3), jnp.int32)),
     )
 
@@ -116,8 +98,7 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
 def _power_sums_jvp(plan, primals, tangents):
     (leaves,), (dots,) = primals, tangents
     sums, units, entries = power_sums(leaves, plan)
-    each = unpool(units, plan)
-    factors = [spread(1 / u, a) for u, a in zip(each, plan.axes, strict=True)]
+    factors = tuple(1 / u for u in units)
     summed = functools.partial(read, factors=[factors], plan=plan)
     _, sum_dots = jax.jvp(lambda xs: summed(xs)[0][0], (leaves,), (dots,))
     no_counts = np.zeros(entries.shape, jax.dtypes.float0)

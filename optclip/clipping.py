@@ -19,6 +19,7 @@ from optclip import (
     _elements,
     _engine,
     _groups,
+    _measure,
     _state,
     _trees,
     actions,
@@ -124,12 +125,16 @@ def clip(
     def init_fn(params) -> Any:
         found = _trees.leaves_of(params)
         layout = scope.layout(params, found.paths, found.leaves)
-        norms = _groups.empty_norms(layout, found.leaves)
+        plan = _measure.plan_of(params, found, layout, order=order, axis_name=axis_name)
+        norms = _groups.empty_norms(layout, found.leaves, plan)
         if scope.by_element:
             norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
         groups = None
         if not (layout.scalar or scope.summary):
-            which = np.asarray(layout.groups or range(max(len(found.leaves), 1)))
+            which = np.zeros(max(len(found.leaves), 1), int)
+            for number, kind in enumerate(plan.kinds):
+                which[list(kind)] = number
+            which = np.asarray(layout.groups or which)
             ones = tuple(map(jnp.ones_like, norms))
             groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
         return ClipState(

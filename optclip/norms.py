@@ -31,9 +31,11 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
     if not found.leaves:
         return [], found
     layout = layout_of(found)
-    measured, _, _ = _measure.measure_layout(
+    measured, _, plan = _measure.measure_layout(
         tree, found, layout, order=order, axis_name=axis_name
     )
+    if plan.kinds:
+        return _measure.unpool(measured.norm, plan), found
     return list(measured.norm), found
 
 

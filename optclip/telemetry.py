@@ -189,12 +189,12 @@ def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
             for figure, values in rows.items():
                 if not isinstance(values, tuple):
                     out[f"{path}/{figure}"] = values[..., which[i]]
-                elif values[i].ndim == 0:
-                    out[f"{path}/{figure}"] = values[i]
-                else:
-                    for at in np.ndindex(values[i].shape):
-                        number = "/".join(map(str, at))
-                        out[f"{path}/{number}/{figure}"] = values[i][at]
+                    continue
+                # An array for each kind of leaf, with one row for each such leaf.
+                row = values[which[i]][int(np.sum(which[:i] == which[i]))]
+                for at in np.ndindex(row.shape):
+                    name = "/".join([path, *map(str, at)])
+                    out[f"{name}/{figure}"] = row[at]
     for k, state in enumerate(_find(opt_state, (MonitorState,))):
         end = "" if k == 0 else f"_{k + 1}"
         for i, path in _known(state.seen.leaf_code, names):

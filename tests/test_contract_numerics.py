@@ -1,7 +1,6 @@
 """Contracts 1 to 4: norms, products, bounds and edges, for every transformation."""
 
 import functools
-import inspect
 
 import chex
 import jax
@@ -26,14 +25,22 @@ SIZES = {
     "c128": [1e-200, 1.0, 1e200],
 }
 FULL = {"f32": 3e38, "bf16": 3e38, "f16": 6e4, "f8_e4m3fn": 448, "f8_e5m2": 57344}
+
+
+def pair(name, dtype):
+    """Returns the parameters of a test; variants of a core case are slow ones."""
+    marks = () if name in registry.DISTINCT else pytest.mark.slow
+    return pytest.param(name, dtype, marks=marks)
+
+
 PAIRS = [
-    (name, dtype)
+    pair(name, dtype)
     for name in registry.CASES
     for dtype in registry.DTYPES
     if name in registry.DISTINCT or dtype in ("f32", "bf16")
 ]
 WIDE_PAIRS = [
-    (name, dtype)
+    pair(name, dtype)
     for name in registry.CLIPS
     for dtype in ("f64", "c128")
     if name in registry.DISTINCT or (dtype == "f64" and name not in registry.TWINS)
@@ -221,10 +228,3 @@ def test_the_oracle_agrees_that_a_wrong_scale_is_wrong():
     wrong = jax.tree.leaves(updates)[0] * np.float32(0.25)
     with pytest.raises(AssertionError):
         oracle.assert_rounded_once(wrong.astype(jnp.bfloat16), exact[0])
-
-
-def test_registry_and_public_names_agree():
-    functions = {n for n in optclip.__all__ if inspect.isfunction(getattr(optclip, n))}
-    assert {case.public for case in registry.CASES.values()} == (
-        functions - registry.OTHERS
-    )

@@ -57,8 +57,14 @@ def eight():
         pytest.skip("needs eight devices")
 
 
+QUICK = ("clip", "clip-unit", "clip-layer", "adaptive_grad_clip", "clip_by_value")
+
+
 @pytest.mark.usefixtures("eight")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES],
+)
 def test_automatic_sharding_gives_the_numbers_of_one_device(name):
     tx, updates = registry.CASES[name].make(1.0), gradients()
     state = tx.init(updates)
@@ -128,7 +134,13 @@ NAMES = {
 
 @pytest.mark.usefixtures("eight")
 @pytest.mark.parametrize("how", NAMES)
-@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("clip", "clip-leaf") else pytest.mark.slow)
+        for n in POOLED
+    ],
+)
 def test_shard_map_sums_sharded_leaves_and_not_replicated_ones(name, how):
     make = registry.CASES[name].make
     for size in (3.0, 1e25):

@@ -27,11 +27,15 @@ MAY_IMPORT = {
     "_elements": {"_engine", "_layouts", "_measure", "_trees", "actions", "rules"},
     "_groups": {"_engine", "_layouts", "_measure", "_reads", "actions", "rules"},
     "clipping": {
-        "_checks", "_elements", "_engine", "_groups", "_layouts", "_state", "_trees",
+        "_checks", "_elements", "_engine", "_groups", "_measure", "_state", "_trees",
         "actions", "norms", "rules", "scopes",
     },
     "methods": {"_checks", "actions", "clipping", "norms", "rules", "scopes"},
     "monitoring": {"_checks", "_layouts", "_measure", "_state", "_trees"},
+    "spectral": {"_checks", "_state", "_trees", "norms"},
+    "stable_adam": {"_checks", "_trees", "rules"},
+    "feedback": {"_checks", "_trees", "methods"},
+    "stabilize": {"_state", "methods", "scopes"},
     "telemetry": {"_checks", "_state", "_trees", "clipping", "monitoring"},
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "demo"}
@@ -91,7 +95,7 @@ def test_only_jax_optax_and_numpy_are_needed(path):
         "optclip",
         "re",
     }
-    allowed |= {"operator", "typing", "zlib"}
+    allowed |= {"math", "operator", "typing", "zlib"}
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 

@@ -1,7 +1,7 @@
 """The speed contract, read off the compiled program: no wall clock.
 
 A jitted, donated AdamW step with a clip is compared with the same step without one, on
-4.2 million parameters in 40 leaves of repeated shapes.
+8.4 million parameters in 20 leaves of repeated shapes.
 """
 
 import functools
@@ -15,11 +15,15 @@ import pytest
 
 import optclip
 
-BLOCKS = 8
-SHAPES = {"up": (256, 1024), "down": (1024, 256), "bias": (1024,), "scale": (256,)}
-SHAPES["shift"] = (256,)
+BLOCKS = 4
+WIDTH = 1024
+SHAPES = {"up": (WIDTH, WIDTH), "down": (WIDTH, WIDTH), "bias": (WIDTH,)}
+SHAPES |= {"scale": (256,), "shift": (256,)}
 # Layers stacked for `jax.lax.scan`: the same sizes, four layers to a matrix.
-STACKED = SHAPES | {"up": (4, 64, 1024), "down": (4, 256, 256)}
+STACKED = SHAPES | {"up": (4, 256, 1024), "down": (4, 512, 512)}
+# Unit scope holds this many float32 for each output unit, and so a share of the
+# gradients that falls with the fan-in: at 1,024 and float32, 9 / 1024 = 0.9%.
+FLOATS_A_UNIT = 9
 
 CLIPS = {
     "tree": (optclip.clip_by_global_norm, SHAPES),
@@ -129,6 +133,17 @@ def test_clip_needs_no_temporary_as_large_as_a_leaf(name, dtype):
     ours, _ = figures(compiled_step(clip, shapes=shapes, dtype=dtype))
     allowed = 0.02 * nbytes(abstract(shapes, DTYPES[dtype]))
     assert ours - bare <= allowed, f"{ours - bare} bytes more, {allowed:.0f} allowed"
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["unit", "agc"])
+@pytest.mark.usefixtures("fusing_compiler")
+def test_clip_of_units_holds_a_few_numbers_a_unit(name, dtype):
+    clip, shapes = build(name, dtype)
+    bare, _ = bare_figures(False, dtype)
+    ours, _ = figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+    floats = (ours - bare) / 4 / (2 * BLOCKS * WIDTH)
+    assert floats <= FLOATS_A_UNIT, floats
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optclip import _checks, actions, rules, scopes
@@ -33,6 +34,16 @@ def hard(eps: Any) -> actions.Action:
     _checks.non_negative(eps=eps)
     exact = isinstance(eps, (int, float)) and eps == 0
     return actions.rescale if exact else functools.partial(actions.rescale, eps=eps)
+
+
+def strict(eps: float) -> actions.Action:
+    """Returns the same, but only of norms that are above the threshold unpadded."""
+
+    def action(norm, limit):
+        scale = actions.rescale(norm, limit, eps=eps)
+        return jnp.where(norm > limit.threshold, scale, 1.0)
+
+    return action
 
 
 def clip_by_value(

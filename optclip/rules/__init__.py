@@ -17,14 +17,32 @@ sharding nor Optax, so one rule works in every scope. Write your own:
 
 from optclip.rules._base import Context, Limit, Rule
 from optclip.rules._fixed import constant, fixed, interval, relative_to_params, schedule
+from optclip.rules._quantile import geometric_quantile, log_histogram_percentile
+from optclip.rules._running import dual_ema, ema_ratio, previous_norm
+from optclip.rules._scores import ema_sigma, ema_zscore
+from optclip.rules._second_moment import max_ema, second_moment
+from optclip.rules._smoothed import smoothed_norm
+from optclip.rules._window import window_percentile, window_sigma
 
 __all__ = [
     "Context",
     "Limit",
     "Rule",
     "constant",
+    "dual_ema",
+    "ema_ratio",
+    "ema_sigma",
+    "ema_zscore",
     "fixed",
+    "geometric_quantile",
     "interval",
+    "log_histogram_percentile",
+    "max_ema",
+    "previous_norm",
     "relative_to_params",
     "schedule",
+    "second_moment",
+    "smoothed_norm",
+    "window_percentile",
+    "window_sigma",
 ]

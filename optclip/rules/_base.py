@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["Context", "Limit", "Rule"]
+__all__ = ["Context", "Limit", "Rule", "hold"]
 
 
 class Limit(NamedTuple):
@@ -43,8 +44,9 @@ class Rule(NamedTuple):
     """A way to find thresholds: a pair of pure functions on one array of norms.
 
     The engine calls ``update`` once for each array of norms: a scalar in tree scope, a
-    vector in leaf and label scope, one array a leaf in the others. A group that is not
-    finite is handed over as 0, and its state is kept as it was.
+    vector in leaf and label scope, one array for each kind (shape) of leaf in layer and
+    unit scope, one a leaf in element scope. A group that is not finite is handed over
+    as 0, and its state is kept as it was.
 
     Attributes:
         init: Function of the norms (zeros, of the right shape and dtype) that returns
@@ -56,3 +58,17 @@ class Rule(NamedTuple):
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, Any, Context], tuple[Limit, Any]]
     name: str = "clip"
+
+
+def hold(kept: jax.Array, old: Any, new: Any) -> Any:
+    """Returns a rule's new state, but the old one of the groups that are ``kept``."""
+
+    def choose(before, after):
+        mask = kept
+        if before.ndim < kept.ndim:
+            mask = jnp.all(kept)
+        elif before.ndim > kept.ndim:
+            mask = kept.reshape(kept.shape + (1,) * (before.ndim - kept.ndim))
+        return jnp.where(mask, before, jnp.asarray(after).astype(before.dtype))
+
+    return jax.tree.map(choose, old, new)

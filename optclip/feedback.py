@@ -1,0 +1,108 @@
+"""Error feedback: what a clip cut off is not lost, but added to the next gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _checks, _trees
+from optclip.methods import clip_by_global_norm
+
+__all__ = ["CarryState", "u_clip"]
+
+
+class CarryState(NamedTuple):
+    """State of `u_clip`.
+
+    Attributes:
+        carry: What was cut off so far, float32, in the structure of the parameters;
+            zeros at first, and always finite.
+        inner_state: State of the clip inside.
+    """
+
+    carry: Any
+    inner_state: Any
+
+
+def u_clip(
+    inner_clip: optax.GradientTransformation,
+    *,
+    max_carry: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds what a clip cut off to the next gradients: clipping without bias (U-Clip).
+
+    With the carry c, zeros at first: u' = clip(u + c) and then c = u + c - u'. So the
+    sum of the updates stays within a bound of the sum of the gradients, and what is
+    clipped is put off, not dropped. The clip inside measures u + c.
+
+    Where a leaf of u + c or of u' is not finite, its carry is kept as it was.
+
+    Args:
+        inner_clip: Any clip, from here or from Optax.
+        max_carry: The largest norm of the carry, above 0. A spike is otherwise replayed
+            for as many steps as it was thresholds long. None for no bound, as
+            published.
+
+    Returns:
+        A transformation with `CarryState`: as much memory again as the parameters in
+        float32.
+
+    Raises:
+        ValueError: If ``max_carry`` is not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.u_clip(optclip.clip_by_value(1.0))
+        >>> grads = jnp.array([1.5])
+        >>> out, state = tx.update(grads, tx.init(grads))
+        >>> out.tolist(), tx.update(jnp.array([0.25]), state)[0].tolist()
+        ([1.0], [0.75])
+
+    Reference:
+        Elesedy and Hutter, U-Clip: On-Average Unbiased Stochastic Gradient Clipping,
+        2023, https://arxiv.org/abs/2302.02971
+    """
+    if max_carry is not None:
+        _checks.positive(max_carry=max_carry)
+    inner = optax.with_extra_args_support(inner_clip)
+
+    def wide(x):
+        return jnp.promote_types(x.dtype, jnp.float32)
+
+    def init_fn(params) -> Any:
+        found = _trees.leaves_of(params)
+        zeros = [jnp.zeros(x.shape, _state_dtype(x)) for x in found.leaves]
+        return CarryState(found.rebuild(zeros), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        found = _trees.leaves_of(updates)
+        carried = _trees.leaves_of(state.carry).leaves
+        total = [
+            x.astype(wide(x)) + c.astype(wide(x))
+            for x, c in zip(found.leaves, carried, strict=True)
+        ]
+        out, inner_state = inner.update(
+            found.rebuild(total), state.inner_state, params, **extra_args
+        )
+        done = _trees.leaves_of(out)
+        carry, new = [], []
+        for t, y, x, c in zip(total, done.leaves, found.leaves, carried, strict=True):
+            rounded = y.astype(x.dtype)
+            rest = (t - rounded.astype(t.dtype)).astype(c.dtype)
+            fine = jnp.all(jnp.isfinite(rest))
+            carry.append(jnp.where(fine, rest, c))
+            new.append(rounded)
+        if max_carry is not None:
+            bound = clip_by_global_norm(max_carry)
+            carry = list(bound.update(carry, bound.init(carry))[0])  # pyright: ignore
+        carry = _trees.leaves_of(state.carry).rebuild(carry)
+        return done.rebuild(new), CarryState(carry, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _state_dtype(x: Any) -> Any:
+    return (
+        jnp.complex64 if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32
+    )

@@ -1,0 +1,180 @@
+"""Clips of each leaf by its own past, by published name."""
+
+from typing import Any
+
+import jax
+
+from optclip import actions, rules, scopes
+from optclip.clipping import clip
+from optclip.methods._fixed import Clip
+
+__all__ = ["adagc", "adagn", "norm_growth_limiter"]
+
+
+def adagc(
+    lambda_rel: jax.typing.ArrayLike = 1.05,
+    *,
+    beta: jax.typing.ArrayLike = 0.98,
+    lambda_abs: jax.typing.ArrayLike = 1.0,
+    warmup_steps: jax.typing.ArrayLike = 100,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each leaf to a little above the running average of its own norm (AdaGC).
+
+    With the average g of the clipped norms of a leaf: u' = u * min(1, lambda_rel * g /
+    n) and g = beta * g + (1 - beta) * n'. In the warm-up all leaves are clipped
+    together, by the norm of the whole tree, to ``lambda_abs``, and g is the least norm
+    of a leaf. As in the reference code, ``warmup_steps=100`` means 99 steps, and
+    thresholds rise by 0.1% a step at most: after a lasting rise of the gradients they
+    need long to follow.
+
+    Args:
+        lambda_rel: The threshold in units of the average, at least 0.
+        beta: Decay of the average, at least 0 and below 1.
+        lambda_abs: Bound on the norm of the tree in the warm-up, at least 0.
+        warmup_steps: See above.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms, as the original does: a leaf without gradient in
+            the warm-up is then held at zero for good. If not, the average is set to
+            the norm as it is after 200 clipped steps in a row.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.adagc(scope=optclip.scopes.layer({"blocks/": 1}))
+
+    Reference:
+        Wang et al., AdaGC: Improving Training Stability for Large Language Model
+        Pretraining, 2025, https://arxiv.org/abs/2502.11034
+    """
+    rule = rules.ema_ratio(
+        lambda_rel, decay=beta, warmup_steps=warmup_steps,
+        warmup_threshold=lambda_abs, escape_steps=None if original else 200,
+        record_zeros=original,
+    )  # fmt: skip
+    return clip(
+        rule._replace(name="adagc"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )
+
+
+def norm_growth_limiter(
+    gamma: jax.typing.ArrayLike = 1.01,
+    *,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Lets a norm grow by at most a factor from one step to the next (Fira, APOLLO).
+
+    u' = u * min(1, gamma * n0 / n) with n0 the norm of the step before, after its own
+    clipping. The papers put it after the scaling of Adam, on the updates.
+
+    Args:
+        gamma: The largest factor, at least 0.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms, as the original does: after one zero gradient a
+            leaf starts again at about 1e-8. If not, 200 clipped steps in a row end in
+            the norm as it is.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.norm_growth_limiter(1.01)
+
+    Reference:
+        Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+        Constraint?, 2024, https://arxiv.org/abs/2410.01623
+    """
+    rule = rules.previous_norm(
+        gamma, escape_steps=None if original else 200, record_zeros=original
+    )
+    return clip(
+        rule._replace(name="norm_growth_limiter"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )
+
+
+def adagn(
+    gamma1: jax.typing.ArrayLike = 0.7,
+    *,
+    gamma2: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Gives each leaf the smoothed, normalised norm of its past (GradientStabilizer).
+
+    u' = u / n * m / (sqrt(q) + eps) with bias-corrected averages m of n and q of n**2:
+    the norm becomes about 1, less where it is unsteady. The length of the gradient is
+    lost, so put it before an optimizer that has no use for it, such as Adam. This is
+    AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`, to be chained before it.
+
+    Args:
+        gamma1: Decay of m, at least 0 and below 1.
+        gamma2: Decay of q, at least 0 and below 1.
+        eps: At least 0.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms and any other, as the official code does: one wild
+            norm then shrinks the updates for hundreds of steps.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.adagn()
+
+    Reference:
+        Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+        2025, https://arxiv.org/abs/2502.17055
+    """
+    rule = rules.smoothed_norm(
+        gamma1, second_decay=gamma2, eps=eps,
+        escape_steps=None if original else 50, record_zeros=original,
+    )  # fmt: skip
+    return clip(
+        rule._replace(name="adagn"),
+        scope=scope,
+        action=actions.normalize,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

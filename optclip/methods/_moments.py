@@ -1,0 +1,166 @@
+"""Clips of entries by their own size so far, by published name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks, rules, scopes
+from optclip.clipping import clip
+from optclip.methods._fixed import Clip
+
+__all__ = ["adamw_clip", "spam_clip", "stable_spam_clip"]
+
+
+def spam_clip(
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    warmup_steps: jax.typing.ArrayLike = 20,
+    reset_every: jax.typing.ArrayLike | None = None,
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each entry whose square is thousands of times its mean square (SPAM).
+
+    With the running mean square v of an entry, clipped values recorded:
+    u' = sign(u) * min(|u|, sqrt(threshold * v)). SPAM's momentum reset is the
+    optimizer's affair and not done here; its rhythm is, with ``reset_every``.
+
+    Args:
+        threshold: Largest ratio of a square to the mean square, at least 0.
+        decay: Decay of v, at least 0 and below 1: Adam's second.
+        warmup_steps: The first update that may be clipped; so one fewer pass untouched.
+        reset_every: v and the warm-up begin anew after so many updates; SPAM's 500.
+        original: Clip an entry whose v is 0 to 0, as the original does: an entry
+            without gradient in the warm-up then never gets one.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.spam_clip(5000.0)
+
+    Reference:
+        Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+        Training, 2025, https://arxiv.org/abs/2501.06842
+    """
+    _checks.non_negative(threshold=threshold)
+    _checks.steps(warmup_steps=warmup_steps)
+    rule = rules.second_moment(
+        jnp.sqrt(threshold), decay=decay, warmup_steps=warmup_steps,
+        reset_every=reset_every, pass_unseen=not original,
+    )  # fmt: skip
+    return clip(
+        rule._replace(name="spam_clip"),
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )
+
+
+def adamw_clip(
+    ratio: jax.typing.ArrayLike = 3.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    floor: jax.typing.ArrayLike = 0.0,
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each entry to three times its own root mean square (AdamWClip).
+
+    u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with the bias-corrected running
+    mean square v of the clipped entry.
+
+    Args:
+        ratio: The threshold in root mean squares, at least 0.
+        decay: Decay of v, at least 0 and below 1: Adam's second.
+        floor: The least threshold, at least 0.
+        original: Clip an entry whose v is 0 to ``floor``, as the original does: with
+            its 1e-10 the first gradients grow from there, threefold a step.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.adamw_clip(3.0)
+
+    Reference:
+        The package adamwclip 0.1.4, https://pypi.org/project/adamwclip
+    """
+    rule = rules.second_moment(
+        ratio, decay=decay, floor=floor, debias=True, pass_unseen=not original
+    )
+    return clip(
+        rule._replace(name="adamw_clip"),
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )
+
+
+def stable_spam_clip(
+    theta: jax.typing.ArrayLike = 0.999,
+    *,
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Brings entries above the running average of their leaf's maximum to it (AdaClip).
+
+    With G the largest magnitude of a leaf and T its bias-corrected running average,
+    this step's included: where |u| > T, u' = u * T / G. The first half of Stable-SPAM;
+    chain `adagn` after it for the second. Official code resets T's correction by
+    mistake when momentum is reset; this follows the fixed version.
+
+    Args:
+        theta: Decay of the average, at least 0 and below 1.
+        original: Record leaves that are zero, as the official code does.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optax, optclip
+        >>> halves = optclip.stable_spam_clip(), optclip.adagn()
+        >>> tx = optax.chain(*halves, optax.adam(1e-3))
+
+    Reference:
+        Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+        2025, https://arxiv.org/abs/2502.17055
+    """
+    rule = rules.max_ema(theta, record_zeros=original)
+    return clip(
+        rule._replace(name="stable_spam_clip"),
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,260 @@
+"""Rules that follow the norm with running averages."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip.rules._base import Limit, Rule
+from optclip.rules._memory import (
+    check_escape,
+    first_run,
+    in_a_row,
+    one,
+    recorded_norm,
+    remembering,
+    weight_of,
+)
+
+__all__ = [
+    "DualState",
+    "LevelState",
+    "dual_ema",
+    "ema_ratio",
+    "previous_norm",
+]
+
+RECORDS = ("raw", "clipped")
+
+
+class LevelState(NamedTuple):
+    """State of `ema_ratio` and `max_ema`.
+
+    Attributes:
+        ema_norm: float32, one a group. The running average; 0 at first.
+        recorded: int32, one a group. How many norms were recorded.
+        clipped_run: int32, one a group. Lost steps in a row; None without an escape.
+    """
+
+    ema_norm: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def _counts(norm: jax.Array) -> jax.Array:
+    return jnp.zeros(norm.shape, jnp.int32)
+
+
+def _floats(norm: jax.Array) -> jax.Array:
+    return jnp.zeros(norm.shape, jnp.float32)
+
+
+def ema_ratio(
+    ratio: jax.typing.ArrayLike,
+    *,
+    decay: jax.typing.ArrayLike,
+    record: str = "clipped",
+    warmup_steps: jax.typing.ArrayLike = 0,
+    warmup_threshold: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike = 1e-8,
+    floor: jax.typing.ArrayLike = 0.0,
+    escape_steps: int | None = 200,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of AdaGC: a multiple of a running average of the norm.
+
+    With the average g, threshold t = ratio * max(g, eps), and then
+    g = decay * g + (1 - decay) * m, where m is the norm recorded; at the first step
+    nothing is clipped and g = m. So g grows by at most ``decay + (1 - decay) * ratio``
+    a step while clipped norms are recorded. ``decay=0`` limits the growth of the norm
+    from one step to the next (Fira, APOLLO).
+
+    With a ``warmup_threshold``, AdaGC's warm-up: in the first ``warmup_steps - 1``
+    steps (one at least) all groups share the factor
+    min(1, warmup_threshold / (n + eps)) with n the norm of the whole tree, and g is the
+    least norm recorded.
+
+    Args:
+        ratio: The multiple, at least 0.
+        decay: At least 0 and below 1.
+        record: "clipped" or "raw": the norm after or before the clip.
+        warmup_steps: See above.
+        warmup_threshold: See above; None for no warm-up.
+        eps: The least average that counts, at least 0.
+        floor: The least threshold after the warm-up, at least 0.
+        escape_steps: After so many steps in a row that were clipped, or whose norm was
+            a hundredth of the average or less, the average is the norm as it is. None:
+            never, as the original.
+        record_zeros: Record norms of zero too, as the originals do: then one zero
+            gradient at the start brings the threshold to about zero for good.
+
+    Returns:
+        A rule with one float32 and two int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> rule = optclip.rules.ema_ratio(1.05, decay=0.98)
+        >>> tx = optclip.clip(rule, scope=optclip.scopes.leaf())
+
+    Reference:
+        Wang et al., AdaGC: Improving Training Stability for Large Language Model
+        Pretraining, 2025, https://arxiv.org/abs/2502.11034
+    """
+    _checks.non_negative(ratio=ratio, eps=eps, floor=floor)
+    _checks.decay(decay=decay)
+    _checks.steps(warmup_steps=warmup_steps)
+    _checks.one_of("record", record, RECORDS)
+    check_escape(escape_steps)
+    if warmup_threshold is not None:
+        _checks.non_negative(warmup_threshold=warmup_threshold)
+
+    def init(norm):
+        return LevelState(_floats(norm), _counts(norm), first_run(norm, escape_steps))
+
+    def update(norm, state, context):
+        start = state.recorded == 0
+        threshold = jnp.maximum(ratio * jnp.maximum(state.ema_norm, eps), floor)
+        warm: Any = jnp.zeros_like(start)
+        if warmup_threshold is None:
+            threshold = jnp.where(start, jnp.inf, threshold)
+        else:
+            warm = start | (state.recorded + 1 < warmup_steps)
+            shared = jnp.minimum(warmup_threshold / (context.tree_norm + eps), 1.0)
+            threshold = jnp.where(warm, norm * shared, threshold)
+        limit = one(threshold)
+        seen = recorded_norm(norm, limit, record)
+        level = decay * state.ema_norm + (1 - decay) * seen
+        level = jnp.where(warm, jnp.minimum(state.ema_norm, seen), level)
+        run, away = in_a_row(
+            norm > threshold, norm, state.ema_norm, state.clipped_run, escape_steps
+        )
+        level = jnp.where(start, seen, jnp.where(away, norm, level))
+        return limit, LevelState(level, state.recorded + 1, run)
+
+    return remembering(init, update, "ema_ratio", zeros=record_zeros)
+
+
+def previous_norm(
+    growth: jax.typing.ArrayLike = 1.01,
+    *,
+    record: str = "clipped",
+    eps: jax.typing.ArrayLike = 1e-8,
+    escape_steps: int | None = 200,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule that lets the norm grow by a factor from step to step.
+
+    threshold t = growth * (norm of the step before); nothing is clipped at the first
+    step. `ema_ratio` with ``decay=0``, which see.
+
+    Args:
+        growth: The largest factor, at least 0.
+        record: "clipped" or "raw": the norm after or before the clip.
+        eps: The least norm that counts, at least 0.
+        escape_steps: As in `ema_ratio`.
+        record_zeros: As in `ema_ratio`.
+
+    Returns:
+        A rule with one float32 and two int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.previous_norm(1.01))
+
+    Reference:
+        Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623
+    """
+    rule = ema_ratio(
+        growth, decay=0.0, record=record, eps=eps, escape_steps=escape_steps,
+        record_zeros=record_zeros,
+    )  # fmt: skip
+    return rule._replace(name="previous_norm")
+
+
+class DualState(NamedTuple):
+    """State of `dual_ema`.
+
+    Attributes:
+        fast_ema: float32, one a group. The quick average, not yet corrected for bias.
+        slow_ema: float32, one a group. The slow one.
+        recorded: int32, one a group. How many norms were recorded.
+        clipped_run: int32, one a group. Lost steps in a row; None without an escape.
+    """
+
+    fast_ema: jax.Array
+    slow_ema: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def dual_ema(
+    trigger: jax.typing.ArrayLike = 2.0,
+    target: jax.typing.ArrayLike = 1.1,
+    *,
+    fast_decay: jax.typing.ArrayLike = 0.9,
+    slow_decay: jax.typing.ArrayLike = 0.99,
+    record: str = "clipped",
+    escape_steps: int | None = 50,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule with two averages: one tells when to clip, one how far.
+
+    With bias-corrected averages s (slow) and f (fast) of the norms so far: where
+    n > trigger * s, the group is brought to the norm target * f.
+
+    Args:
+        trigger: Multiple of the slow average, at least 0.
+        target: Multiple of the fast average, at least 0.
+        fast_decay: At least 0 and below 1.
+        slow_decay: At least 0 and below 1.
+        record: "clipped" or "raw": the norm after or before the clip.
+        escape_steps: After so many steps in a row that were clipped, or whose norm was
+            a hundredth of the average or less, both start anew. None: never, as the
+            original.
+        record_zeros: Record norms of zero too.
+
+    Returns:
+        A rule with two float32 and two int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.dual_ema())
+    """
+    _checks.non_negative(trigger=trigger, target=target)
+    _checks.decay(fast_decay=fast_decay, slow_decay=slow_decay)
+    _checks.one_of("record", record, RECORDS)
+    check_escape(escape_steps)
+
+    def init(norm):
+        run = first_run(norm, escape_steps)
+        return DualState(_floats(norm), _floats(norm), _counts(norm), run)
+
+    def update(norm, state, context):
+        del context
+        start = state.recorded == 0
+        fast: Any = state.fast_ema / weight_of(fast_decay, state.recorded, norm.dtype)
+        slow: Any = state.slow_ema / weight_of(slow_decay, state.recorded, norm.dtype)
+        threshold = jnp.where(start, jnp.inf, trigger * slow)
+        limit = Limit(threshold, jnp.minimum(target * fast, norm))
+        run, away = in_a_row(
+            norm > threshold, norm, jnp.where(start, 0.0, slow), state.clipped_run,
+            escape_steps,
+        )  # fmt: skip
+        seen = jnp.where(away, norm, recorded_norm(norm, limit, record))
+        old = [jnp.where(away, 0.0, e) for e in (state.fast_ema, state.slow_ema)]
+        fast = fast_decay * old[0] + (1 - fast_decay) * seen
+        slow = slow_decay * old[1] + (1 - slow_decay) * seen
+        count = jnp.where(away, 1, state.recorded + 1)
+        return limit, DualState(fast, slow, count, run)
+
+    return remembering(init, update, "dual_ema", zeros=record_zeros)

@@ -1,0 +1,167 @@
+"""Rules for entries: bounds by their own second moment, or by their leaf's maximum."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip.rules._base import Limit, Rule
+from optclip.rules._memory import (
+    one,
+    recorded_norm,
+    remembering,
+    rms_of_two,
+    weight_of,
+)
+
+__all__ = ["MaximumState", "SecondMomentState", "max_ema", "second_moment"]
+
+
+class SecondMomentState(NamedTuple):
+    """State of `second_moment`.
+
+    Attributes:
+        root_moment: float32, as large as the leaf. Root of the running mean square.
+        recorded: int32, one a leaf. Updates so far.
+    """
+
+    root_moment: jax.Array
+    recorded: jax.Array
+
+
+def second_moment(
+    ratio: jax.typing.ArrayLike,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    floor: jax.typing.ArrayLike = 0.0,
+    debias: bool = False,
+    warmup_steps: jax.typing.ArrayLike = 0,
+    reset_every: jax.typing.ArrayLike | None = None,
+    pass_unseen: bool = True,
+) -> Rule:
+    """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own size.
+
+    With the running mean square v of an entry, clipped values recorded: threshold
+    t = max(ratio * sqrt(v), floor), and then v = decay * v + (1 - decay) * u'**2.
+
+    Args:
+        ratio: The multiple, at least 0: SPAM's is the root of its 5000.
+        decay: At least 0 and below 1.
+        floor: The least threshold, at least 0.
+        debias: Divide v by 1 - decay**step, as AdamWClip does and SPAM does not.
+        warmup_steps: Number of the first update that may be clipped, counted from 1
+            (SPAM: 20).
+        reset_every: v begins anew at each update whose number is a multiple of this;
+            then ``warmup_steps`` updates are not clipped.
+        pass_unseen: Leave an entry alone whose v is 0. The originals clip it to the
+            floor: without one, an entry that was zero so far stays zero.
+
+    Returns:
+        A rule for `optclip.scopes.element`, with one float32 an entry and one int32 a
+        leaf.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> rule = optclip.rules.second_moment(3.0, debias=True)
+        >>> tx = optclip.clip(rule, scope=optclip.scopes.element())
+
+    Reference:
+        Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+        Training, 2025, https://arxiv.org/abs/2501.06842
+    """
+    _checks.non_negative(ratio=ratio, floor=floor)
+    _checks.decay(decay=decay)
+    _checks.steps(warmup_steps=warmup_steps)
+    if reset_every is not None:
+        _checks.steps(reset_every=reset_every)
+        _checks.positive(reset_every=reset_every)
+
+    def init(norm):
+        root = jnp.zeros(norm.shape, jnp.float32)
+        return SecondMomentState(root, jnp.zeros([], jnp.int32))
+
+    def update(norm, state, context):
+        del context
+        root, earlier = state
+        number: Any = state.recorded + 1
+        phase = number
+        if reset_every is not None:
+            phase = number % reset_every
+            root = jnp.where(phase == 0, 0.0, root)
+            earlier = jnp.where(number < reset_every, earlier, phase)
+        size: Any = root
+        if debias:
+            size = root / jnp.sqrt(weight_of(decay, earlier, root.dtype))
+        threshold = jnp.maximum(ratio * size, floor)
+        if pass_unseen:
+            threshold = jnp.where(root > 0, threshold, jnp.inf)
+        threshold = jnp.where(
+            jnp.minimum(phase, number) < warmup_steps, jnp.inf, threshold
+        )
+        limit = one(threshold)
+        root = rms_of_two(decay, root, recorded_norm(norm, limit, "clipped"))
+        return limit, SecondMomentState(root, number)
+
+    return remembering(init, update, "second_moment", zeros=True)
+
+
+class MaximumState(NamedTuple):
+    """State of `max_ema`.
+
+    Attributes:
+        ema_maximum: float32 scalar, one a leaf. Running average of the largest entry.
+        recorded: int32 scalar, one a leaf. Updates so far.
+    """
+
+    ema_maximum: jax.Array
+    recorded: jax.Array
+
+
+def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) -> Rule:
+    """Returns the rule of Stable-SPAM's AdaClip: an average of a leaf's largest entry.
+
+    With G the largest magnitude of a leaf and T the bias-corrected running average of
+    G, this step's included, an entry above T is multiplied by T / G: the largest entry
+    becomes T, and what lies between shrinks with it. (So it is no clamp: an entry just
+    above T ends below one just under it, as in the original.)
+
+    Args:
+        decay: At least 0 and below 1.
+        record_zeros: Record leaves that are zero too, as the official code.
+
+    Returns:
+        A rule for `optclip.scopes.element`, with one float32 and one int32 a leaf.
+
+    Raises:
+        ValueError: If ``decay`` is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.max_ema(), scope=optclip.scopes.element())
+
+    Reference:
+        Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
+        2025, https://arxiv.org/abs/2502.17055
+    """
+    _checks.decay(decay=decay)
+
+    def init(norm):
+        del norm
+        return MaximumState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
+
+    def update(norm, state, context):
+        del context
+        top = jnp.max(norm, initial=0.0)
+        level = decay * state.ema_maximum + (1 - decay) * top
+        count = state.recorded + 1
+        threshold = level / weight_of(decay, count, level.dtype)
+        # At the first step both are the same number, up to rounding.
+        threshold = jnp.where(state.recorded == 0, top, threshold)
+        share = jnp.minimum(threshold / jnp.where(top > 0, top, 1.0), 1.0)
+        return Limit(threshold, norm * share), MaximumState(level, count)
+
+    return remembering(init, update, "max_ema", zeros=record_zeros)

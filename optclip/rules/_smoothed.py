@@ -1,0 +1,108 @@
+"""The rule that gives a group the norm that Adam would make of its norm."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip.rules._base import Rule
+from optclip.rules._memory import (
+    check_escape,
+    first_run,
+    in_a_row,
+    one,
+    remembering,
+    rms_of_two,
+    weight_of,
+)
+
+__all__ = ["SmoothState", "smoothed_norm"]
+
+
+class SmoothState(NamedTuple):
+    """State of `smoothed_norm`.
+
+    Attributes:
+        first_moment: float32, one a group. Running mean of the norm.
+        second_root: float32, one a group. Root of the running mean of its square.
+        recorded: int32, one a group. How many norms were recorded.
+        clipped_run: int32, one a group. Lost steps in a row; None without an escape.
+    """
+
+    first_moment: jax.Array
+    second_root: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def smoothed_norm(
+    first_decay: jax.typing.ArrayLike = 0.7,
+    *,
+    second_decay: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    escape_steps: int | None = 50,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of AdaGN: the norm that Adam would make of the norm.
+
+    target t = m / (sqrt(q) + eps) with bias-corrected running averages m of n and q of
+    n**2, this step's included. Meant for `optclip.actions.normalize`, which gives every
+    group its target.
+
+    Args:
+        first_decay: Decay of m, at least 0 and below 1.
+        second_decay: Decay of q, at least 0 and below 1.
+        eps: At least 0.
+        escape_steps: A norm counts for a hundred times the root of q at most; and after
+            so many steps in a row on which it is a hundredth of that or less, the
+            averages begin anew. None: as the original.
+        record_zeros: Record norms of zero too.
+
+    Returns:
+        A rule with two float32 and two int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> rule = optclip.rules.smoothed_norm()
+        >>> tx = optclip.clip(rule, action=optclip.actions.normalize)
+
+    Reference:
+        Huang et al., Stable-SPAM, 2025, https://arxiv.org/abs/2502.17055
+    """
+    _checks.decay(first_decay=first_decay, second_decay=second_decay)
+    _checks.non_negative(eps=eps)
+    check_escape(escape_steps)
+
+    def init(norm):
+        zeros, count = (
+            jnp.zeros(norm.shape, jnp.float32),
+            jnp.zeros(norm.shape, jnp.int32),
+        )
+        return SmoothState(zeros, zeros + 0, count, first_run(norm, escape_steps))
+
+    def size_of(root, count):
+        return root / jnp.sqrt(weight_of(second_decay, count, root.dtype))
+
+    def update(norm, state, context):
+        del context
+        known, count = state.recorded > 0, state.recorded + 1
+        size = size_of(state.second_root, state.recorded)
+        run, away = in_a_row(
+            jnp.zeros_like(known), norm, size, state.clipped_run, escape_steps
+        )
+        value = norm
+        if escape_steps is not None:
+            value = jnp.minimum(norm, jnp.where(known, 100 * size, jnp.inf))
+        old = [jnp.where(away, 0.0, x) for x in (state.first_moment, state.second_root)]
+        count = jnp.where(away, 1, count)
+        first: Any = first_decay * old[0] + (1 - first_decay) * value
+        root = rms_of_two(second_decay, old[1], value)
+        target: Any = first / weight_of(first_decay, count, first.dtype)
+        target = target / (size_of(root, count) + eps)
+        return one(target), SmoothState(first, root, count, run)
+
+    return remembering(init, update, "smoothed_norm", zeros=record_zeros)

@@ -1,0 +1,189 @@
+"""Rules that keep the last norms: percentiles, and mean plus deviations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip._checks import Static
+from optclip.rules._base import Rule
+from optclip.rules._memory import one, places, recorded_norm, remembering
+
+__all__ = ["WindowState", "window_percentile", "window_sigma"]
+
+# No plain ints: `optax.inject_hyperparams` would make them arrays.
+WINDOW, SHORT_WINDOW = Static(1000), Static(128)
+
+
+class WindowState(NamedTuple):
+    """State of the rules with a window.
+
+    Attributes:
+        recent_norms: float32, one row of ``window`` a group: the last norms, in a ring.
+        recorded: int32, one a group. How many norms were recorded.
+    """
+
+    recent_norms: jax.Array
+    recorded: jax.Array
+
+
+def _put(state: WindowState, value: jax.Array, first_fills: bool = False):
+    """Returns the state after ``value``, written over the oldest norm."""
+    ring, count = state
+    at = places(ring)
+    here = at == (count % ring.shape[-1])[..., None]
+    if first_fills:
+        here |= (count == 0)[..., None]
+    put = jnp.where(here, value.astype(ring.dtype)[..., None], ring)
+    return WindowState(put, count + 1)
+
+
+def _empty(norm: jax.Array, window: int) -> WindowState:
+    ring = jnp.zeros((*norm.shape, window), jnp.float32)
+    return WindowState(ring, jnp.zeros(norm.shape, jnp.int32))
+
+
+def _sorted(state: WindowState, full: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the norms in ascending order, the missing ones last, and their number."""
+    ring, count = state
+    window = ring.shape[-1]
+    known = jnp.full_like(count, window) if full else jnp.minimum(count, window)
+    valid = places(ring) < known[..., None]
+    return jnp.sort(jnp.where(valid, ring, jnp.inf), axis=-1), known
+
+
+def _percentile(state: WindowState, percentile: Any, by_rank: bool) -> jax.Array:
+    values, known = _sorted(state, by_rank)
+
+    def at(index):
+        index = jnp.clip(index, 0, values.shape[-1] - 1).astype(jnp.int32)
+        return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+    if by_rank:
+        return at(jnp.broadcast_to(jnp.asarray(percentile), known.shape))
+    place = percentile / 100 * jnp.maximum(known - 1, 0)
+    low = jnp.floor(place)
+    below, above = at(low), at(jnp.minimum(low + 1, jnp.maximum(known - 1, 0)))
+    return below + (above - below) * (place - low)
+
+
+def window_percentile(
+    percentile: jax.typing.ArrayLike,
+    *,
+    window: Any = WINDOW,
+    include_current: bool = True,
+    by_rank: bool = False,
+    record: str = "raw",
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
+
+    The threshold is that of ``numpy.percentile``: linear between two norms. With
+    ``by_rank``, bitsandbytes' rule: the first norm fills the whole window, and the
+    threshold is entry ``percentile * window / 100`` of the sorted norms.
+
+    Args:
+        percentile: Between 0 and 100.
+        window: How many norms are kept, at least 1.
+        include_current: Whether this step's norm counts for its own threshold. If not,
+            nothing is clipped at the first step.
+        by_rank: See above.
+        record: "raw" or "clipped": the norm before or after the clip.
+        record_zeros: Record norms of zero too.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is no int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.window_percentile(10.0, window=100))
+
+    Reference:
+        Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks, 2020, https://arxiv.org/abs/2007.14469
+    """
+    _checks.percentile(percentile=percentile)
+    _checks.one_of("record", record, ("raw", "clipped"))
+    window = _checks.size("window", window)
+    wanted = (
+        jnp.floor(jnp.asarray(percentile) * window / 100) if by_rank else percentile
+    )
+
+    def update(norm, state, context):
+        del context
+        seen = _put(state, norm, by_rank)
+        used = seen if include_current else state
+        threshold = _percentile(used, wanted, by_rank)
+        threshold = jnp.where(used.recorded == 0, jnp.inf, threshold)
+        limit = one(threshold)
+        if record == "clipped":
+            seen = _put(state, recorded_norm(norm, limit, record), by_rank)
+        return limit, seen
+
+    def init(norm):
+        return _empty(norm, window)
+
+    return remembering(init, update, "window_percentile", zeros=record_zeros)
+
+
+def window_sigma(
+    sigmas: jax.typing.ArrayLike = 3.0,
+    *,
+    window: Any = SHORT_WINDOW,
+    floor: jax.typing.ArrayLike = 1e-6,
+    record: str = "raw",
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
+
+    threshold t = m + sigmas * max(s, floor) with the mean m and the (population)
+    standard deviation s of the norms before this one; nothing is clipped before half
+    the window, two norms at least, is filled.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        window: How many norms are kept, at least 2.
+        floor: The least deviation that counts, at least 0.
+        record: "raw" or "clipped": the norm before or after the clip.
+        record_zeros: Record norms of zero too, as the original.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 a group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is no int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.window_sigma(3.0))
+    """
+    _checks.non_negative(sigmas=sigmas, floor=floor)
+    _checks.one_of("record", record, ("raw", "clipped"))
+    window = _checks.size("window", window, least=2)
+
+    def update(norm, state, context):
+        del context
+        ring, count = state
+        known = jnp.minimum(count, window)
+        valid = places(ring) < known[..., None]
+        # In units of the largest, whose square can't overflow.
+        unit = jnp.max(jnp.where(valid, ring, 0.0), axis=-1)
+        unit = jnp.where(unit > 0, unit, 1.0)
+        share = jnp.where(valid, ring / unit[..., None], 0.0)
+        number = jnp.maximum(known, 1)
+        mean = jnp.sum(share, axis=-1) / number
+        apart = jnp.where(valid, share - mean[..., None], 0.0)
+        spread = jnp.sqrt(jnp.sum(jnp.square(apart), axis=-1) / number)
+        threshold = unit * mean + sigmas * jnp.maximum(unit * spread, floor)
+        ready = count >= max(2, window // 2)
+        limit = one(jnp.where(ready, threshold, jnp.inf))
+        return limit, _put(state, recorded_norm(norm, limit, record))
+
+    def init(norm):
+        return _empty(norm, window)
+
+    return remembering(init, update, "window_sigma", zeros=record_zeros)

@@ -1,0 +1,114 @@
+"""The clip with nothing to pick: both halves around any optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import methods, scopes
+from optclip._state import ClipState
+
+__all__ = ["StabilizeState", "stabilize"]
+
+
+class StabilizeState(NamedTuple):
+    """State of `stabilize`.
+
+    Attributes:
+        gradient_clip: `ClipState` of the quantile clip, `clip` in the metrics.
+        optimizer_state: State of the optimizer inside.
+        update_cap: `ClipState` of the cap on the update, `clip_2` in the metrics.
+    """
+
+    gradient_clip: ClipState
+    optimizer_state: Any
+    update_cap: ClipState
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    quantile: jax.typing.ArrayLike = 0.1,
+    margin: jax.typing.ArrayLike = 2.0,
+    rate: jax.typing.ArrayLike = 0.05,
+    warmup_steps: jax.typing.ArrayLike = 5,
+    max_ratio: jax.typing.ArrayLike = 0.02,
+    floor: jax.typing.ArrayLike = 1e-2,
+    scope: scopes.Scope = scopes.tree(),
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that neither bad batches nor large steps derail it.
+
+    Three guards, and no threshold in the unit of your gradients:
+
+    1. the gradients are clipped to ``margin`` times a low quantile of their norm so
+       far (`quantile_clip`), against bad batches, at any loss scale;
+    2. a step whose gradients hold NaN or inf is left out: zero updates, and the
+       optimizer's state as it was;
+    3. the final update is at most ``max_ratio`` of the parameters in root mean square
+       (`cap_update`), against a learning rate that is too high.
+
+    Each of the first and third fails alone where the other holds.
+
+    Args:
+        optimizer: Any Optax optimizer, its learning rate included.
+        quantile: As in `quantile_clip`.
+        margin: As in `quantile_clip`.
+        rate: As in `quantile_clip`.
+        warmup_steps: As in `quantile_clip`.
+        max_ratio: The ratio of `cap_update`.
+        floor: As in `cap_update`.
+        scope: Which entries share one norm, in both clips: `optclip.scopes.tree()`, or
+            `optclip.scopes.leaf()` for a quantile and a cap of each leaf.
+        axis_name: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `StabilizeState` that needs ``params``. It is the whole
+        optimizer: chain nothing after it.
+
+    Raises:
+        ValueError: If a number is out of range, or ``params`` are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> tx = optclip.stabilize(optax.adamw(1e-3))
+        >>> params = jnp.ones(3)
+        >>> updates, state = tx.update(jnp.ones(3), tx.init(params), params)
+        >>> sorted(optclip.metrics(state))[:2]
+        ['clip/clipped', 'clip/clipped_fraction']
+    """
+    first: Any = methods.quantile_clip(
+        quantile, margin=margin, rate=rate, warmup_steps=warmup_steps, scope=scope,
+        nonfinite="skip", axis_name=axis_name,
+    )  # fmt: skip
+    last: Any = methods.cap_update(
+        max_ratio, floor=floor, scope=scope, nonfinite="skip", axis_name=axis_name
+    )
+    inner: Any = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params) -> Any:
+        return StabilizeState(first.init(params), inner.init(params), last.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        if params is None:
+            raise ValueError(
+                "`stabilize` compares the update with the parameters: call "
+                "`update(updates, state, params)`."
+            )
+        clip_state: Any
+        cap_state: Any
+        clipped, clip_state = first.update(updates, state.gradient_clip, params)
+        before = state.gradient_clip.seen.nonfinite_steps
+        bad = clip_state.seen.nonfinite_steps != before
+        out, after = inner.update(clipped, state.optimizer_state, params, **extra_args)
+
+        def unless_bad(old, new):
+            return jnp.where(bad, old, new)
+
+        after = jax.tree.map(unless_bad, state.optimizer_state, after)
+        out = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), out)
+        capped, cap_state = last.update(out, state.update_cap, params)
+        return capped, StabilizeState(clip_state, after, cap_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

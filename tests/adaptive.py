@@ -1,0 +1,112 @@
+"""Every adaptive transformation, the scopes that it has, and norms to try it on."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optclip
+from optclip import scopes
+
+SCOPES = {
+    "tree": scopes.tree(),
+    "leaf": scopes.leaf(),
+    "layer": scopes.layer({"blocks": 1}),
+    "unit": scopes.unit(),
+    "label": scopes.label(lambda path: path[:1]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """A transformation with memory.
+
+    Attributes:
+        make: Function of options of the transformation that makes it.
+        scoped: Whether it has the option ``scope``.
+        policies: Whether it has the option ``nonfinite``.
+    """
+
+    make: Callable
+    scoped: bool = True
+    policies: bool = True
+
+
+def short(function, **fixed):
+    return lambda **options: function(**fixed, **options)
+
+
+ADAPTIVE = {
+    "adagc": Adaptive(short(optclip.adagc, warmup_steps=3)),
+    "adagn": Adaptive(optclip.adagn),
+    "adamw_clip": Adaptive(optclip.adamw_clip, scoped=False),
+    "autoclip": Adaptive(short(optclip.autoclip, window=8)),
+    "autoclip-all": Adaptive(short(optclip.autoclip, window=None)),
+    "cap_update": Adaptive(optclip.cap_update),
+    "dual_ema_clip": Adaptive(optclip.dual_ema_clip),
+    "ema_sigma_clip": Adaptive(optclip.ema_sigma_clip),
+    "norm_growth_limiter": Adaptive(optclip.norm_growth_limiter),
+    "percentile_clip": Adaptive(short(optclip.percentile_clip, window=8)),
+    "quantile_clip": Adaptive(optclip.quantile_clip),
+    "rolling_sigma_clip": Adaptive(short(optclip.rolling_sigma_clip, window=8)),
+    "spam_clip": Adaptive(short(optclip.spam_clip, warmup_steps=2), scoped=False),
+    "stable_spam_clip": Adaptive(optclip.stable_spam_clip, scoped=False),
+    "trust_ratio_clip": Adaptive(optclip.trust_ratio_clip),
+    "zclip": Adaptive(short(optclip.zclip, warmup_steps=3, max_grad_norm=None)),
+    "spectral_clip": Adaptive(short(optclip.spectral_clip, max_sigma=1.0), False),
+    "spectral_clip-soft": Adaptive(
+        short(optclip.spectral_clip, max_sigma=1.0, method="soft"), False
+    ),
+    "spectral_clip-hardcap": Adaptive(
+        short(optclip.spectral_clip, max_sigma=1.0, method="hardcap"), False
+    ),
+    "u_clip": Adaptive(
+        lambda: optclip.u_clip(optclip.clip_by_global_norm(1.0)), False, False
+    ),
+    "scale_by_stable_adam": Adaptive(
+        short(optclip.scale_by_stable_adam, weight_decay=0.1), False, False
+    ),
+    "stabilize": Adaptive(
+        lambda **options: optclip.stabilize(optax.adam(1e-2), **options), True, False
+    ),
+}
+PAIRS = [
+    (name, scope)
+    for name, case in ADAPTIVE.items()
+    for scope in (SCOPES if case.scoped else ["own"])
+]
+
+
+def build(name, scope="own", **options):
+    if scope != "own":
+        options["scope"] = SCOPES[scope]
+    return ADAPTIVE[name].make(**options)
+
+
+def params(dtype=jnp.float32):
+    rng = np.random.default_rng(7)
+    shapes = {"blocks": (2, 3, 2), "kernel": (3, 2), "bias": (2,), "scale": ()}
+    return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+
+
+def gradients(seed, size=1.0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(size * rng.normal(size=p.shape), dtype), params()
+    )
+
+
+def norms(seed=0, steps=300, zeros=True):
+    """Returns norms with spikes, plateaus and (unless told not to) zeros."""
+    rng = np.random.default_rng(seed)
+    values = np.exp(0.4 * rng.normal(size=steps) + 0.5)
+    values[rng.choice(steps, 12, replace=False)] *= 50
+    values[60:90] = 1.25
+    values[90] = 1.3
+    values[200:] *= 3
+    if zeros:
+        values[rng.choice(np.arange(5, steps), 6, replace=False)] = 0
+    return values.astype(np.float32)
