@@ -1,0 +1,211 @@
+"""Spectral clips, error feedback, stable Adam, caps and `stabilize`, against NumPy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+
+import optclip
+
+
+def matrix(shape, sigmas, seed=0):
+    """Returns a matrix (or a batch) with these singular values."""
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(*shape[:-1], len(sigmas))))[0]
+    right = np.linalg.qr(rng.normal(size=(*shape[:-2], shape[-1], len(sigmas))))[0]
+    return (left * np.asarray(sigmas)) @ np.swapaxes(right, -1, -2)
+
+
+def mapped(x, f):
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    return (left * f(values)[..., None, :]) @ right
+
+
+def spectral(x, cap=1.0, **options):
+    tx = optclip.spectral_clip(cap, **options)
+    return registry.jit(tx.update)(x, tx.init(x))
+
+
+SIGMAS = [50.0, 7.0, 1.2, 0.9, 0.05, 1e-4]
+CURVES = {
+    "svd": (lambda s: np.minimum(s, 1.0), 2e-5),
+    "hardcap": (lambda s: np.minimum(s, 1.0), 0.15),
+    "soft": (lambda s: s / np.sqrt(1 + s * s), 1e-3),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (3, 8, 6)])
+@pytest.mark.parametrize("method", CURVES)
+def test_spectral_clip_maps_singular_values(method, shape):
+    curve, error = CURVES[method]
+    x = matrix(shape, SIGMAS).astype(np.float32)
+    out, state = spectral(x, method=method)
+    off = np.linalg.norm(np.asarray(out) - mapped(x.astype(float), curve), 2, (-2, -1))
+    assert np.max(off) < error, off
+    assert float(state.norm_after) < float(state.norm_before)
+    assert float(optclip.metrics(state)["clip/clipped"]) == 1
+
+
+def test_spectral_clip_keeps_what_is_short_bitwise_and_zeros_zero():
+    x = {"a": matrix((6, 8), [0.9, 0.1]).astype(np.float32), "b": np.float32([0.3])}
+    out, state = spectral(x)
+    chex.assert_trees_all_equal(out, x)
+    assert float(state.clipped) == 0
+    zeros = jax.tree.map(np.zeros_like, x)
+    for method in CURVES:
+        chex.assert_trees_all_equal(spectral(zeros, method=method)[0], zeros)
+    for method in CURVES:
+        chex.assert_trees_all_equal(spectral(x, 0.0, method=method)[0], zeros)
+
+
+@pytest.mark.parametrize("method", CURVES)
+def test_spectral_clip_works_at_every_size_and_on_vectors(method):
+    for size in (1e-30, 1e30):
+        x = (size * matrix((6, 8), [10.0, 3.0, 0.5])).astype(np.float32)
+        out, _ = spectral(x, np.float32(size), method=method)
+        wanted = size * mapped(x.astype(float) / size, CURVES[method][0])
+        assert np.linalg.norm(np.asarray(out) / size - wanted / size, 2) < 0.15
+    out, _ = spectral(np.float32([3.0, 4.0]), method=method)
+    np.testing.assert_allclose(out, np.float32([0.6, 0.8]), rtol=0.03)
+
+
+def test_spectral_clip_takes_schedules_and_refuses_complex_leaves():
+    tx = optclip.spectral_clip(optax.linear_schedule(1.0, 0.0, 2))
+    x = np.eye(3, dtype=np.float32) * 2
+    _, state = tx.update(x, tx.init(x))
+    out, _ = tx.update(x, state)
+    np.testing.assert_allclose(out, np.eye(3) * 0.5, atol=1e-6)
+    with pytest.raises(ValueError, match="`spectral_clip` needs real updates"):
+        tx.update(x * 1j, tx.init(x))
+
+
+@pytest.mark.parametrize("inner", [optclip.clip_by_value(0.5), optclip.clip(1.0)])
+def test_u_clip_loses_nothing(inner):
+    tx = optclip.u_clip(inner)
+    grads = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    state, outs = registry.jit(
+        lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g)
+    )(tx.init(jnp.zeros(4)), grads)
+    np.testing.assert_allclose(
+        np.sum(outs, axis=0) + state.carry, grads.sum(axis=0), atol=1e-5
+    )
+
+
+def test_u_clip_bounds_the_carry_and_keeps_it_over_a_nan():
+    tx = optclip.u_clip(optclip.clip(1.0, nonfinite="zero"), max_carry=2.0)
+    _, state = tx.update(jnp.array([3e6, 4e6]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(state.carry, [1.2, 1.6], rtol=1e-6)
+    _, after = tx.update(jnp.array([np.nan, 0.0]), state)
+    chex.assert_trees_all_equal(after.carry, state.carry)
+
+
+def stable_adam(grads, w, lr, b1, b2, eps, decay):
+    """StableAdamW in NumPy, as optimi writes it."""
+    m = v = np.zeros_like(w)
+    for t, g in enumerate(grads, 1):
+        d1, d2 = ((b**t - b) / (b**t - 1) for b in (b1, b2))
+        m, v = d1 * m + (1 - d1) * g, d2 * v + (1 - d2) * g * g
+        rms = np.sqrt(np.mean(g * g / np.maximum(v, eps**2)))
+        rate = lr / max(1.0, rms)
+        w = (1 - rate * decay) * w - rate * m / (np.sqrt(v) + eps)
+    return w
+
+
+def test_stable_adam_follows_its_formula():
+    rng = np.random.default_rng(3)
+    grads = rng.normal(size=(60, 5)) * np.exp(rng.normal(size=(60, 1)))
+    adam = optclip.scale_by_stable_adam(0.9, 0.99, weight_decay=0.1)
+    tx = optax.chain(adam, optax.scale_by_learning_rate(0.05))
+    start = rng.normal(size=5)
+
+    def step(carry, g):
+        w, state = carry
+        updates, state = tx.update(g, state, w)
+        return (w + updates, state), None
+
+    first = jnp.asarray(start, jnp.float32)
+    (w, state), _ = registry.jit(lambda w, gs: jax.lax.scan(step, (w, tx.init(w)), gs))(
+        first, jnp.asarray(grads, jnp.float32)
+    )
+    wanted = stable_adam(grads, start, 0.05, 0.9, 0.99, 1e-6, 0.1)
+    np.testing.assert_allclose(w, wanted, rtol=2e-5)
+    assert float(state[0].largest_rms) > 0
+
+
+def test_stable_adam_decays_only_what_the_mask_says():
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    tx = optclip.scale_by_stable_adam(weight_decay=0.5, mask={"w": True, "b": False})
+    out, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(out["w"], [0.5, 0.5])
+    np.testing.assert_array_equal(out["b"], [0.0, 0.0])
+
+
+def test_cap_update_is_a_share_of_the_parameters_or_of_the_floor():
+    params, updates = jnp.full(4, 2.0), jnp.full(4, 1.0)
+    tx = optclip.cap_update(0.1, floor=0.5)
+    out, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_allclose(out, np.full(4, 0.2), rtol=1e-6)
+    zeros = jnp.zeros(4)
+    out, _ = tx.update(updates, tx.init(zeros), zeros)
+    np.testing.assert_allclose(out, np.full(4, 0.05), rtol=1e-6)
+
+
+def test_trust_ratio_clip_never_scales_up_and_passes_zero_parameters():
+    params = {"a": jnp.array([0.3, 0.4]), "b": jnp.array([30.0]), "c": jnp.zeros(1)}
+    updates = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([1.0]), "c": jnp.ones(1)}
+    tx = optclip.trust_ratio_clip()
+    out, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_allclose(out["a"], [0.0, 0.5], rtol=1e-6)
+    assert out["b"] == 1
+    assert out["c"] == 1
+
+
+def descend(tx, scale=1.0, spike=None, steps=200):
+    """Minimises a badly conditioned quadratic; returns the loss at each step."""
+    curvature = jnp.array([1.0, 10.0, 100.0]) * scale
+    start = jnp.array([1.0, -1.0, 1.0])
+
+    def step(carry, t):
+        w, state = carry
+        grads = curvature * w
+        if spike is not None:
+            grads = jnp.where(t == 50, spike, grads)
+        updates, state = tx.update(grads, state, w)
+        w = optax.apply_updates(w, updates)
+        return (w, state), jnp.sum(curvature * w * w) / scale
+
+    first = (start, tx.init(start))
+    return np.asarray(registry.jit(
+        lambda c: jax.lax.scan(step, c, jnp.arange(steps))[1])(first))  # fmt: skip
+
+
+def test_stabilize_survives_a_learning_rate_that_is_too_high():
+    assert not descend(optax.sgd(0.05))[-1] < 1e3
+    losses = descend(optclip.stabilize(optax.sgd(0.05)))
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("spike", [np.nan, np.inf, 1e30])
+def test_stabilize_survives_a_bad_batch(spike):
+    losses = descend(optclip.stabilize(optax.adam(0.01)), spike=spike)
+    calm = descend(optclip.stabilize(optax.adam(0.01)))
+    assert losses[-1] < 2 * calm[-1] + 0.1
+
+
+def test_stabilize_does_not_depend_on_the_scale_of_the_loss():
+    one = descend(optclip.stabilize(optax.sgd(0.01)))
+    many = descend(optclip.stabilize(optax.sgd(0.01 / 1024)), scale=1024.0)
+    np.testing.assert_allclose(many, one, rtol=1e-3)
+
+
+def test_stabilize_by_leaf_has_a_threshold_for_each():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = optclip.stabilize(optax.sgd(0.1), scope=optclip.scopes.leaf())
+    state = tx.init(params)
+    assert state.gradient_clip.rule_state[0].log_quantile.shape == (2,)
+    _, state = tx.update(params, state, params)
+    assert "a/norm_before" in optclip.leaf_metrics(state, params)
