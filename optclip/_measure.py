@@ -217,7 +217,8 @@ def plan_of(
     power = 2.0 if order == "rms" else order
     if layout.groups:
         return Plan(power, layout.axes, layout.groups, names, drop)
-    alike = kinds(found.leaves, layout.axes, names, across)
+    placed = list(map(_trees.placement, found.leaves))
+    alike = kinds(found.leaves, layout.axes, names, across, placed)
     return Plan(power, layout.axes, (), names, drop, across, alike)
 
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from optax import MaskedNode
 
-__all__ = ["Leaves", "axis_names", "leaves_of", "lookup", "matching", "path_codes"]
+__all__ = [
+    "Leaves",
+    "axis_names",
+    "leaves_of",
+    "lookup",
+    "matching",
+    "path_codes",
+    "placement",
+]
 
 
 class Leaves(NamedTuple):
@@ -117,6 +125,15 @@ def _varying(x: jax.Array) -> tuple[str, ...]:
     if names is None:
         names = getattr(kind, "vma", frozenset())
     return tuple(sorted(names))
+
+
+def placement(x: Any) -> tuple:
+    """Returns how the type of ``x`` says it is sharded: () but in explicit mode."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return ()
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
+    names = tuple(spec) if spec is not None else ()
+    return names if any(n is not None for n in names) else ()
 
 
 def _flat(entries: Any) -> tuple[str, ...]:

@@ -98,6 +98,23 @@ def test_explicit_sharding_gives_the_numbers_of_one_device(name):
     assert out["blocks"].sharding.is_equivalent_to(sharded["blocks"].sharding, 3)
 
 
+@pytest.mark.usefixtures("eight")
+def test_explicit_leaves_of_one_shape_may_be_sharded_along_different_axes():
+    where = mesh(jax.sharding.AxisType.Explicit)
+    rng = np.random.default_rng(0)
+    updates = {k: rng.normal(size=(8, 8)).astype(np.float32) for k in "ab"}
+    tx = optclip.clip_by_unit_norm(1.0)
+    enter = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    with enter(where):
+        specs = {"a": P("x", None), "b": P(None, "x")}
+        placed_ones = {
+            k: jax.device_put(x, NamedSharding(where, specs[k]))
+            for k, x in updates.items()
+        }
+        out, state = jax.jit(tx.update)(placed_ones, tx.init(placed_ones))
+    agree((out, optclip.metrics(state)), _with_metrics(alone(tx, updates)))
+
+
 def _with_metrics(result):
     return result[0], optclip.metrics(result[1])
 
