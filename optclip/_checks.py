@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def concrete(value: Any) -> Any:
@@ -150,3 +151,14 @@ def floating(name: str, value: Any) -> None:
         raise ValueError(
             f"`{name}` must be a floating dtype such as jnp.float32, got {value!r}."
         )
+
+
+def transformation(**named: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the one transformation given, which then takes extra arguments."""
+    ((name, value),) = named.items()
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an Optax transformation, such as `optax.adamw(1e-3)`, "
+            f"got {value!r}."
+        )
+    return optax.with_extra_args_support(value)

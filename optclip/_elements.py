@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _measure, actions
-from optclip._engine import Call, Outcome, context_of, finish
+from optclip._engine import Call, Outcome, apply_rule, context_of, finish
 from optclip.rules import Limit
 from optclip.rules._base import hold
 
@@ -90,7 +90,7 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         bad = ~jnp.isfinite(size)
         context = context_of(call, i, tree_norm)
         safe = jnp.where(bad, jnp.zeros_like(size), size)
-        limit, after = options.rule.update(safe, rule_state[i], context)
+        limit, after = apply_rule(options.rule, safe, rule_state[i], context)
         new_state.append(hold(bad | skipped, rule_state[i], after))
         y = _clamp(y, size, limit, options.action)
         if policy in ("zero", "drop"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optclip import _layouts, _measure, _trees, rules, scopes
 
-__all__ = ["Call", "Options", "Outcome", "begin", "context_of", "finish"]
+__all__ = ["Call", "Options", "Outcome", "apply_rule", "begin", "context_of", "finish"]
 
 POLICIES = ("propagate", "zero", "drop", "skip")
 
@@ -96,6 +96,50 @@ def context_of(call: Call, index: int, tree_norm: jax.Array) -> rules.Context:
         return norm.reshape(()) if call.layout.scalar else norm
 
     return rules.Context(call.step, tree_norm, params_norm)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+
+def apply_rule(rule: rules.Rule, norm: jax.Array, state: Any, context: rules.Context):
+    """Returns (limit, state) of a rule, once it is known to be what a rule returns.
+
+    A threshold or target that is negative or NaN counts as 0: it never flips a sign.
+    """
+    wanted = jax.eval_shape(rule.init, norm)
+    if _shapes(wanted) != _shapes(state):
+        raise ValueError(
+            f"`state` is not that of `{rule.name}`: its rule keeps {_shapes(wanted)}, "
+            f"got {_shapes(state)}. Call `init` anew after changing the optimizer."
+        )
+    result = rule.update(norm, state, context)
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not pair or not isinstance(result[0], rules.Limit):
+        raise ValueError(
+            f"`update` of the rule `{rule.name}` must return (Limit, state), got a "
+            f"{type(result).__name__}."
+        )
+    limit, after = result
+    if _shapes(after) != _shapes(state):
+        raise ValueError(
+            f"`update` of the rule `{rule.name}` must return a state of the structure "
+            f"and shapes that it was given: {_shapes(state)}, got {_shapes(after)}."
+        )
+    for value in limit[:2]:
+        fits = jnp.ndim(value) <= norm.ndim and all(
+            n in (1, own)
+            for n, own in zip(jnp.shape(value)[::-1], norm.shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"The limits of the rule `{rule.name}` must broadcast against the "
+                f"norms of shape {norm.shape}, got {jnp.shape(value)}."
+            )
+    if limit.low is None:
+        sane = [jnp.where(jnp.asarray(v) > 0, v, 0.0) for v in limit[:2]]
+        limit = rules.Limit(*sane)
+    return limit, after
 
 
 def finish(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:

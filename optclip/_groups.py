@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from optclip import _layouts, _measure, rules
-from optclip._engine import Call, Outcome, context_of, finish
+from optclip._engine import Call, Outcome, apply_rule, context_of, finish
 from optclip._reads import Plan, unpool
 from optclip.rules._base import hold
 
@@ -107,7 +107,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
     for k, (norm, bad) in enumerate(zip(safe, bads, strict=True)):
         context = context_of(call, k, tree_norm)
-        limit, after = options.rule.update(norm, rule_state[k], context)
+        limit, after = apply_rule(options.rule, norm, rule_state[k], context)
         new_state.append(hold(bad | skipped, rule_state[k], after))
         limit = rules.Limit(
             *(jnp.broadcast_to(jnp.asarray(v).astype(norm.dtype), norm.shape)

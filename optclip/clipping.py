@@ -33,7 +33,25 @@ __all__ = ["ClipState", "GroupStats", "clip"]
 
 
 def _as_rule(rule: Any) -> rules.Rule:
-    return rule if isinstance(rule, rules.Rule) else rules.fixed(rule)
+    if isinstance(rule, rules.Rule):
+        return rule
+    if isinstance(rule, tuple):
+        raise TypeError(
+            "`rule` must be a rule of `optclip.rules`, a number, an array or a "
+            f"schedule, got a {type(rule).__name__}."
+        )
+    return rules.fixed(rule, "rule")
+
+
+def _own_state(state: Any) -> ClipState:
+    """Returns ``state``, once it is known to be that of a clip."""
+    if not isinstance(state, ClipState):
+        raise TypeError(
+            "`state` must be the `ClipState` that `init` returned, got a "
+            f"{type(state).__name__}. Call `update(updates, state, params)`, and "
+            "`init` anew after changing the optimizer."
+        )
+    return state
 
 
 def _copied(tree: Any) -> Any:
@@ -152,6 +170,7 @@ def clip(
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
+        state = _own_state(state)
         if not _trees.leaves_of(updates).leaves:
             return updates, state._replace(steps=state.steps + 1)
         call = _engine.begin(options, updates, params, state.steps)

@@ -65,7 +65,7 @@ def u_clip(
     """
     if max_carry is not None:
         _checks.positive(max_carry=max_carry)
-    inner = optax.with_extra_args_support(inner_clip)
+    inner = _checks.transformation(inner_clip=inner_clip)
 
     def wide(x):
         return jnp.promote_types(x.dtype, jnp.float32)

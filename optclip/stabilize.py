@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import methods, scopes
+from optclip import _checks, methods, scopes
 from optclip._state import ClipState
 
 __all__ = ["StabilizeState", "stabilize"]
@@ -78,6 +78,8 @@ def stabilize(
         >>> sorted(optclip.metrics(state))[:2]
         ['clip/clipped', 'clip/clipped_fraction']
     """
+    inner: Any = _checks.transformation(optimizer=optimizer)
+    _checks.non_negative(max_ratio=max_ratio)
     first: Any = methods.quantile_clip(
         quantile, margin=margin, rate=rate, warmup_steps=warmup_steps, scope=scope,
         nonfinite="skip", axis_name=axis_name,
@@ -85,7 +87,6 @@ def stabilize(
     last: Any = methods.cap_update(
         max_ratio, floor=floor, scope=scope, nonfinite="skip", axis_name=axis_name
     )
-    inner: Any = optax.with_extra_args_support(optimizer)
 
     def init_fn(params) -> Any:
         return StabilizeState(first.init(params), inner.init(params), last.init(params))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.core import Tracer
 
 from optclip import _trees
 from optclip._state import ClipState
@@ -46,8 +48,26 @@ def _is_variable(node: Any) -> bool:
     return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
+def _outside_jit(state: Any, name: str) -> None:
+    """Raises where the codes of paths can't be read."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(state.seen)):
+        raise ValueError(
+            f"`{name}` looks up the names of leaves: call it outside of jit, on the "
+            "state that the step returned. `metrics` works inside."
+        )
+
+
+def _refuse_optimizers(opt_state: Any) -> None:
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "`opt_state` must be the state of an optimizer, got the optimizer itself. "
+            "Pass what `init` or `update` returned."
+        )
+
+
 def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
     """Returns the states of these kinds, in the order of the chain."""
+    _refuse_optimizers(opt_state)
     states: list[Any] = []
 
     def stop(node):
@@ -162,7 +182,8 @@ def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
         it outside of jit.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialised with.
+        ValueError: If ``params`` are not those that the optimizer was initialised with,
+            or the state has no figures by leaf.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -176,6 +197,14 @@ def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
     names = _names(params)
     out: dict[str, jax.Array] = {}
     clips = [s for s in _find(opt_state, (ClipState,)) if s.groups is not None]
+    monitors = _find(opt_state, (MonitorState,))
+    if not clips and not monitors:
+        raise ValueError(
+            "`opt_state` has no figures by leaf: clips keep them in leaf, label and "
+            "layer scope. Use one of these, or chain `optclip.monitor()`."
+        )
+    for state in [*clips, *monitors]:
+        _outside_jit(state, "leaf_metrics")
     for k, state in enumerate(clips):
         end = "" if k == 0 else f"_{k + 1}"
         rows = {
@@ -195,7 +224,7 @@ def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
                 for at in np.ndindex(row.shape):
                     name = "/".join([path, *map(str, at)])
                     out[f"{name}/{figure}"] = row[at]
-    for k, state in enumerate(_find(opt_state, (MonitorState,))):
+    for k, state in enumerate(monitors):
         end = "" if k == 0 else f"_{k + 1}"
         for i, path in _known(state.seen.leaf_code, names):
             out[f"{path}/norm{end}"] = state.leaf_norm[..., i]
@@ -211,8 +240,9 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
         params: The parameters that the optimizer was initialised with, for their paths.
 
     Returns:
-        One `Culprit` a leaf, empty if all was finite. Call it outside of jit; it
-        fetches the counts from the device.
+        One `Culprit` a leaf, empty if all was finite so far. The last bad update is
+        kept: compare ``step`` with `clip/steps`. Call it outside of jit; it fetches the
+        counts from the device.
 
     Raises:
         ValueError: If ``params`` are not those that the optimizer was initialised with,
@@ -228,7 +258,14 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
         [Culprit(path='w', step=0, nan=1, pos_inf=1, neg_inf=0)]
     """
     names = _names(params)
-    for state in _find(opt_state, (ClipState, MonitorState)):
+    states = _find(opt_state, (ClipState, MonitorState))
+    if not states:
+        raise ValueError(
+            "`opt_state` holds no state of a clip or monitor of optclip. Pass the "
+            "state of the optimizer that the clip is part of."
+        )
+    for state in states:
+        _outside_jit(state, "culprits")
         if np.ndim(state.seen.last_nonfinite_step):
             raise ValueError(
                 "The state holds a batch of states (of `jax.vmap` or `jax.pmap`): take "

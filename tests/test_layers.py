@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "spectral": {"_checks", "_state", "_trees", "norms"},
     "stable_adam": {"_checks", "_trees", "rules"},
     "feedback": {"_checks", "_trees", "methods"},
-    "stabilize": {"_state", "methods", "scopes"},
+    "stabilize": {"_checks", "_state", "methods", "scopes"},
     "telemetry": {"_checks", "_state", "_trees", "clipping", "monitoring"},
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "demo"}

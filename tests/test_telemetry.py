@@ -155,8 +155,8 @@ def test_metrics_inside_jit_are_those_outside():
 def test_a_state_without_a_clip_has_no_metrics():
     state = optax.adam(1e-3).init(PARAMS)
     assert optclip.metrics(state) == {}
-    assert optclip.leaf_metrics(state, PARAMS) == {}
-    assert optclip.culprits(state, PARAMS) == []
+    # Of leaf_metrics and culprits an empty answer would be taken for a good one: see
+    # test_misuse.py.
 
 
 def rows(tx, params=PARAMS, grads=GRADS):

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from optclip import actions, rules, scopes
+from optclip import _checks, actions, rules, scopes
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip
 
@@ -59,6 +59,8 @@ def adagc(
         Wang et al., AdaGC: Improving Training Stability for Large Language Model
         Pretraining, 2025, https://arxiv.org/abs/2502.11034
     """
+    _checks.non_negative(lambda_rel=lambda_rel, lambda_abs=lambda_abs)
+    _checks.decay(beta=beta)
     rule = rules.ema_ratio(
         lambda_rel, decay=beta, warmup_steps=warmup_steps,
         warmup_threshold=lambda_abs, escape_steps=None if original else 200,
@@ -111,6 +113,7 @@ def norm_growth_limiter(
         Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
         Constraint?, 2024, https://arxiv.org/abs/2410.01623
     """
+    _checks.non_negative(gamma=gamma)
     rule = rules.previous_norm(
         gamma, escape_steps=None if original else 200, record_zeros=original
     )
@@ -166,6 +169,7 @@ def adagn(
         Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
         2025, https://arxiv.org/abs/2502.17055
     """
+    _checks.decay(gamma1=gamma1, gamma2=gamma2)
     rule = rules.smoothed_norm(
         gamma1, second_decay=gamma2, eps=eps,
         escape_steps=None if original else 50, record_zeros=original,

@@ -156,6 +156,7 @@ def stable_spam_clip(
         Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
         2025, https://arxiv.org/abs/2502.17055
     """
+    _checks.decay(theta=theta)
     rule = rules.max_ema(theta, record_zeros=original)
     return clip(
         rule._replace(name="stable_spam_clip"),

@@ -72,7 +72,18 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of the step, got {fn!r}.")
-    return _stateless(lambda norm, context: _both(fn(context.step), norm), "schedule")
+
+    def limit_of(norm, context):
+        value = fn(context.step)
+        if isinstance(value, tuple):
+            raise TypeError(
+                "The threshold is a function, and so a schedule: it must return a "
+                f"number for each step, got a {type(value).__name__}. A rule is handed "
+                "over called, as in `optclip.rules.constant(1.0)`."
+            )
+        return _both(value, norm)
+
+    return _stateless(limit_of, "schedule")
 
 
 def fixed(value: Any, name: str = "value") -> Rule:

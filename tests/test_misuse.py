@@ -1,0 +1,100 @@
+"""What a user first gets wrong is an error that says what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import rules, scopes
+
+PARAMS = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+
+
+def made(update, init=jnp.zeros_like):
+    return optclip.clip(rules.Rule(init, update, "mine"))
+
+
+def run(tx):
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan])
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.element()])
+def test_a_rule_that_returns_a_negative_or_nan_threshold_clips_to_zero(scope, value):
+    rule = rules.Rule(
+        lambda norm: (),
+        lambda norm, state, context: (rules.Limit(norm * value, norm * value), state),
+    )
+    out, state = run(optclip.clip(rule, scope=scope))
+    assert float(optclip.norms.global_norm(out)) == 0
+    assert float(state.threshold) == 0
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda n, s, c: rules.Limit(n, n), r"must return \(Limit, state\)"),
+        (lambda n, s, c: ((n, n), s), r"must return \(Limit, state\)"),
+        (
+            lambda n, s, c: (rules.Limit(n, n), (s, s)),
+            "state of the structure and shapes",
+        ),
+        (lambda n, s, c: (rules.Limit(jnp.ones(7), n), s), "must broadcast against"),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_an_error_with_its_name(update, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(made(update))
+    assert "`mine`" in str(caught.value)
+
+
+def test_the_state_of_another_transformation_is_an_error():
+    adam = optax.adam(1e-3).init(PARAMS)
+    with pytest.raises(TypeError, match="`ClipState` that `init` returned"):
+        optclip.clip(1.0).update(PARAMS, adam)
+    other = optclip.clip_by_global_norm(1.0).init(PARAMS)
+    with pytest.raises(ValueError, match="Call `init` anew"):
+        optclip.norm_growth_limiter(scope=scopes.tree()).update(PARAMS, other)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: optclip.clip(optclip.clip(1.0)), TypeError, "`rule` must be a rule"),
+        (lambda: optclip.clip("abc"), TypeError, "`rule` must be a number"),
+        (lambda: run(optclip.clip(rules.constant)), TypeError, "handed over called"),
+        (lambda: optclip.stabilize(1e-3), TypeError, "`optimizer` must be an Optax"),
+        (lambda: optclip.u_clip(1.0), TypeError, "`inner_clip` must be an Optax"),
+        (lambda: optclip.adagc(-1.0), ValueError, "`lambda_rel` must be >= 0"),
+        (lambda: optclip.adagc(beta=1.0), ValueError, "`beta` must be >= 0 and < 1"),
+        (lambda: optclip.norm_growth_limiter(-1.0), ValueError, "`gamma` must be"),
+        (lambda: optclip.adagn(-1.0), ValueError, "`gamma1` must be >= 0 and < 1"),
+        (lambda: optclip.stable_spam_clip(-1.0), ValueError, "`theta` must be"),
+        (
+            lambda: optclip.stabilize(optax.sgd(1.0), max_ratio=-1.0),
+            ValueError,
+            "`max_ratio` must be >= 0",
+        ),
+    ],
+)
+def test_messages_name_what_the_user_wrote(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_readers_say_what_they_were_not_given():
+    tx = optclip.clip(1.0)
+    with pytest.raises(TypeError, match="got the optimizer itself"):
+        optclip.metrics(tx)
+    adam = optax.adam(1e-3).init(PARAMS)
+    assert optclip.metrics(adam) == {}
+    with pytest.raises(ValueError, match="no state of a clip"):
+        optclip.culprits(adam, PARAMS)
+    with pytest.raises(ValueError, match="no figures by leaf"):
+        optclip.leaf_metrics(tx.init(PARAMS), PARAMS)
+    leafwise = optclip.clip_by_leaf_norm(1.0).init(PARAMS)
+    for reader in (optclip.culprits, optclip.leaf_metrics):
+        with pytest.raises(ValueError, match="call it outside of jit"):
+            jax.jit(lambda s, r=reader: r(s, PARAMS) and None)(leafwise)
