@@ -87,6 +87,7 @@ def _scaled(x, scale, first, dead=None, *, policy):
     real = jnp.finfo(y.dtype).dtype
     if policy == "drop":
         y = jnp.where(jnp.isfinite(y), y, jnp.zeros_like(y))
+    scale = jnp.minimum(scale, jnp.finfo(real).max)  # it may be of a wider dtype
     # Chosen where it is 1, not multiplied: that would flush subnormal numbers.
     product = (y * first.astype(real)) * scale.astype(real)
     y = jnp.where(scale == 1, y, product)

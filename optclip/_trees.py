@@ -18,6 +18,7 @@ __all__ = [
     "matching",
     "path_codes",
     "placement",
+    "zeros_of",
 ]
 
 
@@ -65,6 +66,18 @@ def leaves_of(tree: Any) -> Leaves:
         for x in (values[i] for i in at)
     ]
     return Leaves(leaves, [path_name(flat[i][0]) for i in at], rebuild)
+
+
+def zeros_of(tree: Any) -> Any:
+    """Returns zeros, float32 or complex64, for measured leaves, and None for others."""
+
+    def zeros(x):
+        if not _is_measured(x):
+            return None
+        complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+        return jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
+
+    return jax.tree.map(zeros, tree)
 
 
 def _abstract_or_array(x: Any) -> Any:

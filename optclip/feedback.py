@@ -17,7 +17,7 @@ class CarryState(NamedTuple):
 
     Attributes:
         carry: What was cut off so far, float32, in the structure of the parameters;
-            zeros at first, and always finite.
+            zeros at first, None for leaves that are no gradients; always finite.
         inner_state: State of the clip inside.
     """
 
@@ -68,16 +68,14 @@ def u_clip(
     inner = _checks.transformation(inner_clip=inner_clip)
 
     def wide(x):
-        return jnp.promote_types(x.dtype, jnp.float32)
+        return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
     def init_fn(params) -> Any:
-        found = _trees.leaves_of(params)
-        zeros = [jnp.zeros(x.shape, _state_dtype(x)) for x in found.leaves]
-        return CarryState(found.rebuild(zeros), inner.init(params))
+        return CarryState(_trees.zeros_of(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         found = _trees.leaves_of(updates)
-        carried = _trees.leaves_of(state.carry).leaves
+        carried = _trees.matching(updates, state.carry)
         total = [
             x.astype(wide(x)) + c.astype(wide(x))
             for x, c in zip(found.leaves, carried, strict=True)
@@ -100,9 +98,3 @@ def u_clip(
         return done.rebuild(new), CarryState(carry, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state_dtype(x: Any) -> Any:
-    return (
-        jnp.complex64 if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32
-    )

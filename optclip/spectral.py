@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optclip import _checks, _state, _trees, norms
 from optclip._state import ClipState
@@ -24,6 +25,10 @@ def _by_svd(x: jax.Array, cap: jax.Array) -> jax.Array:
     # Taken off, not rebuilt: what is not clipped keeps its digits.
     over = jnp.maximum(values - cap[..., 0], 0.0)
     clipped = x - (left * over[..., None, :]) @ right
+    # Far above the cap nothing would be left of them.
+    rebuilt = (left * jnp.minimum(values, cap[..., 0])[..., None, :]) @ right
+    far = values[..., :1, None] > 4 * cap
+    clipped = jnp.where(far, rebuilt, clipped)
     return jnp.where(jnp.any(over > 0, axis=-1)[..., None, None], clipped, x)
 
 
@@ -38,13 +43,21 @@ def _sign(x: jax.Array, steps: int) -> jax.Array:
     return jax.lax.fori_loop(0, steps, step, x)
 
 
+def _shortened(x: jax.Array, cap: jax.Array) -> jax.Array:
+    """Returns x, no longer than a thousand caps: beyond, no iteration converges."""
+    size = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+    return x * jnp.minimum(1.0, 1e3 * (cap / jnp.where(size > 0, size, 1.0)))
+
+
 def _by_hardcap(x: jax.Array, cap: jax.Array) -> jax.Array:
+    x = _shortened(x, cap) / cap  # in the unit of the cap
     sign = _sign(x, 30)
-    rest = cap * sign - x
-    return 0.5 * (cap * sign + x - rest @ (_transposed(_sign(rest, 30)) @ sign))
+    rest = sign - x
+    return 0.5 * cap * (sign + x - rest @ (_transposed(_sign(rest, 30)) @ sign))
 
 
 def _by_soft(x: jax.Array, cap: jax.Array) -> jax.Array:
+    x = _shortened(x, cap)
     y = x / cap
     gram = y @ _transposed(y)
     one = jnp.eye(x.shape[-2], dtype=x.dtype).reshape(
@@ -67,28 +80,40 @@ def _by_soft(x: jax.Array, cap: jax.Array) -> jax.Array:
 _METHODS = {"svd": _by_svd, "hardcap": _by_hardcap, "soft": _by_soft}
 
 
-def _vector(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
-    """Returns a leaf of rank 0 or 1, a matrix of one column: its norm is clipped."""
-    size = jnp.sqrt(jnp.sum(jnp.square(x)))
-    if method == "soft":
-        return x / jnp.sqrt(1 + jnp.square(size / cap))
-    return jnp.where(size > cap, x * (cap / jnp.where(size > 0, size, 1.0)), x)
+def _vector(y: jax.Array, bound: jax.Array, method: str) -> jax.Array:
+    """Returns what a leaf of rank 0 or 1, with its norm clipped, is of the cap."""
+    size = jnp.sqrt(jnp.sum(jnp.square(y)))
+    size = jnp.where(size > 0, size, 1.0)
+    return y / size * (size / jnp.hypot(bound, size) if method == "soft" else 1.0)
 
 
 def _clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
     """Returns one finite leaf with its singular values bounded by ``cap``."""
+    if x.size == 0:
+        return x
     axes = tuple(range(x.ndim))[-2:]
-    # In units of the largest entry, whose powers can't overflow.
-    unit = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
-    unit = jnp.where(unit > 0, unit, 1.0)
-    y, bound = x / unit, jnp.maximum(cap / unit, jnp.finfo(x.dtype).tiny)
+    # In units of the largest entry, whose powers can't overflow; of a power of two, no
+    # larger than has a normal inverse.
+    top = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
+    top = jnp.clip(top, jnp.finfo(x.dtype).tiny * 16, jnp.finfo(x.dtype).max / 16)
+    unit = jnp.exp2(jnp.floor(jnp.log2(lax.stop_gradient(top))))
+    y, bound = x * (1 / unit), jnp.maximum(cap / unit, jnp.finfo(x.dtype).tiny)
+    size = jnp.sqrt(jnp.sum(jnp.square(y), axis=axes, keepdims=True))
+    if method != "soft":  # an infinite one, too
+        bound = jnp.minimum(bound, 2 * jnp.maximum(size, 1e-3))
     if x.ndim < 2:
-        out = _vector(y, bound, method)
-    elif x.shape[-2] > x.shape[-1]:
+        # In the unit of the cap: in that of the leaf it may be subnormal.
+        out = _vector(y, bound, method) * cap
+        short = (size <= bound) if method != "soft" else (size < 1e-5 * bound)
+        return jnp.where(cap > 0, jnp.where(short, x, out), jnp.zeros_like(x))
+    if x.shape[-2] > x.shape[-1]:
         out = _transposed(_METHODS[method](_transposed(y), bound))
     else:
         out = _METHODS[method](y, bound)
-    out = jnp.where(out == y, x, out * unit)
+    kept = out == y
+    if method != "soft":  # no singular value is longer than all together
+        kept |= size <= bound
+    out = jnp.where(kept, x, out * unit)
     return jnp.where(cap > 0, out, jnp.zeros_like(x))
 
 
@@ -108,6 +133,8 @@ def spectral_clip(
     | "svd"     | min(s, c)             | by SVD, to 1e-5                             |
     | "hardcap" | min(s, c)             | matrix products only; off by up to 0.15 * c |
     | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only, to 1e-3 for s < 100 c |
+
+    A matrix longer than 1,000 c is shortened to that before products begin.
 
     Leaves of rank 0 and 1 count as one column: their norm is bounded by the same f. A
     matrix whose entries are sharded is gathered. Matrix products are taken in float32;
@@ -165,7 +192,8 @@ def spectral_clip(
                 raise ValueError(
                     "`spectral_clip` needs real updates, got a complex leaf."
                 )
-            y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            small = jnp.finfo(x.dtype).bits < 32
+            y = x.astype(jnp.float32) if small else x
             finite = jnp.where(jnp.isfinite(y), y, 0.0)
             leaf_bad = jnp.any(counts > 0)
             out = _clipped(finite, cap.astype(y.dtype), method)

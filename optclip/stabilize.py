@@ -44,8 +44,8 @@ def stabilize(
 
     1. the gradients are clipped to ``margin`` times a low quantile of their norm so
        far (`quantile_clip`), against bad batches, at any loss scale;
-    2. a step whose gradients hold NaN or inf is left out: zero updates, and the
-       optimizer's state as it was;
+    2. a step whose gradients hold NaN or inf, or are longer than 1e18, is left out:
+       zero updates, and the optimizer's state as it was;
     3. the final update is at most ``max_ratio`` of the parameters in root mean square
        (`cap_update`), against a learning rate that is too high.
 
@@ -102,6 +102,8 @@ def stabilize(
         clipped, clip_state = first.update(updates, state.gradient_clip, params)
         before = state.gradient_clip.seen.nonfinite_steps
         bad = clip_state.seen.nonfinite_steps != before
+        # An optimizer that squares such a gradient would keep an infinity for good.
+        bad |= clip_state.norm_after > 1e18
         out, after = inner.update(clipped, state.optimizer_state, params, **extra_args)
 
         def unless_bad(old, new):

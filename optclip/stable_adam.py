@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _trees
-from optclip.rules._memory import weight_of
+from optclip.rules._memory import root_of, weight_of
 
 __all__ = ["StableAdamState", "scale_by_stable_adam"]
 
@@ -47,8 +47,8 @@ def scale_by_stable_adam(
 
     So this is StableAdamW, whose learning rate falls leaf by leaf and takes the weight
     decay with it, once a learning rate follows. Averages are debiased by their decays,
-    b' = (b**t - b) / (b**t - 1). A leaf whose gradient is not finite keeps its moments
-    and gets zeros.
+    b' = (b**t - b) / (b**t - 1). A leaf whose gradient, or its square in
+    float32, is not finite keeps its moments and gets zeros.
 
     Args:
         b1: Decay of the first moment, at least 0 and below 1.
@@ -63,7 +63,7 @@ def scale_by_stable_adam(
         `optax.scale_by_learning_rate`.
 
     Raises:
-        ValueError: If a number is out of range, or ``params`` are missing.
+        ValueError: If a number is out of range, ``params`` are missing, or complex.
 
     Example:
         >>> import optax, optclip
@@ -80,11 +80,12 @@ def scale_by_stable_adam(
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def init_fn(params) -> Any:
-        def zeros():
-            return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params)
-
+        if any(jnp.iscomplexobj(x) for x in _trees.leaves_of(params).leaves):
+            raise ValueError("`scale_by_stable_adam` needs real parameters.")
         count = jnp.zeros([], jnp.int32)
-        return StableAdamState(count, zeros(), zeros(), jnp.zeros([], jnp.float32))
+        return StableAdamState(
+            count, _trees.zeros_of(params), _trees.zeros_of(params), jnp.zeros([])
+        )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
@@ -115,9 +116,10 @@ def scale_by_stable_adam(
             wide = jnp.where(fine, wide, 0.0)
             m_next = m + new1 * (wide - m)
             v_next = v + new2 * (jnp.square(wide) - v)
-            share = jnp.square(wide) / jnp.maximum(v_next, jnp.square(eps))
-            rms = jnp.sqrt(jnp.sum(share) / max(g.size, 1))
-            step = m_next / (jnp.sqrt(v_next) + eps)
+            root = root_of(v_next)
+            share = jnp.square(wide / jnp.maximum(root, eps))
+            rms = root_of(jnp.sum(share) / max(g.size, 1))
+            step = m_next / (root + eps)
             if w is not None:
                 step = step + weight_decay * w.astype(jnp.float32)
             step = step / jnp.maximum(1.0, rms)

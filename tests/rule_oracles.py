@@ -174,6 +174,7 @@ class Quantile:
             self.count, self.log = count, level
             if count > self.warmup:
                 pull = self.p if x > level else self.p - 1
+                pull = 1 if n > 10 * limit else pull
                 self.log = level + max(self.rate, 1 / count) * pull
         return limit, limit
 

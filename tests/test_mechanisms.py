@@ -209,3 +209,55 @@ def test_stabilize_by_leaf_has_a_threshold_for_each():
     assert state.gradient_clip.rule_state[0].log_quantile.shape == (2,)
     _, state = tx.update(params, state, params)
     assert "a/norm_before" in optclip.leaf_metrics(state, params)
+
+
+def sigma_max(x):
+    return float(np.linalg.norm(np.asarray(x, np.float64), 2))
+
+
+@pytest.mark.parametrize("size", [10.0, 1e3, 1e5, 1e8, 1e30, 2e38])
+@pytest.mark.parametrize("method", CURVES)
+def test_exploding_matrices_and_vectors_end_at_the_cap(method, size):
+    x = (size * np.random.default_rng(0).uniform(-1, 1, (32, 16))).astype(np.float32)
+    out, _ = spectral(x, method=method)
+    assert sigma_max(out) < {"svd": 1.0001, "hardcap": 1.2, "soft": 1.01}[method]
+    out, _ = spectral(x[0], method=method)
+    np.testing.assert_allclose(np.linalg.norm(out), 1.0, rtol=0.06)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-30])
+@pytest.mark.parametrize("cap", [1.0, 1e30, np.inf])
+def test_short_matrices_are_left_alone_by_every_method(size, cap):
+    x = (size * np.random.default_rng(0).normal(size=(6, 4))).astype(np.float32)
+    for method in CURVES:
+        out, _ = spectral(x, np.float32(cap), method=method)
+        np.testing.assert_allclose(out, x, rtol=1e-5)
+
+
+def test_mechanisms_take_every_leaf_that_a_tree_may_hold():
+    params = {
+        "w": jnp.ones((3, 2)), "f8": jnp.ones((2, 2), jnp.float8_e4m3fn),
+        "empty": jnp.ones((0, 3)), "n": jnp.arange(3), "flag": jnp.array(True),
+    }  # fmt: skip
+    grads = dict(params)
+    for tx in (
+        optclip.scale_by_stable_adam(weight_decay=0.1),
+        optclip.u_clip(optclip.clip(1.0)),
+        *(optclip.spectral_clip(1.0, method=m) for m in CURVES),
+    ):
+        state = tx.init(params)
+        step = jax.jit(tx.update, donate_argnums=(1,))
+        out, after = step(grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
+        chex.assert_trees_all_equal(out["n"], params["n"])
+        step(grads, after, params)
+
+
+def test_a_first_gradient_that_overflows_squares_does_not_stop_stabilize():
+    tx, params = optclip.stabilize(optax.adam(0.1)), jnp.ones(3)
+    state = tx.init(params)
+    _, state = tx.update(jnp.full(3, 1e20), state, params)
+    for _ in range(3):
+        out, state = tx.update(jnp.full(3, 1.0), state, params)
+    assert float(jnp.max(jnp.abs(out))) > 1e-3
+    chex.assert_tree_all_finite(state.optimizer_state)

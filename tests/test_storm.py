@@ -5,6 +5,7 @@ good steps, and after how many of them.
 """
 
 import adaptive
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,3 +144,41 @@ def test_entries_come_out_of_a_storm(name):
     )
     assert np.all(finite)
     assert np.all(np.linalg.norm(outs[-100:], axis=1) > 0.1)
+
+
+TINY_FIRST = {
+    "quantile_clip": 400, "adagn": 60, "adagc": 210, "norm_growth_limiter": 210,
+    "zclip": 80, "ema_sigma_clip": 60,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [2e-38, 1e-8, 1e38])
+@pytest.mark.parametrize("name", TINY_FIRST)
+def test_a_first_norm_of_any_size_is_left(name, first):
+    tx = adaptive.build(name)
+    norms = jnp.r_[first, jnp.full(450, 5.0)]
+
+    def step(state, n):
+        out, state = tx.update(jnp.stack([0.6 * n, 0.8 * n]), state)
+        return state, jnp.linalg.norm(out)
+
+    _, lengths = registry.jit(lambda s: jax.lax.scan(step, s, norms))(
+        tx.init(jnp.zeros(2))
+    )
+    # AdaGN makes the norm about 1; AdaGC's warm-up bounds it by 1.
+    assert np.all(lengths[TINY_FIRST[name] :] > 0.9), lengths[TINY_FIRST[name] :].min()
+
+
+def test_derivatives_through_several_steps_are_finite():
+    for name in ("zclip", "rolling_sigma_clip", "spam_clip", "adamw_clip"):
+        tx = adaptive.build(name)
+
+        def loss(grads, tx=tx):
+            _, outs = jax.lax.scan(
+                lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads
+            )
+            return jnp.sum(outs)
+
+        for value in (0.0, 3.0):
+            slope = registry.jit(jax.grad(loss))(jnp.full((6, 3), value))
+            chex.assert_tree_all_finite(slope)

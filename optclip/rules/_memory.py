@@ -18,6 +18,8 @@ __all__ = [
     "recorded_norm",
     "remembering",
     "rms_of_two",
+    "root_of",
+    "unit_of",
     "weight_of",
 ]
 
@@ -31,14 +33,29 @@ def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> 
 
     def guarded(norm, state, context):
         limit, after = update(norm, state, context)
-        after = jax.tree.map(
-            lambda old, new: jnp.where(jnp.isfinite(new.astype(old.dtype)), new, old),
-            state,
-            after,
-        )
-        return limit, after if zeros else hold(norm == 0, state, after)
+        # A group of which a part would be infinite is not recorded at all.
+        wild = jnp.zeros(norm.shape, bool)
+        for old, new in zip(
+            jax.tree.leaves(state), jax.tree.leaves(after), strict=True
+        ):
+            bad = ~jnp.isfinite(new.astype(old.dtype))
+            own = tuple(range(norm.ndim, bad.ndim))
+            wild |= jnp.any(bad, axis=own) if bad.ndim >= norm.ndim else jnp.any(bad)
+        return limit, hold(wild if zeros else wild | (norm == 0), state, after)
 
     return Rule(init, guarded, name)
+
+
+def root_of(square: jax.Array) -> jax.Array:
+    """Returns the square root, with derivative 0 at 0."""
+    known = square > 0
+    return jnp.where(known, jnp.sqrt(jnp.where(known, square, 1.0)), 0.0)
+
+
+def unit_of(length: jax.Array) -> jax.Array:
+    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
+    largest = jnp.finfo(length.dtype).max / 16
+    return jnp.where(length > 0, jnp.minimum(length, largest), 1.0)
 
 
 def one(value: jax.Array) -> Limit:
@@ -73,9 +90,9 @@ def recorded_norm(norm: jax.Array, limit: Limit, record: str) -> jax.Array:
 def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns sqrt(share * a**2 + (1 - share) * b**2), whose squares can't overflow."""
     top = jnp.maximum(jnp.abs(a), jnp.abs(b))
-    unit = jnp.where(top > 0, top, 1.0)
-    mean = share * jnp.square(a / unit) + (1 - share) * jnp.square(b / unit)
-    return unit * jnp.sqrt(mean)
+    unit = unit_of(jax.lax.stop_gradient(top))
+    mean: Any = share * jnp.square(a / unit) + (1 - share) * jnp.square(b / unit)
+    return unit * root_of(mean)
 
 
 def in_a_row(

@@ -1,5 +1,6 @@
 """Rules that follow a quantile of the norms without keeping them."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -46,9 +47,11 @@ def geometric_quantile(
         t = margin * exp(q)
         q = q + max(rate, 1 / step) * (quantile if x > q else quantile - 1)
 
-    So a spike of any size moves q by at most ``rate * quantile``: a low quantile is
-    slow to rise and quick to fall. The rule has no unit: gradients a hundred times as
-    large have thresholds a hundred times as large.
+    except that q rises by ``rate`` where n is more than ten times the threshold: the
+    way out after a tiny first norm. So a spike of any size moves q by at most ``rate``,
+    and usual steps by a tenth of that: a low quantile is slow to rise and quick to
+    fall. The rule has no unit: gradients a hundred times as large have thresholds a
+    hundred times as large.
 
     Args:
         quantile: Between 0 and 1.
@@ -82,12 +85,14 @@ def geometric_quantile(
         del context
         x = jnp.log(jnp.maximum(norm, LEAST))
         count = state.recorded + 1
-        warm = count <= warmup_steps
+        warm = count <= jnp.maximum(warmup_steps, 1)
         level: Any = jnp.where(
             warm, jnp.minimum(state.log_quantile, x), state.log_quantile
         )
         level = jnp.where(count == 1, x, level)
         pull = jnp.where(x > level, quantile, quantile - 1.0)
+        far = x > level + jnp.log(margin) + math.log(10.0)
+        pull = jnp.where(far, 1.0, pull)
         moved = level + jnp.maximum(rate, 1.0 / count) * pull
         after = QuantileState(jnp.where(warm, level, moved), count)
         threshold: Any = margin * jnp.exp(level)
@@ -110,7 +115,7 @@ class HistogramState(NamedTuple):
 
 BINS = 1000
 OCTAVES = 80  # so a bin is 2**0.08 wide, 5.7%
-FIRST_BIN = BINS // 2
+FIRST_BIN = BINS // 2 + 0.5  # the first norm lies in the middle of its bin
 
 
 def log_histogram_percentile(

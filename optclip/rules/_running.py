@@ -123,15 +123,20 @@ def ema_ratio(
             threshold = jnp.where(start, jnp.inf, threshold)
         else:
             warm = start | (state.recorded + 1 < warmup_steps)
-            shared = jnp.minimum(warmup_threshold / (context.tree_norm + eps), 1.0)
-            threshold = jnp.where(warm, norm * shared, threshold)
+            whole = context.tree_norm + eps
+            # In this order: 1 / whole may be subnormal, and that is 0 to XLA.
+            early = jnp.where(
+                whole > warmup_threshold, norm / whole * warmup_threshold, norm
+            )
+            threshold = jnp.where(warm, early, threshold)
         limit = one(threshold)
         seen = recorded_norm(norm, limit, record)
         level = decay * state.ema_norm + (1 - decay) * seen
         level = jnp.where(warm, jnp.minimum(state.ema_norm, seen), level)
         run, away = in_a_row(
-            norm > threshold, norm, state.ema_norm, state.clipped_run, escape_steps
-        )
+            ~warm & (norm > threshold), norm, jnp.where(warm, 0.0, state.ema_norm),
+            state.clipped_run, escape_steps,
+        )  # fmt: skip
         level = jnp.where(start, seen, jnp.where(away, norm, level))
         return limit, LevelState(level, state.recorded + 1, run)
 

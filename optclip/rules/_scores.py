@@ -14,6 +14,7 @@ from optclip.rules._memory import (
     one,
     remembering,
     rms_of_two,
+    root_of,
 )
 
 __all__ = ["ScoreState", "ema_sigma", "ema_zscore"]
@@ -172,8 +173,7 @@ def ema_zscore(
             value = jnp.minimum(norm, bound)
         step = value - state.mean_norm
         mean = state.mean_norm + step / count
-        spread = jnp.hypot(jnp.sqrt(share) * state.spread_norm,
-                           step * jnp.sqrt(share / count))  # fmt: skip
+        spread = rms_of_two(share, state.spread_norm, step * root_of(share))
         early = ScoreState(mean, spread, count, run)
         fresh = ScoreState(norm, jnp.zeros_like(norm), jnp.ones_like(count), run)
         after = jax.tree.map(
@@ -247,7 +247,8 @@ def ema_sigma(
         after = followed(state, norm, decay, count, run)
         mean = jnp.where(over, state.mean_norm, after.mean_norm)
         spread = jnp.where(over, state.spread_norm, after.spread_norm)
-        first = jnp.where(away, 3 * norm, jnp.minimum(3 * norm, first_cap))
+        tripled = jnp.minimum(3 * norm, jnp.finfo(jnp.float32).max)
+        first = jnp.where(away, tripled, jnp.minimum(tripled, first_cap))
         mean = jnp.where(start | away, first, mean)
         spread = jnp.where(start | away, 0.0, spread)
         return one(threshold), ScoreState(mean, spread, count, run)

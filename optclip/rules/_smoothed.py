@@ -89,10 +89,11 @@ def smoothed_norm(
 
     def update(norm, state, context):
         del context
-        known, count = state.recorded > 0, state.recorded + 1
+        count = state.recorded + 1
         size = size_of(state.second_root, state.recorded)
+        known = size > 0
         run, away = in_a_row(
-            jnp.zeros_like(known), norm, size, state.clipped_run, escape_steps
+            known & (norm > 100 * size), norm, size, state.clipped_run, escape_steps
         )
         value = norm
         if escape_steps is not None:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from optclip import _checks
 from optclip._checks import Static
 from optclip.rules._base import Rule
-from optclip.rules._memory import one, places, recorded_norm, remembering
+from optclip.rules._memory import (
+    one,
+    places,
+    recorded_norm,
+    remembering,
+    root_of,
+    unit_of,
+)
 
 __all__ = ["WindowState", "window_percentile", "window_sigma"]
 
@@ -172,12 +179,12 @@ def window_sigma(
         valid = places(ring) < known[..., None]
         # In units of the largest, whose square can't overflow.
         unit = jnp.max(jnp.where(valid, ring, 0.0), axis=-1)
-        unit = jnp.where(unit > 0, unit, 1.0)
+        unit = unit_of(unit)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
         number = jnp.maximum(known, 1)
         mean = jnp.sum(share, axis=-1) / number
         apart = jnp.where(valid, share - mean[..., None], 0.0)
-        spread = jnp.sqrt(jnp.sum(jnp.square(apart), axis=-1) / number)
+        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / number)
         threshold = unit * mean + sigmas * jnp.maximum(unit * spread, floor)
         ready = count >= max(2, window // 2)
         limit = one(jnp.where(ready, threshold, jnp.inf))
