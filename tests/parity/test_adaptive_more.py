@@ -49,7 +49,7 @@ def test_stable_spam():
         for figure, found in figures.items():
             found.append([float(s[figure]) for s in states])
     all_close(ours, stacked(rows))
-    levels = np.stack([s.ema_norm for s in adaclip.rule_state], axis=1)
+    levels = np.stack([s.ema_maximum for s in adaclip.rule_state], axis=1)
     close(levels, figures["m_max_t"])
     close(adagn.rule_state[0].first_moment, figures["m_norm_t"])
     close(adagn.rule_state[0].second_root, np.sqrt(figures["v_norm_t"]))
