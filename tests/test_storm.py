@@ -147,7 +147,7 @@ def test_entries_come_out_of_a_storm(name):
 
 
 TINY_FIRST = {
-    "quantile_clip": 400, "adagn": 60, "adagc": 210, "norm_growth_limiter": 210,
+    "quantile_clip": 1500, "adagn": 60, "adagc": 210, "norm_growth_limiter": 210,
     "zclip": 80, "ema_sigma_clip": 60,
 }  # fmt: skip
 
@@ -156,7 +156,7 @@ TINY_FIRST = {
 @pytest.mark.parametrize("name", TINY_FIRST)
 def test_a_first_norm_of_any_size_is_left(name, first):
     tx = adaptive.build(name)
-    norms = jnp.r_[first, jnp.full(450, 5.0)]
+    norms = jnp.r_[first, jnp.full(1600, 5.0)]
 
     def step(state, n):
         out, state = tx.update(jnp.stack([0.6 * n, 0.8 * n]), state)
