@@ -14,13 +14,13 @@ from jax import lax
 
 from optclip import _sums, _trees
 from optclip._layouts import Layout, kinds
+from optclip._numbers import root_of, usable_unit
 from optclip._reads import (
     Plan,
     reading_order,
     reordered,
     spread,
     unpool,
-    usable_unit,
     widen,
 )
 
@@ -59,12 +59,8 @@ class Measured(NamedTuple):
 
 
 def root(total: jax.Array, order: float) -> jax.Array:
-    """Returns the p-th root, with derivative 0 at 0."""
-    if order in (1.0, np.inf):
-        return total
-    zero = total == 0
-    safe = jnp.where(zero, 1.0, total)
-    return jnp.where(zero, 0.0, jnp.sqrt(safe) if order == 2.0 else safe ** (1 / order))
+    """Returns the norm of a group whose sum of powers (or maximum) is ``total``."""
+    return total if order in (1.0, np.inf) else root_of(total, order)
 
 
 def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:

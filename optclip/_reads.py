@@ -30,7 +30,6 @@ __all__ = [
     "rescue",
     "spread",
     "unpool",
-    "usable_unit",
     "wide_dtype",
     "widen",
 ]
@@ -82,12 +81,6 @@ def wide_dtype(x: jax.Array) -> Any:
 def widen(x: jax.Array) -> jax.Array:
     """Returns ``x`` in the dtype that products are taken in: float32 or wider."""
     return x if jnp.iscomplexobj(x) else x.astype(wide_dtype(x))
-
-
-def usable_unit(length: jax.Array) -> jax.Array:
-    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
-    known = (length > 0) & (length < jnp.inf)
-    return jnp.where(known, jnp.minimum(length, jnp.finfo(length.dtype).max / 16), 1.0)
 
 
 def lost_below(x: jax.Array) -> float:

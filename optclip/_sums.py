@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optclip._numbers import usable_unit
 from optclip._reads import (
     Arrays,
     Plan,
@@ -21,7 +22,6 @@ from optclip._reads import (
     lost_below,
     read,
     rescue,
-    usable_unit,
 )
 
 __all__ = ["power_sums"]

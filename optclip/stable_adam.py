@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _trees
-from optclip.rules._memory import root_of, weight_of
+from optclip._numbers import root_of
+from optclip.rules._memory import weight_of
 
 __all__ = ["StableAdamState", "scale_by_stable_adam"]
 

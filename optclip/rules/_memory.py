@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numbers import root_of, usable_unit
 from optclip.rules._base import Limit, Rule, hold
 
 __all__ = [
@@ -18,8 +19,6 @@ __all__ = [
     "recorded_norm",
     "remembering",
     "rms_of_two",
-    "root_of",
-    "unit_of",
     "weight_of",
 ]
 
@@ -44,18 +43,6 @@ def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> 
         return limit, hold(wild if zeros else wild | (norm == 0), state, after)
 
     return Rule(init, guarded, name)
-
-
-def root_of(square: jax.Array) -> jax.Array:
-    """Returns the square root, with derivative 0 at 0."""
-    known = square > 0
-    return jnp.where(known, jnp.sqrt(jnp.where(known, square, 1.0)), 0.0)
-
-
-def unit_of(length: jax.Array) -> jax.Array:
-    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
-    largest = jnp.finfo(length.dtype).max / 16
-    return jnp.where(length > 0, jnp.minimum(length, largest), 1.0)
 
 
 def one(value: jax.Array) -> Limit:
@@ -90,7 +77,7 @@ def recorded_norm(norm: jax.Array, limit: Limit, record: str) -> jax.Array:
 def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns sqrt(share * a**2 + (1 - share) * b**2), whose squares can't overflow."""
     top = jnp.maximum(jnp.abs(a), jnp.abs(b))
-    unit = unit_of(jax.lax.stop_gradient(top))
+    unit = usable_unit(jax.lax.stop_gradient(top))
     mean: Any = share * jnp.square(a / unit) + (1 - share) * jnp.square(b / unit)
     return unit * root_of(mean)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numbers import root_of
 from optclip.rules._base import Limit, Rule
 from optclip.rules._memory import (
     check_escape,
@@ -14,7 +15,6 @@ from optclip.rules._memory import (
     one,
     remembering,
     rms_of_two,
-    root_of,
 )
 
 __all__ = ["ScoreState", "ema_sigma", "ema_zscore"]

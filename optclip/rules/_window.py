@@ -7,15 +7,9 @@ import jax.numpy as jnp
 
 from optclip import _checks
 from optclip._checks import Static
+from optclip._numbers import root_of, usable_unit
 from optclip.rules._base import Rule
-from optclip.rules._memory import (
-    one,
-    places,
-    recorded_norm,
-    remembering,
-    root_of,
-    unit_of,
-)
+from optclip.rules._memory import one, places, recorded_norm, remembering
 
 __all__ = ["WindowState", "window_percentile", "window_sigma"]
 
@@ -179,7 +173,7 @@ def window_sigma(
         valid = places(ring) < known[..., None]
         # In units of the largest, whose square can't overflow.
         unit = jnp.max(jnp.where(valid, ring, 0.0), axis=-1)
-        unit = unit_of(unit)
+        unit = usable_unit(unit)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
         number = jnp.maximum(known, 1)
         mean = jnp.sum(share, axis=-1) / number
