@@ -12,7 +12,6 @@ __all__ = [
     "ClipState",
     "GroupStats",
     "Seen",
-    "bad_entries",
     "figures",
     "first",
     "first_seen",
@@ -126,14 +125,6 @@ def first(paths: Sequence[str]) -> ClipState:
         (), scalar(0.0), scalar(0.0), scalar(0.0), scalar(1.0), scalar(0.0),
         scalar(0, jnp.int32), scalar(0, jnp.int32), first_seen(paths), None,
     )  # fmt: skip
-
-
-def bad_entries(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Returns int32[leaves, 3]: how many entries are NaN, +inf and -inf."""
-    kinds = [[x != x, x == jnp.inf, x == -jnp.inf] for x in leaves]
-    return jnp.stack(
-        [jnp.stack([jnp.sum(k, dtype=jnp.int32) for k in x]) for x in kinds]
-    )
 
 
 def look(seen: Seen, entries: jax.Array, bad: jax.Array, step: jax.Array) -> Seen:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import _checks, _state, _trees, norms
+from optclip import _checks, _layouts, _measure, _state, _trees
+from optclip._engine import POLICIES
 from optclip._state import ClipState
 
 __all__ = ["spectral_clip"]
-
-POLICIES = ("propagate", "zero", "drop", "skip")
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -117,6 +116,16 @@ def _clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
     return jnp.where(cap > 0, out, jnp.zeros_like(x))
 
 
+def _lengths(updates: Any, found: _trees.Leaves) -> tuple[jax.Array, ...]:
+    """Returns the norm of each leaf, that of all, and the counts of bad entries."""
+    layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
+    measured, counts, plan = _measure.measure_layout(
+        updates, found, layout, order=2.0, axis_name=None
+    )
+    whole = _measure.total(measured.norm, counts, 2.0, plan)
+    return measured.norm[0], whole, measured.entries
+
+
 def spectral_clip(
     max_sigma: jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike],
     *,
@@ -134,7 +143,8 @@ def spectral_clip(
     | "hardcap" | min(s, c)             | matrix products only; off by up to 0.15 * c |
     | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only, to 1e-3 for s < 100 c |
 
-    A matrix longer than 1,000 c is shortened to that before products begin.
+    "hardcap" and "soft" first shorten a matrix whose Frobenius norm is above 1,000 c to
+    that, and its small singular values with it.
 
     Leaves of rank 0 and 1 count as one column: their norm is bounded by the same f. A
     matrix whose entries are sharded is gathered. Matrix products are taken in float32;
@@ -184,7 +194,7 @@ def spectral_clip(
         value = max_sigma(state.steps) if callable(max_sigma) else max_sigma
         cap: Any = jnp.asarray(value, jnp.float32)
         cap = jnp.where(cap > 0, cap, 0.0)
-        entries = _state.bad_entries(found.leaves)
+        before, length, entries = _lengths(updates, found)
         bad = jnp.any(entries > 0)
         new = []
         for x, counts in zip(found.leaves, entries, strict=True):
@@ -196,22 +206,20 @@ def spectral_clip(
             y = x.astype(jnp.float32) if small else x
             finite = jnp.where(jnp.isfinite(y), y, 0.0)
             leaf_bad = jnp.any(counts > 0)
-            out = _clipped(finite, cap.astype(y.dtype), method)
+            z = _clipped(finite, cap.astype(y.dtype), method)
             if nonfinite != "drop":
                 kept = y if nonfinite == "propagate" else jnp.zeros_like(y)
-                out = jnp.where(leaf_bad, kept, out)
+                z = jnp.where(leaf_bad, kept, z)
             if nonfinite == "skip":
-                out = jnp.where(bad, jnp.zeros_like(out), out)
-            new.append(jnp.where(out == y, x, out.astype(x.dtype)))
-        before = norms.leaf_norms(found.leaves)
-        after = norms.leaf_norms(new)
-        shorter = [a < 0.999 * b for a, b in zip(after, before, strict=True)]
-        length, rest = norms.global_norm(before), norms.global_norm(after)
+                z = jnp.where(bad, jnp.zeros_like(z), z)
+            new.append(jnp.where(z == y, x, z.astype(x.dtype)))
+        out = found.rebuild(new)
+        after, rest, _ = _lengths(out, found._replace(leaves=new))
         usable = jnp.isfinite(length) & (length > 0)
         share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
-        clipped = jnp.mean(jnp.stack(shorter).astype(jnp.float32))
+        clipped = jnp.mean((after < 0.999 * before).astype(jnp.float32))
         figures = (length, rest, cap, share, clipped)
-        return found.rebuild(new), ClipState(
+        return out, ClipState(
             state.rule_state,
             *_state.figures(figures),
             steps=state.steps + 1,

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     },
     "methods": {"_checks", "actions", "clipping", "norms", "rules", "scopes"},
     "monitoring": {"_checks", "_layouts", "_measure", "_state", "_trees"},
-    "spectral": {"_checks", "_state", "_trees", "norms"},
+    "spectral": {
+        "_checks", "_engine", "_layouts", "_measure", "_state", "_trees",
+    },
     "stable_adam": {"_checks", "_numbers", "_trees", "rules"},
     "feedback": {"_checks", "_trees", "methods"},
     "stabilize": {"_checks", "_state", "methods", "scopes"},

@@ -225,6 +225,22 @@ def test_exploding_matrices_and_vectors_end_at_the_cap(method, size):
     np.testing.assert_allclose(np.linalg.norm(out), 1.0, rtol=0.06)
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 5.0, 100.0])
+def test_the_svd_is_right_to_1e_5_of_the_cap_on_a_large_matrix(size):
+    x = (size * np.random.default_rng(0).normal(size=(64, 128))).astype(np.float32)
+    out, _ = spectral(x)
+    wanted = mapped(x.astype(float), lambda s: np.minimum(s, 1.0))
+    assert sigma_max(np.asarray(out, float) - wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["hardcap", "soft"])
+def test_far_above_the_cap_small_singular_values_shrink_as_well(method):
+    x = matrix((6, 8), [1e5, 0.5]).astype(np.float32)
+    values = np.linalg.svd(np.asarray(spectral(x, method=method)[0], float))[1]
+    np.testing.assert_allclose(values[0], 1.0, atol=0.15)
+    assert values[1] < 0.15  # 0.5 / 100, and the error of the iteration
+
+
 @pytest.mark.parametrize("size", [1e-8, 1e-30])
 @pytest.mark.parametrize("cap", [1.0, 1e30, np.inf])
 def test_short_matrices_are_left_alone_by_every_method(size, cap):
