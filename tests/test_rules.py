@@ -26,9 +26,16 @@ def test_a_constant_is_itself_for_every_group():
 
 
 def test_negative_and_nan_thresholds_on_device_count_as_zero():
-    rule = rules.constant(jnp.array([-1.0, jnp.nan]))
-    np.testing.assert_array_equal(threshold(rule), [0, 0])
-    np.testing.assert_array_equal(threshold(rules.schedule(lambda s: -1.0)), [0, 0])
+    grads = [jnp.ones(2), jnp.ones(3)]
+    for rule in (
+        rules.constant(jnp.array([-1.0, jnp.nan])),
+        rules.schedule(lambda step: -1.0),
+        rules.relative_to_params(jnp.float32(-1.0)),
+    ):
+        tx = optclip.clip(rule, scope=scopes.leaf())
+        out, state = tx.update(grads, tx.init(grads), grads)
+        np.testing.assert_array_equal(state.groups.group_threshold, [0, 0])
+        np.testing.assert_array_equal(np.concatenate(out), np.zeros(5))
 
 
 def test_a_schedule_is_read_at_the_step():

@@ -21,10 +21,7 @@ def _stateless(limit_of: Callable, name: str) -> Rule:
 
 
 def _both(threshold: jax.typing.ArrayLike, norm: jax.Array) -> Limit:
-    # A negative or NaN threshold that only the device sees clips to zero: never flips
-    # a sign, never spreads a NaN.
     value = jnp.asarray(threshold).astype(norm.dtype)
-    value = jnp.where(value > 0, value, 0.0)
     return Limit(value, value)
 
 
