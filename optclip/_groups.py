@@ -55,6 +55,17 @@ def _factors(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limi
     return scale, first.astype(norm.dtype)
 
 
+def _length_after(norm, reduced, scale, first):
+    """Returns the norm of each group once it is scaled, or the largest number.
+
+    It follows from what was measured: measuring the updates were another read.
+    """
+    largest = jnp.finfo(norm.dtype).max
+    long = jnp.minimum(reduced * scale / _measure.REDUCTION, largest)
+    plain = jnp.where(norm >= largest, long, norm * scale)
+    return jnp.where(first == 1, plain, reduced * scale)
+
+
 def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
     """Returns which groups hold an entry that is not finite, and was not dropped."""
     norms, groups = call.measured.norm, call.layout.groups
@@ -122,13 +133,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         firsts.append(jnp.where(bad, 1.0, first))
         deads.append(dead)
         limits.append(limit)
-        # Of what is measured here, not of the rounded updates: that were another read.
-        length = reduced[k] * scales[-1]
-        largest = jnp.finfo(norm.dtype).max
-        unmeasured = (first == 1) & (norm >= largest)
-        unreduced = jnp.minimum(length / _measure.REDUCTION, largest)
-        length = jnp.where(unmeasured, unreduced, length)
-        length = jnp.where((first == 1) & ~unmeasured, norm * scales[-1], length)
+        length = _length_after(norm, reduced[k], scales[-1], first)
         length = jnp.where(bad, norms[k], length)
         afters.append(length if dead is None else jnp.where(dead, 0.0, length))
 
