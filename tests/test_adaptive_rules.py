@@ -128,6 +128,20 @@ def test_the_histogram_forgets():
     np.testing.assert_allclose(thresholds[[199, 299]], [1.0, 8.0], rtol=0.06)
 
 
+@pytest.mark.parametrize("first", [1e-25, 1e25])
+def test_the_histogram_begins_anew_where_norms_have_left_it(first):
+    rule = rules.log_histogram_percentile(50.0)
+    norms = np.r_[first, np.full(100, 5.0)].astype(np.float32)
+    (thresholds, _), _, state = followed(rule, norms)
+    assert not 0.5 < thresholds[49] < 50  # locked at the end of its range
+    np.testing.assert_allclose(thresholds[50:], 5.0, rtol=0.06)
+    # One wild norm alone forgets nothing.
+    norms = np.r_[np.full(100, 5.0), 1e25, np.full(100, 5.0)].astype(np.float32)
+    (thresholds, _), _, state = followed(rule, norms)
+    assert state.norm_counts[-1].sum() == 201
+    np.testing.assert_allclose(thresholds, 5.0, rtol=0.06)
+
+
 def test_sixteen_million_steps_in_one_bin_stay_counted():
     """float32 counts stop growing at 2**24: the percentile is right all the same."""
     rule = rules.log_histogram_percentile(50.0)

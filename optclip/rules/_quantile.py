@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optclip import _checks
 from optclip.rules._base import Rule
-from optclip.rules._memory import one, places, remembering
+from optclip.rules._memory import in_a_row, one, places, remembering
 
 __all__ = [
     "HistogramState",
@@ -107,14 +107,17 @@ class HistogramState(NamedTuple):
     Attributes:
         norm_counts: float32, a row of 1,000 a group: how many norms fell into each bin.
         first_log: float32, one a group: log2 of the first norm, in the middle bin.
+        outside_run: int32, one a group. Norms in a row that fell into no bin.
     """
 
     norm_counts: jax.Array
     first_log: jax.Array
+    outside_run: jax.Array
 
 
 BINS = 1000
 OCTAVES = 80  # so a bin is 2**0.08 wide, 5.7%
+OUTSIDE_STEPS = 50
 FIRST_BIN = BINS // 2 + 0.5  # the first norm lies in the middle of its bin
 
 
@@ -126,7 +129,8 @@ def log_histogram_percentile(
     The threshold is the given percentile of all norms so far, this one included, read
     from a histogram of log n: 1,000 bins over 80 octaves around the first norm, each
     5.7% wide. So it is within 6% of a norm next to the exact percentile, for norms
-    between 2**-40 and 2**40 times the first; norms beyond count in the last bins.
+    between 2**-40 and 2**40 times the first. Norms beyond count in the last bins; after
+    fifty of them in a row the history begins anew.
 
     Args:
         percentile: Between 0 and 100.
@@ -134,7 +138,7 @@ def log_histogram_percentile(
             history of about ``1 / forgetting`` norms then counts. 0: nothing is.
 
     Returns:
-        A rule with 1,001 float32 a group.
+        A rule with 1,001 float32 and one int32 a group.
 
     Raises:
         ValueError: If a number is out of range.
@@ -151,18 +155,27 @@ def log_histogram_percentile(
 
     def init(norm):
         counts = jnp.zeros((*norm.shape, BINS), jnp.float32)
-        return HistogramState(counts, jnp.zeros(norm.shape, jnp.float32))
+        return HistogramState(
+            counts,
+            jnp.zeros(norm.shape, jnp.float32),
+            jnp.zeros(norm.shape, jnp.int32),
+        )
 
     def update(norm, state, context):
         del context
         x: Any = jnp.log2(jnp.maximum(norm, LEAST)).astype(jnp.float32)
         start = jnp.sum(state.norm_counts, axis=-1) == 0
-        first = jnp.where(start, x, state.first_log)
+        outside = ~start & (jnp.abs(x - state.first_log) > OCTAVES / 2)
+        run, away = in_a_row(
+            outside, norm, jnp.zeros_like(norm), state.outside_run, OUTSIDE_STEPS
+        )
+        first = jnp.where(start | away, x, state.first_log)
         place = (x - first) * (BINS / OCTAVES) + FIRST_BIN
         at = jnp.clip(jnp.floor(place), 0, BINS - 1)
         numbers = places(state.norm_counts)
         hit = numbers == at[..., None]
-        counts = state.norm_counts * (1 - forgetting) + hit
+        kept = jnp.where(away[..., None], 0.0, state.norm_counts)
+        counts = kept * (1 - forgetting) + hit
         upto = jnp.cumsum(counts, axis=-1)
         # The place of the percentile among the norms, where the first is number 0.
         wanted = percentile / 100 * jnp.maximum(upto[..., -1] - 1, 0.0)
@@ -174,6 +187,6 @@ def log_histogram_percentile(
         part = (wanted - before + 0.5) / jnp.where(inside > 0, inside, 1.0)
         height = bin_of + jnp.clip(part, 0.0, 1.0) - FIRST_BIN
         threshold = jnp.exp2(first + height * (OCTAVES / BINS))
-        return one(threshold), HistogramState(counts, first)
+        return one(threshold), HistogramState(counts, first, run)
 
     return remembering(init, update, "log_histogram_percentile", zeros=False)
