@@ -227,16 +227,6 @@ def full_tree(name, value):
     return jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), normal_tree(name))
 
 
-# Values do not depend on how hard LLVM tries, and the suite compiles a lot.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
 @functools.cache
 def stepper(name, policy="propagate"):
     """Returns a jitted (threshold, updates, state, params) -> (updates, state).
@@ -245,7 +235,7 @@ def stepper(name, policy="propagate"):
     """
     make = CASES[name].make
 
-    @jit
+    @jax.jit
     def step(threshold, updates, state, params):
         return make(threshold, nonfinite=policy).update(updates, state, params)
 

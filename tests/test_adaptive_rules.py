@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import registry
 import rule_oracles as oracles
 
 import optclip
@@ -63,7 +62,7 @@ def followed(rule, norms, **options):
         out, state = tx.update(direction * n, state)
         return state, (limit[:2], jnp.linalg.norm(out), state.rule_state[0])
 
-    _, seen = registry.jit(lambda s, xs: jax.lax.scan(step, s, xs))(
+    _, seen = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs))(
         tx.init(direction), jnp.asarray(norms)
     )
     return jax.device_get(seen)
@@ -178,7 +177,7 @@ def test_second_moment_clips_follow_their_formula(tx, oracle):
     rng = np.random.default_rng(2)
     grads = (rng.normal(size=(100, 3)) * np.exp(rng.normal(size=(100, 1)))).astype("f")
     grads[:10, 2] = 0  # an entry that is not seen for a while
-    _, outs = registry.jit(
+    _, outs = jax.jit(
         lambda s, xs: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, xs)
     )(tx.init(jnp.zeros(3)), grads)
     np.testing.assert_allclose(outs, [oracle(g) for g in grads], rtol=2e-5)

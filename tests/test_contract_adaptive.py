@@ -57,7 +57,7 @@ def test_shapes_and_dtypes_of_updates_and_state_never_change(name, scope, dtype)
 def test_scan_and_vmap_agree_with_a_loop(name):
     tx = adaptive.build(name)
     grads = [adaptive.gradients(i, size=10.0 ** (i % 3)) for i in range(6)]
-    step = registry.jit(chex.assert_max_traces(tx.update, n=1))
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     chex.clear_trace_counter()
     state, outs = tx.init(PARAMS), []
     for g in grads:
@@ -65,16 +65,14 @@ def test_scan_and_vmap_agree_with_a_loop(name):
         outs.append(out)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
     wanted = jax.tree.map(lambda *x: jnp.stack(x), *outs)
-    after, looped = registry.jit(
+    after, looped = jax.jit(
         lambda s, gs: jax.lax.scan(lambda s, g: tx.update(g, s, PARAMS)[::-1], s, gs)
     )(tx.init(PARAMS), stacked)
     close(looped, wanted)
     close(after, state)
 
     many = jax.tree.map(lambda x: jnp.stack([x] * 6), tx.init(PARAMS))
-    batched, _ = registry.jit(jax.vmap(lambda g, s: tx.update(g, s, PARAMS)))(
-        stacked, many
-    )
+    batched, _ = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, PARAMS)))(stacked, many)
     close(jax.tree.map(lambda x: x[0], batched), outs[0])
 
 
@@ -91,11 +89,11 @@ def test_every_scope_scans_vmaps_donates_and_survives_a_nan(name, scope):
     def run(state, grads):
         return jax.lax.scan(lambda s, g: tx.update(g, s, PARAMS)[::-1], state, grads)
 
-    state, outs = registry.jit(run, donate_argnums=(0,))(tx.init(PARAMS), stacked)
+    state, outs = jax.jit(run, donate_argnums=(0,))(tx.init(PARAMS), stacked)
     if name != "stabilize":
         chex.assert_tree_all_finite(memory(state))
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), (tx.init(PARAMS), stacked))
-    states, both = registry.jit(jax.vmap(run))(*twice)
+    states, both = jax.jit(jax.vmap(run))(*twice)
     close(jax.tree.map(lambda x: x[1], both), outs)
     close(jax.tree.map(lambda x: x[1], states), state)
 
@@ -103,7 +101,7 @@ def test_every_scope_scans_vmaps_donates_and_survives_a_nan(name, scope):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_donated_run_resumed_from_a_pickle_is_bitwise_the_same(name):
     tx = adaptive.build(name)
-    step = registry.jit(tx.update, donate_argnums=(1,))
+    step = jax.jit(tx.update, donate_argnums=(1,))
 
     def run(state, seeds):
         for seed in seeds:
@@ -168,7 +166,7 @@ def memory(state):
 @pytest.mark.parametrize("name", POLICED)
 def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
     tx = adaptive.build(name, nonfinite=policy)
-    step = registry.jit(tx.update)
+    step = jax.jit(tx.update)
     _, before = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
     for value in (np.nan, np.inf, -np.inf):
         out, after = step(poisoned(value), before, PARAMS)
@@ -185,7 +183,7 @@ def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
 @pytest.mark.parametrize("name", ["u_clip", "scale_by_stable_adam", "stabilize"])
 def test_wrappers_keep_their_own_memory_finite(name):
     tx = adaptive.build(name)
-    step = registry.jit(tx.update)
+    step = jax.jit(tx.update)
     _, state = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
     for value in (np.nan, np.inf, 1e30):
         _, state = step(poisoned(value), state, PARAMS)
@@ -197,7 +195,7 @@ def test_wrappers_keep_their_own_memory_finite(name):
 
 def test_stabilize_leaves_a_bad_step_out():
     tx = adaptive.build("stabilize")
-    step = registry.jit(tx.update)
+    step = jax.jit(tx.update)
     _, before = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
     out, after = step(poisoned(np.nan), before, PARAMS)
     chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, out))

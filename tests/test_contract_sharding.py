@@ -48,7 +48,7 @@ def agree(got, wanted):
 
 
 def alone(tx, updates):
-    return registry.jit(tx.update)(updates, tx.init(updates), updates)
+    return jax.jit(tx.update)(updates, tx.init(updates), updates)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def mapped(make, axis_name, where, updates):
     run = jax.shard_map(
         step, mesh=where, in_specs=(SPECS, whole), out_specs=(SPECS, whole)
     )
-    return registry.jit(run)(updates, state)
+    return jax.jit(run)(updates, state)
 
 
 POOLED = [

@@ -79,7 +79,7 @@ def test_one_donated_jitted_step_serves_all_and_scan_cond_and_vmap_agree(name):
     def step(updates, state):
         return tx.update(updates, state, PARAMS)
 
-    donated = registry.jit(step, donate_argnums=1)
+    donated = jax.jit(step, donate_argnums=1)
     state, outs = tx.init(PARAMS), []
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
     assert len(set(pointers)) == len(pointers)
@@ -89,7 +89,7 @@ def test_one_donated_jitted_step_serves_all_and_scan_cond_and_vmap_agree(name):
         assert len(set(pointers)) == len(pointers)
         outs.append(out)
 
-    @registry.jit
+    @jax.jit
     def scanned(state, trees):
         def body(state, updates):
             out, state = jax.lax.cond(
@@ -106,7 +106,7 @@ def test_one_donated_jitted_step_serves_all_and_scan_cond_and_vmap_agree(name):
     close(looped, stacked(outs))
 
     many = jax.tree.map(lambda x: jnp.stack([x] * 3), tx.init(PARAMS))
-    batched, _ = registry.jit(jax.vmap(lambda u, s: tx.update(u, s, PARAMS)))(
+    batched, _ = jax.jit(jax.vmap(lambda u, s: tx.update(u, s, PARAMS)))(
         stacked(grads), many
     )
     close(batched, stacked(outs))
@@ -138,9 +138,9 @@ def test_wrappers_keep_the_state_as_it_is(name, wrapper):
 def test_wrappers_give_the_same_updates(name, wrapper):
     make = registry.CASES[name].make
     updates = gradients(0)
-    plain, _ = registry.jit(make(1.0).update)(updates, make(1.0).init(PARAMS), PARAMS)
+    plain, _ = jax.jit(make(1.0).update)(updates, make(1.0).init(PARAMS), PARAMS)
     tx = WRAPPERS[wrapper](make(1.0))
-    out, _ = registry.jit(tx.update)(updates, tx.init(PARAMS), PARAMS)
+    out, _ = jax.jit(tx.update)(updates, tx.init(PARAMS), PARAMS)
     if wrapper in ("masked", "partition"):
         plain["w"] = updates["w"]
     close(out, plain)
@@ -160,7 +160,7 @@ def test_inject_hyperparams_moves_the_threshold_without_a_new_trace(name):
         **{argument: 0.5}, **_settings(name)
     )
     state, updates = tx.init(PARAMS), gradients(0)
-    step = registry.jit(chex.assert_max_traces(tx.update, n=1))
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     for threshold in (0.5, 0.25):
         state.hyperparams[argument] = jnp.float32(threshold)
         out, state = step(updates, state, PARAMS)
@@ -194,7 +194,7 @@ def test_schedules_are_read_at_each_step_without_a_new_trace(name):
     factory, argument = NUMERIC[name]
     schedule = optax.linear_schedule(1.0, 0.0, 4)
     tx = factory(**{argument: schedule}, **_settings(name))
-    step = registry.jit(chex.assert_max_traces(tx.update, n=1))
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state, updates = tx.init(PARAMS), gradients(0)
     thresholds = []
     for _ in range(3):
@@ -214,7 +214,7 @@ def optimizer():
 
 def trained(state, seeds):
     tx = optimizer()
-    step = registry.jit(tx.update)
+    step = jax.jit(tx.update)
     for seed in seeds:
         _, state = step(gradients(seed), state, PARAMS)
     return state

@@ -15,7 +15,7 @@ import optclip
 
 def update(name, updates, threshold=1e-2, **options):
     tx = registry.CASES[name].make(threshold, **options)
-    return registry.jit(tx.update)(updates, tx.init(updates), updates)
+    return jax.jit(tx.update)(updates, tx.init(updates), updates)
 
 
 @pytest.mark.parametrize("name", registry.CORE)

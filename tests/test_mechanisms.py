@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import registry
 
 import optclip
 
@@ -26,7 +25,7 @@ def mapped(x, f):
 
 def spectral(x, cap=1.0, **options):
     tx = optclip.spectral_clip(cap, **options)
-    return registry.jit(tx.update)(x, tx.init(x))
+    return jax.jit(tx.update)(x, tx.init(x))
 
 
 SIGMAS = [50.0, 7.0, 1.2, 0.9, 0.05, 1e-4]
@@ -86,7 +85,7 @@ def test_spectral_clip_takes_schedules_and_refuses_complex_leaves():
 def test_u_clip_loses_nothing(inner):
     tx = optclip.u_clip(inner)
     grads = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    state, outs = registry.jit(
+    state, outs = jax.jit(
         lambda s, g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g)
     )(tx.init(jnp.zeros(4)), grads)
     np.testing.assert_allclose(
@@ -127,7 +126,7 @@ def test_stable_adam_follows_its_formula():
         return (w + updates, state), None
 
     first = jnp.asarray(start, jnp.float32)
-    (w, state), _ = registry.jit(lambda w, gs: jax.lax.scan(step, (w, tx.init(w)), gs))(
+    (w, state), _ = jax.jit(lambda w, gs: jax.lax.scan(step, (w, tx.init(w)), gs))(
         first, jnp.asarray(grads, jnp.float32)
     )
     wanted = stable_adam(grads, start, 0.05, 0.9, 0.99, 1e-6, 0.1)
@@ -178,7 +177,7 @@ def descend(tx, scale=1.0, spike=None, steps=200):
         return (w, state), jnp.sum(curvature * w * w) / scale
 
     first = (start, tx.init(start))
-    return np.asarray(registry.jit(
+    return np.asarray(jax.jit(
         lambda c: jax.lax.scan(step, c, jnp.arange(steps))[1])(first))  # fmt: skip
 
 

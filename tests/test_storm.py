@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import registry
 
 import optclip
 from optclip import rules
@@ -68,7 +67,7 @@ def thresholds(rule, norms, state=None):
         return state, (state.threshold, jnp.all(jnp.stack(finite)))
 
     first = tx.init(jnp.zeros(2)) if state is None else state
-    end, (seen, finite) = registry.jit(lambda s, x: jax.lax.scan(step, s, x))(
+    end, (seen, finite) = jax.jit(lambda s, x: jax.lax.scan(step, s, x))(
         first, jnp.asarray(norms)
     )
     return np.asarray(seen), np.asarray(finite), end
@@ -139,7 +138,7 @@ def test_entries_come_out_of_a_storm(name):
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
         return state, (out, finite)
 
-    _, (outs, finite) = registry.jit(lambda s, x: jax.lax.scan(step, s, x))(
+    _, (outs, finite) = jax.jit(lambda s, x: jax.lax.scan(step, s, x))(
         tx.init(jnp.zeros(2)), jnp.asarray(norms)
     )
     assert np.all(finite)
@@ -162,9 +161,7 @@ def test_a_first_norm_of_any_size_is_left(name, first):
         out, state = tx.update(jnp.stack([0.6 * n, 0.8 * n]), state)
         return state, jnp.linalg.norm(out)
 
-    _, lengths = registry.jit(lambda s: jax.lax.scan(step, s, norms))(
-        tx.init(jnp.zeros(2))
-    )
+    _, lengths = jax.jit(lambda s: jax.lax.scan(step, s, norms))(tx.init(jnp.zeros(2)))
     # AdaGN makes the norm about 1; AdaGC's warm-up bounds it by 1.
     assert np.all(lengths[TINY_FIRST[name] :] > 0.9), lengths[TINY_FIRST[name] :].min()
 
@@ -180,5 +177,5 @@ def test_derivatives_through_several_steps_are_finite():
             return jnp.sum(outs)
 
         for value in (0.0, 3.0):
-            slope = registry.jit(jax.grad(loss))(jnp.full((6, 3), value))
+            slope = jax.jit(jax.grad(loss))(jnp.full((6, 3), value))
             chex.assert_tree_all_finite(slope)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import registry
 
 import optclip
 from optclip import Culprit, scopes
@@ -21,7 +20,7 @@ KEYS = {
 
 def stepped(tx, *updates, params=PARAMS):
     state = tx.init(params)
-    step = registry.jit(tx.update)
+    step = jax.jit(tx.update)
     for u in updates or (GRADS,):
         _, state = step(u, state, params)
     return state
