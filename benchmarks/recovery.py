@@ -48,10 +48,9 @@ def lengths(tx, norms):
 
     def step(state, grad):
         _, after = tx.update(grad, state)
-        # The threshold as an outsider sees it: how much of a long gradient is left.
-        size = jnp.linalg.norm(grad)
+        # The threshold as an outsider sees it: what is left of a long gradient.
         probe, _ = tx.update(10 * grad, state)
-        return after, jnp.linalg.norm(probe) / jnp.where(size > 0, size, 1.0) * size
+        return after, jnp.linalg.norm(probe)
 
     return np.asarray(jax.jit(lambda s: jax.lax.scan(step, s, grads)[1])(
         tx.init(jnp.zeros(2))))  # fmt: skip
