@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip import _measure, actions
+from optclip import _measure, _trees, actions
 from optclip._engine import Call, Outcome, apply_rule, context_of, finish
 from optclip.rules import Limit
 from optclip.rules._base import hold
@@ -83,7 +83,7 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
     skipped = call.bad & (policy == "skip")
     new, new_state, afters, thresholds = [], [], [], []
     # As in `_groups`: or XLA writes out what measuring and clamping share.
-    leaves, tops = lax.optimization_barrier((list(call.found.leaves), tops))
+    leaves, tops = _trees.kept_apart((list(call.found.leaves), tops))
     for i, x in enumerate(leaves):
         y = _measure.widen(x)
         size = magnitudes(x)

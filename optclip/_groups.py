@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optclip import _layouts, _measure, rules
+from optclip import _layouts, _measure, _trees, rules
 from optclip._engine import Call, Outcome, apply_rule, context_of, finish
 from optclip._reads import Plan, unpool
 from optclip.rules._base import hold
@@ -140,7 +140,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     parts = [tuple(p) for p in (scales, firsts, deads) if p[0] is not None]
     # Without the barrier XLA shares one widened copy of the leaves between measuring
     # and scaling, and writes it out; with it, the scaling melts into the optimizer.
-    leaves, parts = lax.optimization_barrier((list(leaves), parts))
+    leaves, parts = _trees.kept_apart((list(leaves), parts))
     factors = list(zip(*(_for_leaves(p, call) for p in parts), strict=True))
     new = [
         finish(

@@ -63,24 +63,36 @@ def root(total: jax.Array, order: float) -> jax.Array:
     return total if order in (1.0, np.inf) else root_of(total, order)
 
 
+def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = None):
+    """Returns the norm of ``norms``, without squaring large numbers.
+
+    ``add`` and ``most`` sum up a group and find its largest; ``back`` gives what was
+    found to its members.
+    """
+    if order == np.inf:
+        return most(norms)
+    # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
+    norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
+    unit = usable_unit(most(lax.stop_gradient(norms)))
+    ratio = norms / (unit if back is None else back(unit))
+    powers = jnp.square(ratio) if order == 2.0 else ratio**order
+    return root(add(powers), order) * unit
+
+
 def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:
-    """Returns the norm of each group of ``norms``, without squaring large numbers."""
+    """Returns the norm of each group of ``norms``."""
     if len(set(groups)) == len(groups):
         return norms
     at, count = np.asarray(groups), max(groups) + 1
-
-    def total(values, reduce, segment_reduce):
-        return reduce(values)[None] if count == 1 else segment_reduce(values, at, count)
-
-    if order == np.inf:
-        return total(norms, jnp.max, jax.ops.segment_max)
-    # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
-    norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
-    top = total(lax.stop_gradient(norms), jnp.max, jax.ops.segment_max)
-    unit = usable_unit(top)
-    ratio = norms / unit[at]
-    powers = jnp.square(ratio) if order == 2.0 else ratio**order
-    return root(total(powers, jnp.sum, jax.ops.segment_sum), order) * unit
+    if count == 1:
+        return _joined(norms, order, jnp.sum, jnp.max)[None]
+    return _joined(
+        norms,
+        order,
+        lambda x: jax.ops.segment_sum(x, at, count),
+        lambda x: jax.ops.segment_max(x, at, count),
+        lambda unit: unit[at],
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
@@ -142,15 +154,12 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
     return (np.bincount(np.asarray(plan.groups), weights=counts),)
 
 
-def _combine_across(norm: jax.Array, order: float, names: tuple[str, ...]):
+def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
     """Returns the norm of one number a device."""
     if not names:
         return norm
-    top = lax.pmax(lax.stop_gradient(norm), names)
-    if order == np.inf:
-        return top
-    unit = usable_unit(top)
-    return root(lax.psum((norm / unit) ** order, names), order) * unit
+    add, most = (functools.partial(f, axis_name=names) for f in (lax.psum, lax.pmax))
+    return _joined(norm, order, add, most)
 
 
 def total(
@@ -168,16 +177,16 @@ def total(
         if order == "rms":
             share = np.sqrt(count / max(sum(sizes), 1))
             norm = norm * share.astype(norm.dtype)
-        flat = jnp.ravel(norm)
-        part = combine(flat, power, (0,) * flat.size) if flat.size else jnp.zeros(1)
-        parts.append(_combine_across(part, power, names))
+        # Not made flat first: JAX can't, where it is sharded along an axis between.
+        part = _joined(norm, power, jnp.sum, jnp.max) if norm.size else jnp.zeros([])
+        parts.append(_along(part, power, names))
     widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
-    joined = jnp.concatenate([p.astype(widest) for p in parts])
+    joined = jnp.stack([p.astype(widest) for p in parts])
     length = combine(joined, power, (0,) * len(parts))[0]
     # An overflow, where no group is infinite itself: those are at most the largest.
-    finite = [jnp.all(jnp.ravel(n) < jnp.inf)[None] for n in norms]
+    finite = [jnp.all(n < jnp.inf) for n in norms]
     finite = [~_any_device(~f, a) for f, a in zip(finite, across, strict=True)]
-    too_long = jnp.isposinf(length) & jnp.all(jnp.concatenate(finite))
+    too_long = jnp.isposinf(length) & jnp.all(jnp.stack(finite))
     return jnp.where(too_long, jnp.finfo(widest).max, length)
 
 

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from optax import MaskedNode
 
 __all__ = [
     "Leaves",
     "axis_names",
+    "kept_apart",
     "leaves_of",
     "lookup",
     "matching",
@@ -138,6 +140,21 @@ def _varying(x: jax.Array) -> tuple[str, ...]:
     if names is None:
         names = getattr(kind, "vma", frozenset())
     return tuple(sorted(names))
+
+
+def kept_apart(tree: Any) -> Any:
+    """Returns ``tree`` behind a barrier, across which XLA shares no work."""
+    flat, treedef = jax.tree.flatten(tree)
+    # Before JAX 0.12 what comes out of one barrier varies over all the mesh axes that
+    # any part of it varied over.
+    varying = list(map(_varying, flat))
+    for names in set(varying):
+        at = [i for i, own in enumerate(varying) if own == names]
+        for i, x in zip(
+            at, lax.optimization_barrier([flat[i] for i in at]), strict=True
+        ):
+            flat[i] = x
+    return jax.tree.unflatten(treedef, flat)
 
 
 def placement(x: Any) -> tuple:

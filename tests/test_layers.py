@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "scopes": {"_layouts", "_trees"},
     "_engine": {"_layouts", "_measure", "_trees", "actions", "rules", "scopes"},
     "_elements": {"_engine", "_layouts", "_measure", "_trees", "actions", "rules"},
-    "_groups": {"_engine", "_layouts", "_measure", "_reads", "actions", "rules"},
+    "_groups": {
+        "_engine", "_layouts", "_measure", "_reads", "_trees", "actions", "rules",
+    },
     "clipping": {
         "_checks", "_elements", "_engine", "_groups", "_measure", "_state", "_trees",
         "actions", "norms", "rules", "scopes",
