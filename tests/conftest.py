@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight devices, quick compiling, no silent broadcasts."""
 
+import importlib.metadata
 import os
 
 # The suite compiles a lot, and runs little: LLVM need not try hard. What XLA fuses, and
@@ -9,6 +10,11 @@ FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
+# The emitters before these take half the time; JAX 0.12 has them no more, and is tested
+# with its own. `test_speed` asks for the usual ones.
+version = importlib.metadata.version("jaxlib").split(".")
+if (int(version[0]), int(version[1])) < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f for f in FLAGS if f not in given)])
 

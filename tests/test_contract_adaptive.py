@@ -53,7 +53,15 @@ def test_shapes_and_dtypes_of_updates_and_state_never_change(name, scope, dtype)
     assert len(places) == len(set(places)), "two fields share a buffer"
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Each keeps its memory in another way; the rest share their rules' code.
+QUICK = ("autoclip", "autoclip-all", "quantile_clip", "spam_clip", "stabilize",
+         "u_clip", "zclip")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES],
+)
 def test_scan_and_vmap_agree_with_a_loop(name):
     tx = adaptive.build(name)
     grads = [adaptive.gradients(i, size=10.0 ** (i % 3)) for i in range(6)]
@@ -162,7 +170,14 @@ def memory(state):
     return getattr(state, "rule_state", state)
 
 
-@pytest.mark.parametrize("policy", ["propagate", "zero", "drop", "skip"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "propagate",
+        "skip",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("zero", "drop")),
+    ],
+)
 @pytest.mark.parametrize("name", POLICED)
 def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
     tx = adaptive.build(name, nonfinite=policy)

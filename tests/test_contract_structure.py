@@ -112,7 +112,13 @@ def test_a_tree_of_many_leaves_in_bfloat16_has_the_right_norm():
     np.testing.assert_allclose(norm, float(oracle.tree_norm(updates)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip_by_global_norm",
+        pytest.param("clip_by_leaf_norm", marks=pytest.mark.slow),
+    ],
+)
 def test_a_tree_of_a_thousand_leaves_is_clipped(name):
     leaves = [
         np.full((2, 2), 1e25 if i == 500 else 0.1, np.float32) for i in range(1000)

@@ -1,5 +1,7 @@
 """Spectral clips, error feedback, stable Adam, caps and `stabilize`, against NumPy."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,17 @@ def mapped(x, f):
     return (left * f(values)[..., None, :]) @ right
 
 
+@functools.cache
+def spectral_step(**options):
+    """Returns a jitted (cap, updates, state) -> (updates, state)."""
+    return jax.jit(
+        lambda cap, *args: optclip.spectral_clip(cap, **options).update(*args)
+    )
+
+
 def spectral(x, cap=1.0, **options):
-    tx = optclip.spectral_clip(cap, **options)
-    return jax.jit(tx.update)(x, tx.init(x))
+    state = optclip.spectral_clip(cap, **options).init(x)
+    return spectral_step(**options)(jnp.float32(cap), x, state)
 
 
 SIGMAS = [50.0, 7.0, 1.2, 0.9, 0.05, 1e-4]

@@ -5,6 +5,7 @@ A jitted, donated AdamW step with a clip is compared with the same step without 
 """
 
 import functools
+import os
 import re
 
 import jax
@@ -62,7 +63,8 @@ def compiled_step(*clips, shapes, dtype):
 
     state = jax.eval_shape(optimizer.init, params)
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
-    return lowered.compile()
+    quick = "xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]
+    return lowered.compile({"xla_cpu_use_fusion_emitters": True} if quick else None)
 
 
 @functools.lru_cache
