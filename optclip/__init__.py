@@ -9,6 +9,7 @@ scans, vmaps, shards and checkpoints as Optax's own.
 """
 
 from optclip import actions, norms, rules, scopes
+from optclip.attribution import Culprit, culprits
 from optclip.clipping import ClipState, GroupStats, clip
 from optclip.feedback import CarryState, u_clip
 from optclip.methods import (
@@ -40,19 +41,24 @@ from optclip.methods import (
     zclip,
 )
 from optclip.monitoring import MonitorState, monitor
+from optclip.per_example import ExampleStats, per_example_clip
+from optclip.skipping import BadSteps, SkipState, skip_steps
 from optclip.spectral import spectral_clip
 from optclip.stabilize import StabilizeState, stabilize
 from optclip.stable_adam import StableAdamState, scale_by_stable_adam
-from optclip.telemetry import Culprit, culprits, leaf_metrics, metrics
+from optclip.telemetry import leaf_metrics, metrics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadSteps",
     "CarryState",
     "ClipState",
     "Culprit",
+    "ExampleStats",
     "GroupStats",
     "MonitorState",
+    "SkipState",
     "StabilizeState",
     "StableAdamState",
     "actions",
@@ -80,12 +86,14 @@ __all__ = [
     "norm_growth_limiter",
     "normalize_by_norm",
     "norms",
+    "per_example_clip",
     "percentile_clip",
     "quantile_clip",
     "rolling_sigma_clip",
     "rules",
     "scale_by_stable_adam",
     "scopes",
+    "skip_steps",
     "soft_clip",
     "spam_clip",
     "spectral_clip",

@@ -102,10 +102,18 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
 
-def apply_rule(rule: rules.Rule, norm: jax.Array, state: Any, context: rules.Context):
+def apply_rule(
+    rule: rules.Rule,
+    norm: jax.Array,
+    state: Any,
+    context: rules.Context,
+    *,
+    signed: bool = False,
+) -> tuple[rules.Limit, Any]:
     """Returns (limit, state) of a rule, once it is known to be what a rule returns.
 
     A threshold or target that is negative or NaN counts as 0: it never flips a sign.
+    Where numbers other than norms are judged, ``signed``, it may be negative.
     """
     wanted = jax.eval_shape(rule.init, norm)
     if _shapes(wanted) != _shapes(state):
@@ -136,7 +144,7 @@ def apply_rule(rule: rules.Rule, norm: jax.Array, state: Any, context: rules.Con
                 f"The limits of the rule `{rule.name}` must broadcast against the "
                 f"norms of shape {norm.shape}, got {jnp.shape(value)}."
             )
-    if limit.low is None:
+    if limit.low is None and not signed:
         sane = [jnp.where(jnp.asarray(v) > 0, v, 0.0) for v in limit[:2]]
         limit = rules.Limit(*sane)
     return limit, after

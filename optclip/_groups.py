@@ -13,7 +13,7 @@ from optclip._engine import Call, Outcome, apply_rule, context_of, finish
 from optclip._reads import Plan, unpool
 from optclip.rules._base import hold
 
-__all__ = ["empty_norms", "scale_groups"]
+__all__ = ["empty_norms", "factors_of", "scale_groups"]
 
 # A norm this many times its limit is scaled in two steps: the factor of one step would
 # be subnormal, and XLA flushes subnormal numbers to zero.
@@ -39,7 +39,7 @@ def empty_norms(
     return tuple(map(zeros, plan.kinds))
 
 
-def _factors(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limit):
+def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limit):
     """Returns the factor of each group in two parts, whose product may be subnormal."""
     bound = jnp.maximum(limit.threshold, limit.target)
     huge = (bound > 0) & (norm > FAR * bound)
@@ -125,7 +125,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
             *(jnp.broadcast_to(jnp.asarray(v).astype(norm.dtype), norm.shape)
               for v in limit[:2])
         )  # fmt: skip
-        scale, first = _factors(options.action, norm, reduced[k], limit)
+        scale, first = factors_of(options.action, norm, reduced[k], limit)
         dead = {"zero": bad, "skip": jnp.broadcast_to(skipped, bad.shape)}.get(
             options.nonfinite
         )

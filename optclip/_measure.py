@@ -33,6 +33,7 @@ __all__ = [
     "measure",
     "measure_layout",
     "plan_of",
+    "rows",
     "spread",
     "total",
     "unpool",
@@ -152,6 +153,27 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
     if not plan.groups:
         return tuple(np.asarray(counts[kind[0]]) for kind in plan.kinds)
     return (np.bincount(np.asarray(plan.groups), weights=counts),)
+
+
+def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm of each row of all leaves together, and 2**-64 times it.
+
+    A row is an index along the first axis. A norm too long for its dtype reads as the
+    largest number.
+    """
+    found = _trees.leaves_of(tree)
+    layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves), ())
+    measured, _, _ = measure_layout(tree, found, layout, order=2.0, axis_name=None)
+    add, most = (functools.partial(f, axis=0) for f in (jnp.sum, jnp.max))
+
+    def whole(norms):
+        widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
+        each = jnp.concatenate([n.astype(widest) for n in norms])
+        return _joined(each, 2.0, add, most, lambda unit: unit[None])
+
+    norm, reduced = whole(measured.norm), whole(measured.reduced)
+    too_long = jnp.isposinf(norm) & jnp.isfinite(reduced)
+    return jnp.where(too_long, jnp.finfo(norm.dtype).max, norm), reduced
 
 
 def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:

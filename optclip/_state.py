@@ -12,6 +12,8 @@ __all__ = [
     "ClipState",
     "GroupStats",
     "Seen",
+    "chosen",
+    "copied",
     "figures",
     "first",
     "first_seen",
@@ -96,6 +98,16 @@ class ClipState(NamedTuple):
 def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
     """Returns a new scalar array: no two fields of a state may share a buffer."""
     return jnp.array(value, dtype)
+
+
+def copied(tree: Any) -> Any:
+    """Returns a tree of new arrays: no two fields of a state may share a buffer."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def chosen(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
+    """Returns one of two trees, entry by entry: nothing is multiplied by zero."""
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_set, otherwise)
 
 
 def figures(tree: Any) -> Any:

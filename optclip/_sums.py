@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optclip import _trees
 from optclip._numbers import usable_unit
 from optclip._reads import (
     Arrays,
@@ -34,6 +35,13 @@ def _anywhere(flags: Sequence[jax.Array], plan: Plan) -> jax.Array:
     if names and not plan.groups:  # else every device has the same sums anyway
         flag = lax.pmax(flag.astype(jnp.int32), names) > 0
     return flag
+
+
+def _apart(leaves: Arrays, plan: Plan) -> tuple[str, ...]:
+    """Returns the mesh axes along which each device has sums of its own."""
+    pairs = zip(leaves, plan.everywhere, strict=True)
+    own = {n for x, names in pairs for n in _trees.varying(x) if n not in names}
+    return tuple(sorted(own))
 
 
 def _floors(leaves: Sequence[jax.Array], like: Arrays, plan: Plan) -> Arrays:
@@ -87,10 +95,13 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     # Constants are made in the branches: under `jax.vmap` over an explicitly sharded
     # axis, JAX can't place those that a branch takes from outside.
     used = lambda: units or tuple(map(jnp.ones_like, sums))  # noqa: E731
+    none = lambda: _trees.spread_over(  # noqa: E731
+        jnp.zeros((len(leaves), 3), jnp.int32), _apart(leaves, plan)
+    )
     return lax.cond(
         _anywhere(flags, plan),
         lambda: _with_care(leaves, sums, used(), plan),
-        lambda: (sums, used(), jnp.zeros((len(leaves), 3), jnp.int32)),
+        lambda: (sums, used(), none()),
     )
 
 

@@ -20,6 +20,8 @@ __all__ = [
     "matching",
     "path_codes",
     "placement",
+    "spread_over",
+    "varying",
     "zeros_of",
 ]
 
@@ -132,7 +134,7 @@ def lookup(table: Any, path: str, argument: str) -> Any:
     return table(path) if callable(table) else table
 
 
-def _varying(x: jax.Array) -> tuple[str, ...]:
+def varying(x: jax.Array) -> tuple[str, ...]:
     """Returns the manual mesh axes that ``x`` varies over, as its type says."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
@@ -142,17 +144,30 @@ def _varying(x: jax.Array) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
+    """Returns ``tree`` as something that varies over these mesh axes."""
+
+    def spread(x):
+        missing = tuple(n for n in names if n not in varying(x))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return getattr(lax, "pvary")(x, missing)  # noqa: B009 (JAX before 0.7)
+
+    return jax.tree.map(spread, tree)
+
+
 def kept_apart(tree: Any) -> Any:
     """Returns ``tree`` behind a barrier, across which XLA shares no work."""
     flat, treedef = jax.tree.flatten(tree)
     # Before JAX 0.12 what comes out of one barrier varies over all the mesh axes that
     # any part of it varied over.
-    varying = list(map(_varying, flat))
-    for names in set(varying):
-        at = [i for i, own in enumerate(varying) if own == names]
-        for i, x in zip(
-            at, lax.optimization_barrier([flat[i] for i in at]), strict=True
-        ):
+    along = list(map(varying, flat))
+    for names in sorted(set(along)):
+        at = [i for i, own in enumerate(along) if own == names]
+        behind = lax.optimization_barrier([flat[i] for i in at])
+        for i, x in zip(at, behind, strict=True):
             flat[i] = x
     return jax.tree.unflatten(treedef, flat)
 
@@ -203,7 +218,7 @@ def axis_names(
     if axis_name is None:
         return ((),) * count, ((),) * count
     if isinstance(axis_name, str) and axis_name == "auto":
-        names = tuple(_varying(x) for x in found.leaves)
+        names = tuple(varying(x) for x in found.leaves)
         if local and any(names):
             raise ValueError(
                 '`axis_name="auto"` can\'t tell along which axes a leaf is sharded, '

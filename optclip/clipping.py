@@ -32,17 +32,6 @@ from optclip._state import ClipState, GroupStats
 __all__ = ["ClipState", "GroupStats", "clip"]
 
 
-def _as_rule(rule: Any) -> rules.Rule:
-    if isinstance(rule, rules.Rule):
-        return rule
-    if isinstance(rule, tuple):
-        raise TypeError(
-            "`rule` must be a rule of `optclip.rules`, a number, an array or a "
-            f"schedule, got a {type(rule).__name__}."
-        )
-    return rules.fixed(rule, "rule")
-
-
 def _own_state(state: Any) -> ClipState:
     """Returns ``state``, once it is known to be that of a clip."""
     if not isinstance(state, ClipState):
@@ -52,10 +41,6 @@ def _own_state(state: Any) -> ClipState:
             "`init` anew after changing the optimizer."
         )
     return state
-
-
-def _copied(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
@@ -137,7 +122,13 @@ def clip(
         _checks.floating("update_dtype", update_dtype)
     order = np.inf if scope.by_element else _checks.order(ord)
     options = _engine.Options(
-        _as_rule(rule), scope, order, action, nonfinite, axis_name, update_dtype
+        rules.as_rule(rule, "rule"),
+        scope,
+        order,
+        action,
+        nonfinite,
+        axis_name,
+        update_dtype,
     )
 
     def init_fn(params) -> Any:
@@ -156,7 +147,7 @@ def clip(
             ones = tuple(map(jnp.ones_like, norms))
             groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
         return ClipState(
-            rule_state=_copied(tuple(options.rule.init(n) for n in norms)),
+            rule_state=_state.copied(tuple(options.rule.init(n) for n in norms)),
             norm_before=_state.scalar(0.0),
             norm_after=_state.scalar(0.0),
             threshold=_state.scalar(0.0),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, methods, scopes
+from optclip import _checks, _state, methods, scopes
 from optclip._state import ClipState
 
 __all__ = ["StabilizeState", "stabilize"]
@@ -106,10 +106,7 @@ def stabilize(
         bad |= clip_state.norm_after > 1e18
         out, after = inner.update(clipped, state.optimizer_state, params, **extra_args)
 
-        def unless_bad(old, new):
-            return jnp.where(bad, old, new)
-
-        after = jax.tree.map(unless_bad, state.optimizer_state, after)
+        after = _state.chosen(bad, state.optimizer_state, after)
         out = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), out)
         capped, cap_state = last.update(out, state.update_cap, params)
         return capped, StabilizeState(clip_state, after, cap_state)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "_numbers": set(),
     "_trees": set(),
     "_reads": set(),
-    "_sums": {"_numbers", "_reads"},
+    "_sums": {"_numbers", "_reads", "_trees"},
     "_layouts": {"_trees"},
     "_state": {"_trees"},
     "_measure": {"_layouts", "_numbers", "_reads", "_sums", "_trees"},
@@ -40,8 +40,16 @@ MAY_IMPORT = {
     },
     "stable_adam": {"_checks", "_numbers", "_trees", "rules"},
     "feedback": {"_checks", "_trees", "methods"},
+    "per_example": {
+        "_checks", "_groups", "_measure", "_trees", "actions", "methods", "rules",
+    },
     "stabilize": {"_checks", "_state", "methods", "scopes"},
-    "telemetry": {"_checks", "_state", "_trees", "clipping", "monitoring"},
+    "skipping": {
+        "_checks", "_engine", "_layouts", "_measure", "_state", "_trees", "rules",
+    },
+    "_lookup": {"_trees"},
+    "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
+    "attribution": {"_lookup", "clipping", "monitoring", "skipping"},
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "demo"}
 

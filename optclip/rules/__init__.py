@@ -16,7 +16,14 @@ sharding nor Optax, so one rule works in every scope. Write your own:
 """
 
 from optclip.rules._base import Context, Limit, Rule
-from optclip.rules._fixed import constant, fixed, interval, relative_to_params, schedule
+from optclip.rules._fixed import (
+    as_rule,
+    constant,
+    fixed,
+    interval,
+    relative_to_params,
+    schedule,
+)
 from optclip.rules._quantile import geometric_quantile, log_histogram_percentile
 from optclip.rules._running import dual_ema, ema_ratio, previous_norm
 from optclip.rules._scores import ema_sigma, ema_zscore
@@ -28,6 +35,7 @@ __all__ = [
     "Context",
     "Limit",
     "Rule",
+    "as_rule",
     "constant",
     "dual_ema",
     "ema_ratio",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from optclip import _checks
 from optclip.rules._base import Limit, Rule
 
-__all__ = ["constant", "fixed", "interval", "relative_to_params", "schedule"]
+__all__ = ["as_rule", "constant", "fixed", "interval", "relative_to_params", "schedule"]
 
 
 def _stateless(limit_of: Callable, name: str) -> Rule:
@@ -166,3 +166,15 @@ def relative_to_params(
         return _both(ratio * size, norm)
 
     return _stateless(limit_of, "relative_to_params")
+
+
+def as_rule(value: Any, name: str) -> Rule:
+    """Returns ``value`` if it is a rule, else the rule that has it for a threshold."""
+    if isinstance(value, Rule):
+        return value
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"`{name}` must be a rule of `optclip.rules`, a number, an array or a "
+            f"schedule, got a {type(value).__name__}."
+        )
+    return fixed(value, name)

@@ -136,19 +136,23 @@ def window_sigma(
     *,
     window: Any = SHORT_WINDOW,
     floor: jax.typing.ArrayLike = 1e-6,
+    unbiased: bool = False,
     record: str = "raw",
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
 
-    threshold t = m + sigmas * max(s, floor) with the mean m and the (population)
-    standard deviation s of the norms before this one; nothing is clipped before half
-    the window, two norms at least, is filled.
+    threshold t = m + sigmas * max(s, floor) with the mean m and the standard deviation
+    s of the norms before this one; nothing is clipped before half the window, two norms
+    at least, is filled. Of the rules with a history, this one alone can judge numbers
+    that may be negative, such as losses.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
         window: How many norms are kept, at least 2.
         floor: The least deviation that counts, at least 0.
+        unbiased: Whether the squares in s are divided by one less than their number, as
+            OLMo-core and MaxText do, and not by it, as Levanter does.
         record: "raw" or "clipped": the norm before or after the clip.
         record_zeros: Record norms of zero too, as the original.
 
@@ -172,13 +176,14 @@ def window_sigma(
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
         # In units of the largest, whose square can't overflow.
-        unit = jnp.max(jnp.where(valid, ring, 0.0), axis=-1)
+        unit = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
         unit = usable_unit(unit)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
         number = jnp.maximum(known, 1)
         mean = jnp.sum(share, axis=-1) / number
         apart = jnp.where(valid, share - mean[..., None], 0.0)
-        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / number)
+        freedom = jnp.maximum(number - 1, 1) if unbiased else number
+        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / freedom)
         threshold = unit * mean + sigmas * jnp.maximum(unit * spread, floor)
         ready = count >= max(2, window // 2)
         limit = one(jnp.where(ready, threshold, jnp.inf))

@@ -1,0 +1,182 @@
+"""Per-example clipping: each gradient bounded, bad examples dropped, memory bounded."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optclip
+
+PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.1)}
+
+
+def loss_fn(params, x, y, scale=1.0):
+    return scale * jnp.mean((params["w"] @ x + params["b"] - y) ** 2)
+
+
+def batch(size=10, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(size, 3)).astype(np.float32)
+    x[1] *= 50
+    return x, rng.normal(size=size).astype(np.float32)
+
+
+def oracle(x, y, max_norm):
+    """The mean of clipped gradients in float64, and what the statistics should be."""
+    w, b = np.asarray(PARAMS["w"], float), float(PARAMS["b"])
+    error = x.astype(float) @ w + b - y
+    each = 2 * error[:, None] * np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    norms = np.sqrt(np.sum(each**2, axis=1))
+    fine = np.isfinite(norms)
+    scale = np.minimum(1, max_norm / norms[fine])
+    mean = np.mean(each[fine] * scale[:, None], axis=0)
+    return {"w": mean[:3], "b": mean[3]}, norms, error[fine] ** 2
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1, 3, 5, 64])
+def test_the_mean_is_that_of_gradients_clipped_one_by_one(microbatch_size):
+    x, y = batch()
+    wanted, norms, losses = oracle(x, y, 1.0)
+    f = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=microbatch_size)
+    grads, stats = jax.jit(f)(PARAMS, x, y)
+    chex.assert_trees_all_close(grads, wanted, rtol=2e-5)
+    np.testing.assert_allclose(stats.example_norms, norms, rtol=2e-5)
+    np.testing.assert_allclose(stats.loss, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(stats.clipped_share, np.mean(norms > 1), rtol=1e-6)
+    assert int(stats.dropped_examples) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_bad_example_is_dropped_and_counted(value):
+    x, y = batch()
+    x[[2, 7]] = value
+    kept = np.delete(x, [2, 7], axis=0), np.delete(y, [2, 7])
+    f = jax.jit(optclip.per_example_clip(loss_fn, 1.0, microbatch_size=4))
+    wanted, _, _ = oracle(*kept, 1.0)
+    grads, stats = f(PARAMS, x, y)
+    chex.assert_trees_all_close(grads, wanted, rtol=2e-5)
+    assert int(stats.dropped_examples) == 2
+    assert np.isfinite(stats.loss)
+    grads, stats = f(PARAMS, np.full_like(x, np.nan), y)
+    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert float(stats.loss) == 0
+    assert int(stats.dropped_examples) == 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_norm_never_exceeds_the_bound_in_any_dtype(dtype):
+    params = {f"w{i}": jnp.ones(100, dtype) for i in range(200)}
+
+    def loss(params, x):
+        return sum(jnp.vdot(x.astype(dtype), p) for p in params.values())
+
+    f = jax.jit(optclip.per_example_clip(loss, 1.0))
+    for seed in range(5):
+        x = np.random.default_rng(seed).uniform(0.5, 1.5, (4, 100)).astype(np.float32)
+        x[:] = x[0]  # all alike: their mean is as long as each
+        grads, _ = f(params, x)
+        assert all(g.dtype == dtype for g in grads.values())
+        flat = np.concatenate([np.asarray(g, np.float64) for g in grads.values()])
+        norm = np.linalg.norm(flat)
+        assert norm <= 1
+        assert norm > 1 - 1.5 * max(float(jnp.finfo(dtype).eps), 1e-6)
+
+
+def test_shared_arguments_and_aux_are_handed_through():
+    def with_aux(params, x, y, scale):
+        loss = loss_fn(params, x, y, scale)
+        return loss, {"sum": jnp.sum(x)}
+
+    x, y = batch(7)
+    f = optclip.per_example_clip(with_aux, 1e9, microbatch_size=2, has_aux=True)
+    grads, stats = f(PARAMS, x, y, scale=2.0)
+    np.testing.assert_allclose(stats.aux["sum"], x.sum(axis=1), rtol=1e-5)
+    mean = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0, 0))(p, x, y)))
+    chex.assert_trees_all_close(
+        grads, jax.tree.map(lambda g: 2 * g, mean(PARAMS)), rtol=1e-4
+    )
+
+
+def test_memory_is_that_of_a_microbatch():
+    params, x = jnp.ones((64, 64)), jnp.ones((128, 64))
+
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(params @ x))
+
+    def temporaries(microbatch_size):
+        f = optclip.per_example_clip(loss, 1.0, microbatch_size=microbatch_size)
+        compiled = jax.jit(f).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = params.size * 4
+    assert temporaries(2) < 16 * one
+    assert temporaries(None) > 100 * one
+
+
+def test_on_eight_devices_as_on_one():
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    x, y = batch(32)
+    wanted = jax.jit(optclip.per_example_clip(loss_fn, 1.0))(PARAMS, x, y)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    auto = jax.jit(optclip.per_example_clip(loss_fn, 1.0, microbatch_size=8))
+    sharded = jax.device_put((x, y), NamedSharding(mesh, P("x")))
+    chex.assert_trees_all_close(auto(PARAMS, *sharded), wanted, rtol=1e-5, atol=1e-6)
+    manual = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=2, axis_name="x")
+    out = (
+        P(),
+        wanted[1]._replace(
+            loss=P(), example_norms=P("x"), clipped_share=P(), dropped_examples=P()
+        ),
+    )
+    for check in (True, False):
+        mapped = jax.shard_map(
+            manual, mesh=mesh, in_specs=(P(), P("x"), P("x")), out_specs=out,
+            check_vma=check,
+        )  # fmt: skip
+        got = jax.jit(mapped)(PARAMS, x, y)
+        chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_trains_with_an_optimizer_behind_it():
+    x, _ = batch(64)
+    x[1] /= 50
+    target = np.array([1.0, 2.0, -1.0], np.float32)
+    y = x @ target
+    y[::16] = 1e4  # wrong labels: a mean of squares would follow them
+    f = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=16)
+    tx = optax.adam(0.05)
+    params, state = PARAMS, tx.init(PARAMS)
+
+    @jax.jit
+    def step(params, state):
+        grads, stats = f(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, stats
+
+    for _ in range(300):
+        params, state, _ = step(params, state)
+    np.testing.assert_allclose(params["w"], target, atol=0.2)
+
+
+def test_errors_say_what_to_do():
+    x, y = batch()
+    f = optclip.per_example_clip(loss_fn, 1.0)
+    with pytest.raises(ValueError, match=r"`max_norm` must be >= 0, got -1\.0"):
+        optclip.per_example_clip(loss_fn, -1.0)
+    with pytest.raises(ValueError, match="`microbatch_size` must be an int >= 1"):
+        optclip.per_example_clip(loss_fn, 1.0, microbatch_size=0)
+    with pytest.raises(TypeError, match="`loss_fn` must be a function"):
+        optclip.per_example_clip(3.0, 1.0)
+    with pytest.raises(ValueError, match="along the first axis of every array"):
+        f(PARAMS, x, y[:3])
+    with pytest.raises(ValueError, match="along the first axis of every array"):
+        f(PARAMS, x, 1.0)
+    with pytest.raises(ValueError, match="`batch` has no arrays"):
+        f(PARAMS)
+    with pytest.raises(ValueError, match="`batch` has no examples"):
+        f(PARAMS, x[:0], y[:0])

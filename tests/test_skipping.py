@@ -1,0 +1,329 @@
+"""`skip_steps`: bad steps leave no trace, spikes are found, and nothing locks."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import rules
+
+PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+
+
+def gradients(size=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(size * rng.normal(size=p.shape), p.dtype), PARAMS
+    )
+
+
+def of_norm(norm):
+    return {
+        "kernel": jnp.zeros((3, 2)).at[0, 0].set(norm),
+        "bias": jnp.zeros(2),
+    }
+
+
+def poisoned(value, where="bias"):
+    bad = gradients()
+    bad[where] = bad[where].at[0].set(value)
+    return bad
+
+
+def run(tx, norms, losses=None):
+    """Returns which steps were left out, and the last state."""
+    step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
+    state, skipped = tx.init(PARAMS), []
+    for k, norm in enumerate(norms):
+        loss = None if losses is None else jnp.float32(losses[k])
+        _, state = step(of_norm(norm), state, loss)
+        skipped.append(int(state.skipped_run) > 0)
+    return skipped, state
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "spike", "loss"])
+def test_a_bad_step_is_bitwise_as_if_it_had_never_been(bad):
+    optimizer = optax.chain(optclip.zclip(warmup_steps=2), optax.adamw(1e-2))
+    tx = optclip.skip_steps(optimizer, when=1e3)
+    step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
+
+    def steps(batches):
+        state = tx.init(PARAMS)
+        for g, loss in batches:
+            out, state = step(g, state, loss)
+        return out, state
+
+    good = [(gradients(seed=k), jnp.float32(1)) for k in range(5)]
+    worse = {
+        "nan": (poisoned(jnp.nan), jnp.float32(1)),
+        "inf": (poisoned(-jnp.inf), jnp.float32(1)),
+        "spike": (gradients(1e30), jnp.float32(1)),
+        "loss": (gradients(), jnp.float32(jnp.nan)),
+    }[bad]
+    out, without = steps(good)
+    again, state = steps([*good[:2], worse, *good[2:]])
+    chex.assert_trees_all_equal(out, again)
+    chex.assert_trees_all_equal(state.optimizer_state, without.optimizer_state)
+    assert int(state.skipped_steps) == 1
+    assert int(state.spike_steps) == (bad == "spike")
+    zeros, _ = step(worse[0], without, worse[1])
+    chex.assert_trees_all_equal(zeros, jax.tree.map(jnp.zeros_like, PARAMS))
+
+
+def test_the_default_is_six_unbiased_deviations_over_128_steps():
+    rng = np.random.default_rng(0)
+    norms = (5 + rng.normal(size=400)).astype(np.float32)
+    norms[[150, 200, 201, 300]] = [12.5, 11.0, 11.2, 10.0]
+    history, wanted = [], []
+    for n in norms:
+        past = np.asarray(history[-128:], np.float64)
+        spike = len(past) >= 64 and n > past.mean() + 6 * past.std(ddof=1)
+        wanted.append(bool(spike))
+        if not spike:
+            history.append(n)
+    assert 0 < sum(wanted) < 4
+    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
+    assert skipped == wanted
+
+
+def test_losses_are_judged_too_also_negative_ones():
+    rng = np.random.default_rng(0)
+    for level in (3.0, -3.0):
+        losses = level + 0.1 * rng.normal(size=100)
+        losses[[80, 90]] = [level + 2, np.nan]
+        skipped, state = run(optclip.skip_steps(optax.sgd(1.0)), np.ones(100), losses)
+        assert np.flatnonzero(skipped).tolist() == [80, 90]
+        assert int(state.spike_steps) == 1
+        assert np.isfinite(state.loss_rule_state.recent_norms).all()
+
+
+def test_a_number_bounds_the_norm_and_not_the_loss():
+    losses, norms = [50.0] * 4, [1.0, 9.0, 11.0, 1.0]
+    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=10.0), norms, losses)
+    assert skipped == [False, False, True, False]
+
+
+def test_infinity_leaves_out_what_is_not_finite_and_nothing_else():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf)
+    skipped, _ = run(tx, [1.0, 3e38, np.nan, 1.0, np.inf, 0.0])
+    assert skipped == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("shift", [1e2, 1e8])
+@pytest.mark.parametrize(
+    "when",
+    [None, rules.window_sigma(6.0), rules.ema_zscore(6.0),
+     rules.ema_sigma(6.0, first_cap=jnp.inf), rules.ema_ratio(2.0, decay=0.9),
+     rules.previous_norm(3.0), rules.geometric_quantile(0.9)],
+)  # fmt: skip
+def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when, shift):
+    rng = np.random.default_rng(1)
+    norms = np.exp(0.1 * rng.normal(size=260)).astype(np.float32)
+    norms[150:] *= shift
+    tx = optclip.skip_steps(optax.sgd(1.0), when=when, max_consecutive=5)
+    skipped, _ = run(tx, norms)
+    assert all(skipped[150:155])
+    assert not any(skipped[155:160])
+    assert sum(skipped[160:]) < 10
+
+
+def test_without_a_limit_spikes_are_left_out_for_ever():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=2.0, max_consecutive=None)
+    assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
+
+
+def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=2.0, max_consecutive=3)
+    norms = [1.0, 3.0, np.nan, 3.0, np.nan, np.inf, np.nan, 3.0, 3.0, np.nan, 3.0, 3.0]
+    skipped, state = run(tx, norms)
+    assert np.flatnonzero(~np.array(skipped)).tolist() == [0, 8]
+    assert int(state.seen.nonfinite_steps) == 5
+
+
+def test_constant_norms_and_losses_lock_nothing():
+    tx = optclip.skip_steps(optax.sgd(1.0))
+    skipped, _ = run(tx, [1.0] * 200, [2.0] * 200)
+    assert not any(skipped)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-30, 1e30])
+def test_a_first_norm_of_any_size_locks_nothing(size):
+    tx = optclip.skip_steps(optax.sgd(1.0), max_consecutive=5)
+    skipped, _ = run(tx, [size] + [1.0] * 150)
+    assert sum(skipped) <= 5
+
+
+def test_metrics_and_culprits_tell_of_the_last_bad_steps():
+    tx = optclip.skip_steps(
+        optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(1.0)),
+        when=10.0, keep_last=3,
+    )  # fmt: skip
+    state = tx.init(PARAMS)
+    batches = [of_norm(1), of_norm(20), poisoned(jnp.nan), of_norm(30), of_norm(40)]
+    for k, g in enumerate(batches):
+        _, state = tx.update(g, state, PARAMS, loss=float(k))
+    figures = jax.device_get(optclip.metrics(state))
+    assert figures["skip/steps"] == 5
+    assert figures["skip/skipped_steps"] == 4
+    assert figures["skip/spike_steps"] == 3
+    assert figures["skip/nonfinite_steps"] == 1
+    assert figures["skip/in_a_row"] == 4
+    assert figures["skip/norm"] == 40
+    assert figures["skip/loss"] == 4
+    assert figures["skip/threshold"] == 10
+    assert figures["skip/last_skipped_step"] == 4
+    assert figures["clip/steps"] == 1  # what is inside never saw the others
+    found = optclip.culprits(state, PARAMS)
+    assert [(c.path, c.step, c.nan) for c in found] == [
+        ("kernel", 4, 0), ("kernel", 3, 0), ("bias", 2, 1)
+    ]  # fmt: skip
+    assert [c.norm for c in found[:2]] == [40.0, 30.0]
+    assert [c.loss for c in found] == [4.0, 3.0, 2.0]
+
+
+def test_works_in_scan_vmap_and_with_a_donated_state():
+    tx = optclip.skip_steps(optax.chain(optclip.zclip(), optax.adam(1e-2)), when=50.0)
+    grads = [gradients(seed=k) for k in range(6)]
+    grads[2], grads[4] = poisoned(jnp.nan), gradients(1e5)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(g, state):
+        return tx.update(g, state, PARAMS)
+
+    chex.clear_trace_counter()
+    state, outs = tx.init(PARAMS), []
+    for g in grads:
+        out, state = step(g, state)
+        outs.append(out)
+    scanned, looped = jax.jit(
+        lambda s: jax.lax.scan(lambda s, g: tx.update(g, s, PARAMS)[::-1], s, stacked),
+        donate_argnums=0,
+    )(tx.init(PARAMS))
+    chex.assert_trees_all_close(looped, jax.tree.map(lambda *x: jnp.stack(x), *outs))
+    chex.assert_trees_all_close(scanned, state)
+    assert int(scanned.skipped_steps) == 2
+    many = jax.tree.map(lambda x: jnp.stack([x] * 6), tx.init(PARAMS))
+    batched, states = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, PARAMS)))(
+        stacked, many
+    )
+    assert states.skipped_steps.tolist() == [0, 0, 1, 0, 1, 0]
+    chex.assert_tree_all_finite(batched)
+
+
+def test_around_multi_steps_a_bad_microbatch_is_left_out():
+    inner = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
+    tx = optclip.skip_steps(inner, when=100.0)
+    state, outs = tx.init(PARAMS), []
+    for g in (of_norm(1.0), poisoned(jnp.inf), of_norm(1e6), of_norm(3.0)):
+        out, state = tx.update(g, state, PARAMS)
+        outs.append(float(out["kernel"][0, 0]))
+    assert outs == [0.0, 0.0, 0.0, -2.0]  # minus the mean of 1 and 3
+
+
+def test_inside_multi_steps_a_bad_mean_is_left_out():
+    tx = optax.MultiSteps(optclip.skip_steps(optax.sgd(1.0), when=10.0), 2)
+    state, outs = tx.init(PARAMS), []
+    for n in (1.0, 3.0, 1.0, 99.0, 2.0, 2.0):
+        out, state = jax.jit(tx.update)(of_norm(n), state, PARAMS)
+        outs.append(float(out["kernel"][0, 0]))
+    assert outs == [0.0, -2.0, 0.0, 0.0, 0.0, -2.0]
+
+
+def test_the_recipe_for_accumulation_drops_a_bad_microbatch():
+    """The recipe of docs/failures.md: Optax's own MultiSteps, told to skip."""
+    tx = optax.MultiSteps(
+        optax.chain(optclip.clip_by_global_norm(1.5), optax.sgd(1.0)),
+        every_k_schedule=2,
+        should_skip_update_fn=optax.skip_not_finite,
+    )
+    state, outs = tx.init(PARAMS), []
+    for g in (of_norm(1.0), poisoned(jnp.inf), poisoned(jnp.nan), of_norm(3.0)):
+        out, state = jax.jit(tx.update)(g, state, PARAMS)
+        outs.append(float(out["kernel"][0, 0]))
+    assert outs == [0.0, 0.0, 0.0, -1.5]  # the mean is 2, and the clip sees the mean
+    chex.assert_tree_all_finite(state.acc_grads)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.partition(
+            {"a": tx, "b": optax.identity()}, {"kernel": "a", "bias": "b"}
+        ),
+        lambda tx: optax.chain(tx, optax.scale(2.0)),
+        lambda tx: optax.masked(tx, {"kernel": True, "bias": False}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+    ],
+)
+def test_wrappers_of_optax_keep_its_state_as_it_is(wrap):
+    tx = wrap(optclip.skip_steps(optax.adam(1e-2)))
+    state = tx.init(PARAMS)
+    out, after = jax.eval_shape(tx.update, gradients(), state, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_inject_hyperparams_moves_the_threshold():
+    def make(threshold, learning_rate):
+        return optclip.skip_steps(optax.sgd(learning_rate), when=threshold)
+
+    tx = optax.inject_hyperparams(make)(threshold=2.0, learning_rate=1.0)
+    step = jax.jit(lambda g, s: tx.update(g, s, PARAMS))
+    state = tx.init(PARAMS)
+    out, state = step(of_norm(3.0), state)
+    assert float(out["kernel"][0, 0]) == 0
+    state.hyperparams["threshold"] = jnp.float32(5.0)
+    out, state = step(of_norm(3.0), state)
+    assert float(out["kernel"][0, 0]) == -3
+
+
+def test_half_precision_gradients_and_wide_parameters():
+    grads = jax.tree.map(lambda x: x.astype(jnp.float16), of_norm(300.0))
+    tx = optclip.skip_steps(optax.sgd(1e-2))
+    state = tx.init(PARAMS)
+    out, after = tx.update(grads, state, PARAMS)
+    assert float(after.offered_norm) == 300
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert out["kernel"].dtype == jnp.float16
+    assert float(out["kernel"][0, 0]) == -3
+
+
+def test_the_loss_reaches_the_optimizer():
+    seen = []
+
+    def update(updates, state, params=None, *, loss):
+        seen.append(loss)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    tx = optclip.skip_steps(inner)
+    tx.update(gradients(), tx.init(PARAMS), PARAMS, loss=2.5)
+    assert seen == [2.5]
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(TypeError, match="`optimizer` must be an Optax transformation"):
+        optclip.skip_steps(1e-3)
+    with pytest.raises(ValueError, match="`max_consecutive` must be an int >= 1"):
+        optclip.skip_steps(optax.sgd(1.0), max_consecutive=0)
+    with pytest.raises(ValueError, match="`keep_last` must be an int >= 1"):
+        optclip.skip_steps(optax.sgd(1.0), keep_last=0)
+    with pytest.raises(ValueError, match=r"`when` must be .*, got -1.0"):
+        optclip.skip_steps(optax.sgd(1.0), when=-1.0)
+    with pytest.raises(TypeError, match="`when`"):
+        optclip.skip_steps(optax.sgd(1.0), when="spikes")
+    tx = optclip.skip_steps(optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"`loss` must be a scalar, got .*\(2,\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=jnp.ones(2))
+    with pytest.raises(TypeError, match="`state` must be the `SkipState`"):
+        tx.update(PARAMS, optax.EmptyState(), PARAMS)
+    with pytest.raises(ValueError, match="`updates` has no leaf"):
+        tx.update({}, tx.init({}), {})
+    by_params = optclip.skip_steps(optax.sgd(1.0), when=rules.relative_to_params(1.0))
+    with pytest.raises(ValueError, match="`when` must be a rule that does not look at"):
+        by_params.update(PARAMS, by_params.init(PARAMS), PARAMS)
