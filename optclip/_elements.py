@@ -4,6 +4,7 @@ No array of norms or scales is written out. One read finds the largest magnitude
 leaf, for the telemetry; the clamp itself melts into what follows it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,13 +61,15 @@ def _clamp(x: jax.Array, size: jax.Array, limit: Limit, action: Callable) -> jax
     return jnp.where(scale == 1, x, bounded * scale)
 
 
-def _after(y: jax.Array, top: jax.Array, limit: Limit, action: Callable) -> jax.Array:
+def _after(
+    y: jax.Array, top: jax.Array, limit: Limit, action: Callable, across: Callable
+) -> jax.Array:
     """Returns the largest magnitude after the clamp; ``top`` was it before.
 
     With one limit for all entries it follows from ``top``, without another read.
     """
     if limit.low is not None or jnp.ndim(limit.threshold) or jnp.ndim(limit.target):
-        return jnp.max(jnp.abs(y), initial=0.0).astype(top.dtype)
+        return across(jnp.max(jnp.abs(y), initial=0.0)).astype(top.dtype)
     finite = jnp.minimum(top, jnp.finfo(top.dtype).max)
     if action is actions.rescale:
         after = jnp.where(finite > limit.threshold, limit.target, finite)
@@ -81,32 +84,36 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
     tops = call.measured.norm[0]
     tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
     skipped = call.bad & (policy == "skip")
-    new, new_state, afters, thresholds = [], [], [], []
+    new, new_state, afters, thresholds, overs = [], [], [], [], []
     # As in `_groups`: or XLA writes out what measuring and clamping share.
     leaves, tops = _trees.kept_apart((list(call.found.leaves), tops))
     for i, x in enumerate(leaves):
         y = _measure.widen(x)
         size = magnitudes(x)
         bad = ~jnp.isfinite(size)
-        context = context_of(call, i, tree_norm)
+        across = functools.partial(_trees.most, names=call.plan.names[i])
+        context = context_of(call, i, tree_norm)._replace(across=across)
         safe = jnp.where(bad, jnp.zeros_like(size), size)
         limit, after = apply_rule(options.rule, safe, rule_state[i], context)
-        new_state.append(hold(bad | skipped, rule_state[i], after))
+        new_state.append(hold(bad | skipped, rule_state[i], after, across))
         y = _clamp(y, size, limit, options.action)
         if policy in ("zero", "drop"):
             y = jnp.where(bad, jnp.zeros_like(y), y)
         y = jnp.where(skipped, jnp.zeros_like(y), y) if policy == "skip" else y
         new.append(finish(y, call.found.leaves[i], options.update_dtype))
         top = tops[i]
-        last = _after(y, top, limit, options.action)
+        last = _after(y, top, limit, options.action, across)
         if policy in ("zero", "drop"):
             last = jnp.where(jnp.isnan(top), 0.0, last)
         afters.append(jnp.where(skipped, 0.0, last))
         threshold: Any = jnp.asarray(limit.threshold).astype(tops.dtype)
-        thresholds.append(jnp.min(threshold, initial=jnp.inf))
+        low = jnp.min(threshold, initial=jnp.inf)
+        one_for_all = threshold.ndim == 0
+        thresholds.append(low if one_for_all else -across(-low))
+        past = jnp.any(size > threshold).astype(jnp.int32)
+        overs.append(top > threshold if one_for_all else across(past) > 0)
     limits = jnp.stack(thresholds)
     before, after = jnp.max(tops), jnp.max(jnp.stack(afters))
-    over = tops > limits
     usable = jnp.isfinite(before) & (before > 0)
     return Outcome(
         leaves=new,
@@ -115,5 +122,5 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         after=after,
         threshold=jnp.min(limits),
         scale=jnp.where(usable, after / jnp.where(usable, before, 1.0), 1.0),
-        clipped=jnp.mean(over.astype(jnp.float32)),
+        clipped=jnp.mean(jnp.stack(overs).astype(jnp.float32)),
     )

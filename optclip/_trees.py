@@ -15,9 +15,12 @@ __all__ = [
     "Leaves",
     "axis_names",
     "kept_apart",
+    "leaf_axes",
     "leaves_of",
     "lookup",
     "matching",
+    "most",
+    "on_all",
     "path_codes",
     "placement",
     "spread_over",
@@ -236,3 +239,19 @@ def axis_names(
         jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
     pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
     return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def leaf_axes(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that each leaf is sharded over."""
+    axes = [tuple(range(x.ndim)) for x in found.leaves]
+    return axis_names(axis_name, tree, found, axes, local=False)[0]
+
+
+def most(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Returns the largest value over the devices along these mesh axes."""
+    return lax.pmax(x, names) if names else x
+
+
+def on_all(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Returns whether a flag is set on all devices along these mesh axes."""
+    return most((~flag).astype(jnp.int32), names) == 0

@@ -29,6 +29,7 @@ def u_clip(
     inner_clip: optax.GradientTransformation,
     *,
     max_carry: jax.typing.ArrayLike | None = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds what a clip cut off to the next gradients: clipping without bias (U-Clip).
 
@@ -43,6 +44,7 @@ def u_clip(
         max_carry: The largest norm of the carry, above 0. A spike is otherwise replayed
             for as many steps as it was thresholds long. None for no bound, as
             published.
+        axis_name: As in `optclip.clip`; give it to the clip inside as well.
 
     Returns:
         A transformation with `CarryState`: as much memory again as the parameters in
@@ -85,15 +87,18 @@ def u_clip(
         )
         done = _trees.leaves_of(out)
         carry, new = [], []
-        for t, y, x, c in zip(total, done.leaves, found.leaves, carried, strict=True):
+        along = _trees.leaf_axes(axis_name, updates, found)
+        for t, y, x, c, names in zip(
+            total, done.leaves, found.leaves, carried, along, strict=True
+        ):
             rounded = y.astype(x.dtype)
             rest = (t - rounded.astype(t.dtype)).astype(c.dtype)
-            fine = jnp.all(jnp.isfinite(rest))
+            fine = _trees.on_all(jnp.all(jnp.isfinite(rest)), names)
             carry.append(jnp.where(fine, rest, c))
             new.append(rounded)
         if max_carry is not None:
-            bound = clip_by_global_norm(max_carry)
-            carry = list(bound.update(carry, bound.init(carry))[0])  # pyright: ignore
+            bound: Any = clip_by_global_norm(max_carry, axis_name=list(along))
+            carry = list(bound.update(carry, bound.init(carry))[0])
         carry = _trees.leaves_of(state.carry).rebuild(carry)
         return done.rebuild(new), CarryState(carry, inner_state)
 

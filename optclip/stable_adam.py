@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optclip import _checks, _trees
 from optclip._numbers import root_of
@@ -38,6 +39,7 @@ def scale_by_stable_adam(
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales by Adam, with each leaf's step divided by how far its gradient runs ahead.
 
@@ -58,6 +60,7 @@ def scale_by_stable_adam(
         weight_decay: Decoupled, at least 0; needs ``params`` if above 0.
         mask: Which leaves decay, as for `optax.add_decayed_weights`: a tree of booleans
             or a function of the parameters that makes one.
+        axis_name: As in `optclip.clip`.
 
     Returns:
         A transformation with `StableAdamState`. Follow it by
@@ -111,15 +114,22 @@ def scale_by_stable_adam(
             used = _trees.matching(updates, which)
             weights = [jnp.where(w, p, 0.0) for w, p in zip(used, weights, strict=True)]
         out, new_mu, new_nu, sizes = [], [], [], []
-        for g, m, v, w in zip(found.leaves, mus, nus, weights, strict=True):
+        along = _trees.leaf_axes(axis_name, updates, found)
+        for g, m, v, w, names in zip(
+            found.leaves, mus, nus, weights, along, strict=True
+        ):
             wide = g.astype(jnp.float32)
             fine = jnp.all(jnp.isfinite(wide)) & jnp.all(jnp.isfinite(jnp.square(wide)))
+            fine = _trees.on_all(fine, names)
             wide = jnp.where(fine, wide, 0.0)
             m_next = m + new1 * (wide - m)
             v_next = v + new2 * (jnp.square(wide) - v)
             root = root_of(v_next)
             share = jnp.square(wide / jnp.maximum(root, eps))
-            rms = root_of(jnp.sum(share) / max(g.size, 1))
+            sums, devices = jnp.sum(share), 1
+            if names:
+                sums, devices = lax.psum(sums, names), lax.psum(1, names)
+            rms = root_of(sums / max(g.size * devices, 1))
             step = m_next / (root + eps)
             if w is not None:
                 step = step + weight_decay * w.astype(jnp.float32)

@@ -33,11 +33,16 @@ class Context(NamedTuple):
         params_norm: Function without arguments that returns the norms of the
             parameters, one for each group; raises ValueError where ``params`` were not
             given to ``update``.
+        across: Function of an array that returns, entry by entry, its largest value
+            over all devices that hold a part of the norms. The norms of groups are
+            whole on each device: only a rule that looks at several entries of the
+            element scope at once needs it.
     """
 
     step: jax.Array
     tree_norm: jax.Array
     params_norm: Callable[[], jax.Array]
+    across: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 class Rule(NamedTuple):
@@ -60,13 +65,17 @@ class Rule(NamedTuple):
     name: str = "clip"
 
 
-def hold(kept: jax.Array, old: Any, new: Any) -> Any:
-    """Returns a rule's new state, but the old one of the groups that are ``kept``."""
+def hold(kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x) -> Any:
+    """Returns a rule's new state, but the old one of the groups that are ``kept``.
+
+    What a state has for all groups at once is kept if all of them are, on all devices
+    (``across`` as in `Context`).
+    """
 
     def choose(before, after):
         mask = kept
         if before.ndim < kept.ndim:
-            mask = jnp.all(kept)
+            mask = across(jnp.any(~kept).astype(jnp.int32)) == 0
         elif before.ndim > kept.ndim:
             mask = kept.reshape(kept.shape + (1,) * (before.ndim - kept.ndim))
         return jnp.where(mask, before, jnp.asarray(after).astype(before.dtype))

@@ -40,7 +40,8 @@ def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> 
             bad = ~jnp.isfinite(new.astype(old.dtype))
             own = tuple(range(norm.ndim, bad.ndim))
             wild |= jnp.any(bad, axis=own) if bad.ndim >= norm.ndim else jnp.any(bad)
-        return limit, hold(wild if zeros else wild | (norm == 0), state, after)
+        kept = wild if zeros else wild | (norm == 0)
+        return limit, hold(kept, state, after, context.across)
 
     return Rule(init, guarded, name)
 

@@ -154,8 +154,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         return MaximumState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
 
     def update(norm, state, context):
-        del context
-        top = jnp.max(norm, initial=0.0)
+        top = context.across(jnp.max(norm, initial=0.0))
         level = decay * state.ema_maximum + (1 - decay) * top
         count = state.recorded + 1
         threshold = level / weight_of(decay, count, level.dtype)
