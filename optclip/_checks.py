@@ -5,6 +5,7 @@ has no truth value. Every check therefore looks at Python and NumPy numbers and 
 arrays, tracers and schedules pass.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,16 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
             raise TypeError(
                 f"`{name}` must be a number {rule}, got {value!r} of type "
                 f"{type(value).__name__}."
+            )
+        if callable(value):
+            raise TypeError(
+                f"`{name}` must be a number {rule}, got a function. To have it follow "
+                "a schedule, wrap the transformation in `optax.inject_hyperparams`."
+            )
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` must be a number {rule} or an array, got a map. In label "
+                "scope an array has one entry a label, in order of appearance."
             )
         number = concrete(value)
         if number is not None and not np.all(holds(number)):
@@ -156,6 +167,11 @@ def floating(name: str, value: Any) -> None:
 def transformation(**named: Any) -> optax.GradientTransformationExtraArgs:
     """Returns the one transformation given, which then takes extra arguments."""
     ((name, value),) = named.items()
+    if isinstance(value, optax.MultiSteps):
+        raise TypeError(
+            f"`{name}` must be a transformation, got `optax.MultiSteps`: pass what its "
+            "method `gradient_transformation()` returns."
+        )
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"`{name}` must be an Optax transformation, such as `optax.adamw(1e-3)`, "

@@ -102,6 +102,10 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
 
+def _is_whole(x: Any) -> bool:
+    return not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
 def apply_rule(
     rule: rules.Rule,
     norm: jax.Array,
@@ -133,6 +137,12 @@ def apply_rule(
         raise ValueError(
             f"`update` of the rule `{rule.name}` must return a state of the structure "
             f"and shapes that it was given: {_shapes(state)}, got {_shapes(after)}."
+        )
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    if any(_is_whole(old) and not _is_whole(new) for old, new in pairs):
+        raise ValueError(
+            f"`update` of the rule `{rule.name}` returns real numbers where its state "
+            "holds whole ones, which would be cut off. Let `init` give a float32 array."
         )
     for value in limit[:2]:
         fits = jnp.ndim(value) <= norm.ndim and all(

@@ -14,6 +14,7 @@ from optax import MaskedNode
 __all__ = [
     "Leaves",
     "axis_names",
+    "check_found",
     "kept_apart",
     "leaf_axes",
     "leaves_of",
@@ -135,6 +136,18 @@ def lookup(table: Any, path: str, argument: str) -> Any:
                 return value
         return None
     return table(path) if callable(table) else table
+
+
+def check_found(table: Any, paths: list[str], argument: str) -> None:
+    """Raises if ``table`` is a map of patterns of which none finds a leaf."""
+    if not isinstance(table, Mapping) or not table or not paths:
+        return
+    if not any(lookup(dict.fromkeys(table, 1), path, argument) for path in paths):
+        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise ValueError(
+            f"`{argument}` has no pattern that finds a leaf: {list(table)} in {shown}. "
+            "Give patterns for `re.search` in these paths."
+        )
 
 
 def varying(x: jax.Array) -> tuple[str, ...]:

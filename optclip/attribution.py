@@ -16,7 +16,8 @@ class Culprit(NamedTuple):
     """A leaf that held entries that were not finite, or made a step a spike.
 
     Attributes:
-        path: Path of the parameter, as "encoder/0/kernel".
+        path: Path of the parameter, as "encoder/0/kernel"; None where the gradients
+            were fine, and only the loss made `skip_steps` leave a step out.
         step: Number of the update, where the first is number 0.
         nan: How many entries were NaN.
         pos_inf: How many were +inf.
@@ -25,7 +26,7 @@ class Culprit(NamedTuple):
         loss: Its loss, 0 where none was given; None but for `skip_steps`.
     """
 
-    path: str
+    path: str | None
     step: int
     nan: int
     pos_inf: int
@@ -59,14 +60,14 @@ def _not_finite(state: Any, names: dict[int, str]) -> list[Culprit]:
 
 def _left_out(state: SkipState, names: dict[int, str]) -> list[Culprit]:
     """Returns the worst leaf of each of the last steps left out, the newest first."""
-    paths = dict(known(state.seen.leaf_code, names))
+    paths: dict[int, Any] = dict(known(state.seen.leaf_code, names))
     rows = zip(*map(np.asarray, state.last_bad), strict=True)
     found: list[Culprit] = []
     for step, norm, loss, leaf in sorted(rows, key=lambda row: -int(row[0])):
         if step < 0:
             break
         bad = [c for c in _not_finite(state, names) if c.step == step]
-        bad = bad or [Culprit(paths[int(leaf)], int(step), 0, 0, 0)]
+        bad = bad or [Culprit(paths.get(int(leaf)), int(step), 0, 0, 0)]
         found += [c._replace(norm=float(norm), loss=float(loss)) for c in bad]
     return found
 
@@ -111,6 +112,7 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
     for look, several in ((_left_out, wrappers), (_not_finite, states)):
         for state in several:
             _one_state(state)
+            known(state.seen.leaf_code, names)  # raises if the parameters are others
             found = look(state, names)
             if found:
                 return found

@@ -111,7 +111,7 @@ def per_example_clip(
     Raises:
         ValueError: If a number is out of range, or the arrays of the batch differ in
             their first axis.
-        TypeError: If ``loss_fn`` can't be called.
+        TypeError: If ``loss_fn`` can't be called, or returns something else.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -134,8 +134,18 @@ def per_example_clip(
         microbatch_size = _checks.size("microbatch_size", microbatch_size)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
+    def checked(params, *example, **shared):
+        out = loss_fn(params, *example, **shared)
+        if isinstance(out, tuple) != has_aux or jnp.ndim(out[0] if has_aux else out):
+            raise TypeError(
+                "`loss_fn` must return the loss of one example, a scalar, or with "
+                f"`has_aux=True` (loss, aux), got {jax.tree.map(jnp.shape, out)} in "
+                f"shapes with `has_aux={has_aux}`."
+            )
+        return out
+
     def differentiate(params, example, shared):
-        return jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *example, **shared)
+        return jax.value_and_grad(checked, has_aux=has_aux)(params, *example, **shared)
 
     def summed(losses, grads, real):
         """Returns the sum of the clipped gradients, its figures, and their norms."""

@@ -31,9 +31,12 @@ class Scope(NamedTuple):
     summary: bool = False
 
 
-def _cut(axes_of: Callable[[str, Any], Axes]) -> Callable[..., Layout]:
+def _cut(
+    axes_of: Callable[[str, Any], Axes], table: Any, argument: str
+) -> Callable[..., Layout]:
     def layout(tree, paths, leaves):
         del tree
+        _trees.check_found(table, paths, argument)
         return Layout(tuple(map(axes_of, paths, leaves)), ())
 
     return layout
@@ -60,12 +63,15 @@ def leaf() -> Scope:
 def label(labels: Any) -> Scope:
     """Makes all leaves with one label a group: one norm for each label.
 
+    An array of thresholds has one for each label, in the order in which the labels come
+    first in the tree.
+
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
             a tree of labels with the structure of the updates or a prefix of it.
 
     Raises:
-        ValueError: If the tree of labels does not fit the updates.
+        ValueError: If the tree of labels does not fit the updates, or a label is None.
 
     Example:
         >>> import optclip
@@ -78,6 +84,12 @@ def label(labels: Any) -> Scope:
             names = [labels(path) for path in paths]
         else:
             names = _broadcast(labels, updates)
+        if None in names:
+            raise ValueError(
+                f"`labels` must give every leaf a label, got None for "
+                f"`{paths[names.index(None)]}`. To leave leaves unclipped, wrap the "
+                "clip in `optax.masked`."
+            )
         order = {name: i for i, name in enumerate(dict.fromkeys(names))}
         return _layouts.pooled([order[name] for name in names], leaves)
 
@@ -103,13 +115,16 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
 def layer(stack_axes: Any) -> Scope:
     """Makes each layer of a scan-stacked leaf a group of its own.
 
+    A layer that has three stacked arrays is three groups, one in each of them.
+
     Args:
         stack_axes: How many leading axes of a leaf count layers: an int for all
             leaves, a function of the path, or a map from regular expression to int
             (leaves that no pattern finds have none). A leaf with none is one group.
 
     Raises:
-        ValueError: If a leaf has fewer axes than that, when the tree is first seen.
+        ValueError: When the tree is first seen, if a leaf has fewer axes than that, or
+            no pattern finds a leaf.
 
     Example:
         >>> import optclip
@@ -121,6 +136,11 @@ def layer(stack_axes: Any) -> Scope:
 
     def axes_of(path: str, x: Any) -> Axes:
         count = _trees.lookup(stack_axes, path, "stack_axes") or 0
+        if isinstance(count, jax.Array):
+            raise ValueError(
+                "`stack_axes` must be an int, got an array. Under "
+                '`optax.inject_hyperparams` pass `static_args=("stack_axes",)`.'
+            )
         if not isinstance(count, int) or not 0 <= count <= x.ndim:
             raise ValueError(
                 f"`stack_axes` must be an int between 0 and the rank of the leaf; for "
@@ -129,7 +149,7 @@ def layer(stack_axes: Any) -> Scope:
             )
         return tuple(range(count, x.ndim))
 
-    return Scope("layer", _cut(axes_of))
+    return Scope("layer", _cut(axes_of, stack_axes, "stack_axes"))
 
 
 def unit(axis: Any = None) -> Scope:
@@ -145,14 +165,15 @@ def unit(axis: Any = None) -> Scope:
             for which it says None have the default axes.
 
     Raises:
-        ValueError: If an axis is out of range, or a leaf of rank 6 or more has none.
+        ValueError: If an axis is out of range, a leaf of rank 6 or more has none, or no
+            pattern finds a leaf.
 
     Example:
         >>> import optclip
         >>> stacked = optclip.scopes.unit({"blocks/.*kernel": 1})  # [layer, in, out]
         >>> tx = optclip.clip(1.0, scope=stacked)
     """
-    return Scope("unit", _cut(_layouts.unit_axes(axis)), summary=True)
+    return Scope("unit", _cut(_layouts.unit_axes(axis), axis, "axis"), summary=True)
 
 
 def element() -> Scope:

@@ -25,7 +25,7 @@ class BadSteps(NamedTuple):
         bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
         bad_loss: float32[K]. Their losses; 0 where none was given.
         bad_leaf: int32[K]. Number of the worst leaf: the one with most NaN and inf,
-            else the one with the largest norm.
+            else the one with the largest norm; -1 where only the loss was bad.
     """
 
     bad_step: jax.Array
@@ -49,6 +49,7 @@ class SkipState(NamedTuple):
         offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
         offered_loss: float32 scalar. The last loss; 0 where none was given.
         skip_above: float32 scalar. The last bound on the norm; 0 at first.
+        skip_loss_above: float32 scalar. The last bound on the loss; 0 where none was.
         last_bad: A `BadSteps`.
         seen: A `Seen`: the non-finite entries.
     """
@@ -64,6 +65,7 @@ class SkipState(NamedTuple):
     offered_norm: jax.Array
     offered_loss: jax.Array
     skip_above: jax.Array
+    skip_loss_above: jax.Array
     last_bad: BadSteps
     seen: Seen
 
@@ -133,9 +135,12 @@ def skip_steps(
     things are now: the rule begins anew, and that step is taken. A step that is not
     finite is never taken, and does not count.
 
-    Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``. It
-    is handed on to the optimizer too. Around `optax.MultiSteps` a bad microbatch is
-    left out, within it a bad mean. Chain a clip inside: it then sees no bad step.
+    Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
+    ``value=loss``, as Optax calls it. It is handed on to the optimizer too. Around
+    `optax.MultiSteps` a bad microbatch is left out, within it a bad mean.
+
+    A rule knows no spike before it knows what is usual: by default, in the first 64
+    steps, and in the 64 after it began anew. Chain a clip inside for these.
 
     Args:
         optimizer: Any Optax optimizer, with its clip.
@@ -193,6 +198,7 @@ def skip_steps(
             offered_norm=_state.scalar(0.0),
             offered_loss=_state.scalar(0.0),
             skip_above=_state.scalar(0.0),
+            skip_loss_above=_state.scalar(0.0),
             last_bad=BadSteps(
                 bad_step=jnp.full(keep_last, -1, jnp.int32),
                 bad_norm=jnp.zeros(keep_last, jnp.float32),
@@ -224,19 +230,22 @@ def skip_steps(
             )
         leaves, measured, norm, plan = measure(updates)
         step = state.offered_steps
+        if loss is not None:
+            extra_args["loss"] = loss
+        loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, _state.scalar(0.0)
         if given:
-            extra_args["loss"] = loss
             level = _mean_loss(loss, leaves, plan)
         bad_entries = jnp.any(measured.entries > 0)
         bad = bad_entries | ~jnp.isfinite(level)
 
         about_norm = _judge(rule, norm, state.norm_rule_state, step)
-        about_loss = about_norm
+        about_loss, loss_bound = about_norm, _state.scalar(0.0)
         spike = about_norm.over
         if given and by_loss:
             about_loss = _judge(rule, level, state.loss_rule_state, step)
             spike |= about_loss.over
+            loss_bound = about_loss.threshold
         spike &= ~bad
         anew = jnp.zeros([], bool)
         if max_consecutive is not None:
@@ -258,7 +267,9 @@ def skip_steps(
 
         one = skip.astype(jnp.int32)
         place = jnp.where(skip, state.skipped_steps % keep_last, keep_last)
-        noted = (step, norm, level, _worst(measured.norm[0], measured.entries))
+        worst = _worst(measured.norm[0], measured.entries)
+        worst = jnp.where(bad_entries | about_norm.over, worst, -1)
+        noted = (step, norm, level, worst)
         last_bad = BadSteps(*(
             ring.at[place].set(value.astype(ring.dtype), mode="drop")
             for ring, value in zip(state.last_bad, noted, strict=True)
@@ -276,6 +287,7 @@ def skip_steps(
             offered_norm=_state.figures(norm),
             offered_loss=_state.figures(level),
             skip_above=_state.figures(about_norm.threshold),
+            skip_loss_above=_state.figures(loss_bound),
             last_bad=last_bad,
             seen=_state.look(state.seen, measured.entries, bad_entries, step),
         )

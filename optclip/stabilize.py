@@ -44,12 +44,14 @@ def stabilize(
 
     1. the gradients are clipped to ``margin`` times a low quantile of their norm so
        far (`quantile_clip`), against bad batches, at any loss scale;
-    2. a step whose gradients hold NaN or inf, or are longer than 1e18, is left out:
-       zero updates, and the optimizer's state as it was;
+    2. a step whose gradients hold NaN or inf, or are longer than 1e18 even when
+       clipped, is left out: zero updates, and the optimizer's state as it was;
     3. the final update is at most ``max_ratio`` of the parameters in root mean square
        (`cap_update`), against a learning rate that is too high.
 
-    Each of the first and third fails alone where the other holds.
+    Each of the first and third fails alone where the other holds. In the metrics they
+    are the first and the last clip: `clip` and `clip_2`, unless the optimizer has clips
+    of its own.
 
     Args:
         optimizer: Any Optax optimizer, its learning rate included.

@@ -45,6 +45,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ------------------------ | ----------------------------------------------------- |
     | `skip/norm`, `skip/loss` | of the last step offered, left out or not             |
     | `skip/threshold`         | the norm above which that step was a spike            |
+    | `skip/loss_threshold`    | the same of the loss; 0 where none was judged         |
     | `skip/steps`             | steps so far                                          |
     | `skip/skipped_steps`     | those left out                                        |
     | `skip/spike_steps`       | those left out though all was finite                  |
@@ -97,6 +98,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/norm": state.offered_norm,
             f"{name}/loss": state.offered_loss,
             f"{name}/threshold": state.skip_above,
+            f"{name}/loss_threshold": state.skip_loss_above,
             f"{name}/steps": state.offered_steps,
             f"{name}/skipped_steps": state.skipped_steps,
             f"{name}/spike_steps": state.spike_steps,

@@ -69,6 +69,13 @@ ADAPTIVE = {
     "scale_by_stable_adam": Adaptive(
         short(optclip.scale_by_stable_adam, weight_decay=0.1), False, False
     ),
+    "skip_steps": Adaptive(
+        lambda **options: optclip.skip_steps(
+            optax.chain(optclip.zclip(**options), optax.adam(1e-2)), **options
+        ),
+        False,
+        False,
+    ),
     "stabilize": Adaptive(
         lambda **options: optclip.stabilize(optax.adam(1e-2), **options), True, False
     ),

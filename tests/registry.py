@@ -188,7 +188,10 @@ DISTINCT = [name for name in CORE if name not in TWINS]
 HARD = [n for n in CLIPS if CASES[n].settings.get("action", "rescale") == "rescale"]
 
 # Public functions that are no transformations.
-OTHERS = {"clip_grad_norm", "clip_grad_value", "culprits", "leaf_metrics", "metrics"}
+OTHERS = {
+    "clip_grad_norm", "clip_grad_value", "culprits", "leaf_metrics", "metrics",
+    "per_example_clip",
+}  # fmt: skip
 
 DTYPES = {
     "f32": jnp.float32,

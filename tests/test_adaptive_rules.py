@@ -147,7 +147,11 @@ def test_sixteen_million_steps_in_one_bin_stay_counted():
     state = rule.init(jnp.zeros([]))
     counts = state.norm_counts.at[500].set(2.0**24)
     state = state._replace(norm_counts=counts)
-    limit, after = rule.update(jnp.float32(1.0), state, None)
+    limit, after = rule.update(
+        jnp.float32(1.0),
+        state,
+        rules.Context(jnp.int32(0), jnp.float32(1), lambda: None),
+    )
     np.testing.assert_allclose(limit.threshold, 1.0, rtol=0.06)
     chex.assert_tree_all_finite(after)
 

@@ -146,7 +146,7 @@ def test_wrappers_of_optax_keep_the_state_as_it_is(name, wrapper):
 
 PLAIN = [
     n for n in optclip.__all__
-    if n in {k.split("-")[0] for k in NAMES} - {"u_clip", "stabilize"}
+    if n in {k.split("-")[0] for k in NAMES} - {"u_clip", "stabilize", "skip_steps"}
 ]  # fmt: skip
 
 

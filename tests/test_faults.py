@@ -424,7 +424,7 @@ def test_s4_a_bad_microbatch_does_not_stay_in_the_accumulator():
     state, updates = scanned(optax.chain(guard, inner), steps)
     np.testing.assert_array_equal(updates["w"], [[0, 0], [0.5, 0.5], [0, 0], [3, 4]])
     (culprit,) = optclip.culprits(state, FIRST)
-    assert culprit == ("w", 0, 0, 1, 0)
+    assert culprit[:5] == ("w", 0, 0, 1, 0)
 
 
 def test_s6_finite_gradients_whose_squares_overflow_are_clipped_and_told_apart():

@@ -20,7 +20,7 @@ from optclip import actions, rules, scopes
 PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 
 # Names of `optclip.__all__` that make no update: modules, states, readers.
-READERS = {"culprits", "leaf_metrics", "metrics"}
+READERS = {"culprits", "leaf_metrics", "metrics", "per_example_clip"}
 # Functions on gradients, without a state.
 PURE = {
     "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0)[0],

@@ -98,3 +98,50 @@ def test_readers_say_what_they_were_not_given():
     for reader in (optclip.culprits, optclip.leaf_metrics):
         with pytest.raises(ValueError, match="call it outside of jit"):
             jax.jit(lambda s, r=reader: r(s, PARAMS) and None)(leafwise)
+
+
+def test_patterns_that_find_no_leaf_are_errors():
+    tree = {"blocks": jnp.ones((2, 3)), "head": jnp.ones(3)}
+    with pytest.raises(ValueError, match="`stack_axes` has no pattern that finds"):
+        optclip.clip_per_layer(1.0, {"block_s": 1}).init(tree)
+    with pytest.raises(ValueError, match="`axis` has no pattern that finds a leaf"):
+        optclip.clip_by_unit_norm(1.0, axis={"kernel": 0}).init(tree)
+    optclip.clip_per_layer(1.0, {"block_s": 1, "blocks": 1}).init(tree)
+    optclip.clip_per_layer(1.0, {}).init(tree)
+
+
+def test_a_label_of_none_is_an_error_that_names_masked():
+    scope = optclip.scopes.label(lambda path: path if "w" in path else None)
+    with pytest.raises(ValueError, match=r"got None for `b`.*`optax.masked`"):
+        optclip.clip(1.0, scope=scope).init({"w": jnp.ones(2), "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda fn: optclip.cap_update(fn),
+        lambda fn: optclip.quantile_clip(margin=fn),
+        lambda fn: optclip.zclip(max_grad_norm=fn),
+        lambda fn: optclip.stabilize(optax.sgd(1.0), max_ratio=fn),
+        lambda fn: optclip.per_example_clip(lambda p, x: p, fn),
+    ],
+)
+def test_schedules_are_refused_where_only_numbers_fit(make):
+    with pytest.raises(TypeError, match=r"got a function.*`optax.inject_hyperparams`"):
+        make(lambda step: 1.0)
+
+
+def test_a_map_of_thresholds_is_refused():
+    with pytest.raises(TypeError, match=r"got a map\. In label scope an array"):
+        optclip.clip({"a": 1.0}, scope=optclip.scopes.label(lambda path: path))
+
+
+def test_a_rule_may_not_put_real_numbers_where_its_state_is_whole():
+    def update(norm, state, context):
+        del context
+        return optclip.rules.Limit(norm, norm), state + 0.5
+
+    rule = optclip.rules.Rule(lambda n: jnp.zeros(n.shape, jnp.int32), update, "mine")
+    tx = optclip.clip(rule)
+    with pytest.raises(ValueError, match="the rule `mine` returns real numbers where"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

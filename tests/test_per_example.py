@@ -176,6 +176,10 @@ def test_errors_say_what_to_do():
         f(PARAMS, x, y[:3])
     with pytest.raises(ValueError, match="along the first axis of every array"):
         f(PARAMS, x, 1.0)
+    with pytest.raises(TypeError, match="`loss_fn` must return the loss of one"):
+        optclip.per_example_clip(lambda p, x, y: (p["b"], x), 1.0)(PARAMS, x, y)
+    with pytest.raises(TypeError, match="`loss_fn` must return the loss of one"):
+        optclip.per_example_clip(lambda p, x, y: p["w"], 1.0)(PARAMS, x, y)
     with pytest.raises(ValueError, match="`batch` has no arrays"):
         f(PARAMS)
     with pytest.raises(ValueError, match="`batch` has no examples"):

@@ -63,7 +63,7 @@ def with_names(name):
 
 FIXED = ["clip", "clip-leaf", "clip-label", "clip_by_block_rms", "clip_by_value",
          "soft_clip", "normalize_by_norm", "monitor"]  # fmt: skip
-NAMES = [*FIXED, *adaptive.ADAPTIVE, "skip_steps"]
+NAMES = [*FIXED, *adaptive.ADAPTIVE]
 QUICK = {
     ("skip_steps", "fsdp-tp", "manual-auto"), ("skip_steps", "fsdp", "explicit"),
     ("zclip", "fsdp-tp", "manual-specs"), ("adagc", "tp", "manual-unchecked"),

@@ -100,6 +100,16 @@ def test_losses_are_judged_too_also_negative_ones():
         assert np.isfinite(state.loss_rule_state.recent_norms).all()
 
 
+def test_a_bad_loss_blames_no_leaf_and_may_be_called_value():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=10.0)
+    out, state = tx.update(of_norm(1.0), tx.init(PARAMS), PARAMS, value=jnp.nan)
+    chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, PARAMS))
+    (culprit,) = optclip.culprits(state, PARAMS)
+    assert culprit.path is None
+    assert culprit.norm == 1
+    assert np.isnan(culprit.loss)
+
+
 def test_a_number_bounds_the_norm_and_not_the_loss():
     losses, norms = [50.0] * 4, [1.0, 9.0, 11.0, 1.0]
     skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=10.0), norms, losses)
@@ -181,6 +191,8 @@ def test_metrics_and_culprits_tell_of_the_last_bad_steps():
         ("kernel", 4, 0), ("kernel", 3, 0), ("bias", 2, 1)
     ]  # fmt: skip
     assert [c.norm for c in found[:2]] == [40.0, 30.0]
+    with pytest.raises(ValueError, match="has no parameter for 2"):
+        optclip.culprits(tx.init(PARAMS), {"other": jnp.ones(2)})
     assert [c.loss for c in found] == [4.0, 3.0, 2.0]
 
 
@@ -317,6 +329,8 @@ def test_errors_say_what_to_do():
         optclip.skip_steps(optax.sgd(1.0), when=-1.0)
     with pytest.raises(TypeError, match="`when`"):
         optclip.skip_steps(optax.sgd(1.0), when="spikes")
+    with pytest.raises(TypeError, match=r"`optax\.MultiSteps`: pass what its"):
+        optclip.skip_steps(optax.MultiSteps(optax.sgd(1.0), 2))
     tx = optclip.skip_steps(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"`loss` must be a scalar, got .*\(2,\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=jnp.ones(2))

@@ -90,13 +90,15 @@ def geometric_quantile(
             warm, jnp.minimum(state.log_quantile, x), state.log_quantile
         )
         level = jnp.where(count == 1, x, level)
+        level = jnp.where(norm > 0, level, state.log_quantile)
         pull = jnp.where(x > level, quantile, quantile - 1.0)
         far = x > level + jnp.log(margin) + math.log(10.0)
         pull = jnp.where(far, 1.0, pull)
         moved = level + jnp.maximum(rate, 1.0 / count) * pull
         after = QuantileState(jnp.where(warm, level, moved), count)
         threshold: Any = margin * jnp.exp(level)
-        return one(threshold), after
+        unknown = (norm == 0) & (state.recorded == 0)
+        return one(jnp.where(unknown, jnp.inf, threshold)), after
 
     return remembering(init, update, "geometric_quantile", zeros=False)
 

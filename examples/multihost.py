@@ -1,0 +1,179 @@
+"""Training over many processes, with a clip that agrees on all of them.
+
+On one machine, two processes of four devices each (CPU devices, if there is no other):
+
+    python examples/multihost.py --processes 2 --devices 4
+
+On a cluster, one command for each process. JAX finds the variables of SLURM and
+Kubernetes by itself; elsewhere give --coordinator, --processes and --process:
+
+    srun python examples/multihost.py
+    python examples/multihost.py --coordinator host0:1234 --processes 2 --process 0
+
+Every process runs the same program. `jax.distributed` connects them, `jax.jit` places
+the collectives, and the optimizer is the one that a single device would have: nothing
+here is about clipping, which is the point. With --checkpoint the run saves itself, and
+goes on where it was if it is started again.
+"""
+
+import argparse
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+WIDTH, BATCH = 64, 64
+
+
+def parse():
+    """Returns the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layout", choices=("fsdp", "data"), default="fsdp")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which this is; none starts all")
+    parser.add_argument("--devices", type=int, help="CPU devices in each process")
+    parser.add_argument("--coordinator", help="host:port of process 0")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to save in")
+    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds after a step")
+    return parser.parse_args()
+
+
+def start_all(options):
+    """Starts every process on this machine; if one fails, ends the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    command += ["--coordinator", f"127.0.0.1:{port}"]
+    children = [
+        subprocess.Popen([*command, "--process", str(i)])
+        for i in range(options.processes)
+    ]
+    try:
+        while any(child.poll() is None for child in children):
+            failed = [c.returncode for c in children if c.returncode]
+            if failed:
+                print(f"A process ended with code {failed[0]}; ending the others.")
+                return 1
+            time.sleep(0.2)
+        return max(abs(child.returncode) for child in children)
+    finally:
+        for child in children:
+            child.kill()
+
+
+def connect(options):
+    """Joins the other processes, before JAX looks for devices."""
+    if options.devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(options.devices)
+    import jax
+
+    if options.coordinator:
+        jax.distributed.initialize(
+            options.coordinator, options.processes, options.process
+        )
+    elif not options.devices:
+        jax.distributed.initialize()  # as SLURM or Kubernetes says
+
+
+def train(options):
+    """Trains, and prints the sums of squares of the parameters."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    import orbax.checkpoint as ocp
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import optclip
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    optimizer = optclip.skip_steps(
+        optax.chain(optclip.clip_by_global_norm(0.1), optax.adam(1e-2))
+    )
+
+    def lies(x):
+        """FSDP: what is large enough is cut along its first axis."""
+        cut = options.layout == "fsdp" and x.ndim and x.shape[0] % mesh.size == 0
+        return NamedSharding(mesh, P("data") if cut else P())
+
+    def init():
+        keys = jax.random.split(jax.random.key(0), 2)
+        params = {
+            "in": jax.random.normal(keys[0], (WIDTH, WIDTH)) / WIDTH**0.5,
+            "out": jax.random.normal(keys[1], (WIDTH, 1)) / WIDTH**0.5,
+        }
+        return params, optimizer.init(params)
+
+    def batch(step):
+        """The same numbers, however many devices make them."""
+        key = jax.random.fold_in(jax.random.key(1), step)
+        x = jax.random.normal(key, (BATCH, WIDTH))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+        x = jnp.where((step == 3) & (jnp.arange(BATCH) == 5)[:, None], jnp.nan, x)
+        return x, jnp.sin(x[:, :1])
+
+    def loss_fn(params, x, y):
+        return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
+
+    where = jax.tree.map(lies, jax.eval_shape(init))
+
+    @jax.jit
+    def update(step, params, state):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch(step))
+        updates, state = optimizer.update(grads, state, params, loss=loss)
+        params = optax.apply_updates(params, updates)
+        place = jax.lax.with_sharding_constraint
+        return *place((params, state), where), loss, optclip.metrics(state)
+
+    params, state = jax.jit(init, out_shardings=where)()
+    first, manager = 0, None
+    if options.checkpoint:
+        manager = ocp.CheckpointManager(options.checkpoint.resolve())
+        if manager.latest_step() is not None:
+            first = manager.latest_step()
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                (params, state), where,
+            )  # fmt: skip
+            params, state = manager.restore(
+                first, args=ocp.args.StandardRestore(target)
+            )
+    main = jax.process_index() == 0
+    for step in range(first, options.steps):
+        params, state, loss, figures = update(step, params, state)
+        figures = jax.device_get(figures)
+        if main:
+            print(
+                f"step {step:3d}  loss {float(loss):8.5f}  "
+                f"norm {figures['skip/norm']:8.5f}  "
+                f"skipped {figures['skip/skipped_steps']}",
+                flush=True,
+            )
+        if manager and (step + 1) % options.save_every == 0:
+            manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
+            manager.wait_until_finished()
+        time.sleep(options.pause)
+    total = jax.jit(lambda p: jax.tree.map(lambda x: jnp.sum(x * x), p))(params)
+    if main:
+        sums = {name: float(x) for name, x in jax.device_get(total).items()}
+        print(
+            f"{jax.process_count()} processes, {jax.device_count()} devices, sums of "
+            f"squares: in {sums['in']:.9g}, out {sums['out']:.9g}"
+        )
+    if manager:
+        manager.close()
+
+
+if __name__ == "__main__":
+    options = parse()
+    alone = options.coordinator is None and options.process is None
+    if alone and options.processes and options.processes > 1:
+        sys.exit(start_all(options))
+    connect(options)
+    train(options)
