@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from optclip import _trees
 
 __all__ = [
+    "BadSteps",
     "ClipState",
     "GroupStats",
     "Seen",
+    "SkipState",
     "chosen",
     "copied",
     "figures",
@@ -95,6 +97,62 @@ class ClipState(NamedTuple):
     groups: GroupStats | None
 
 
+class BadSteps(NamedTuple):
+    """The last steps that were left out, in a ring.
+
+    Attributes:
+        bad_step: int32[K]. Their numbers, where the first step is number 0; -1 where
+            there was none yet.
+        bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
+        bad_loss: float32[K]. Their losses; 0 where none was given.
+        bad_leaf: int32[K]. Number of the worst leaf: the one with most NaN and inf,
+            else the one with the largest norm; -1 where only the loss was bad.
+        bad_entries: int32[K, 3]. How many of its entries were NaN, +inf and -inf.
+    """
+
+    bad_step: jax.Array
+    bad_norm: jax.Array
+    bad_loss: jax.Array
+    bad_leaf: jax.Array
+    bad_entries: jax.Array
+
+
+class SkipState(NamedTuple):
+    """State of `skip_steps`.
+
+    Attributes:
+        optimizer_state: State of the optimizer inside, as no bad step had been.
+        norm_rule_state: What the rule remembers of the norms.
+        loss_rule_state: What it remembers of the losses.
+        offered_steps: int32 scalar. Steps so far, those left out included.
+        skipped_steps: int32 scalar. Steps left out, for whatever reason.
+        spike_steps: int32 scalar. Steps left out though all was finite.
+        skipped_run: int32 scalar. Steps left out in a row until now.
+        spike_run: int32 scalar. Spikes left out since the last step that was taken.
+        offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
+        offered_loss: float32 scalar. The last loss; 0 where none was given.
+        skip_above: float32 scalar. The last bound on the norm; 0 at first.
+        skip_loss_above: float32 scalar. The last bound on the loss; 0 where none was.
+        last_bad: A `BadSteps`.
+        seen: A `Seen`: the non-finite entries.
+    """
+
+    optimizer_state: Any
+    norm_rule_state: Any
+    loss_rule_state: Any
+    offered_steps: jax.Array
+    skipped_steps: jax.Array
+    spike_steps: jax.Array
+    skipped_run: jax.Array
+    spike_run: jax.Array
+    offered_norm: jax.Array
+    offered_loss: jax.Array
+    skip_above: jax.Array
+    skip_loss_above: jax.Array
+    last_bad: BadSteps
+    seen: Seen
+
+
 def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
     """Returns a new scalar array: no two fields of a state may share a buffer."""
     return jnp.array(value, dtype)
@@ -115,7 +173,7 @@ def figures(tree: Any) -> Any:
     largest = float(jnp.finfo(jnp.float32).max)
 
     def figure(x):
-        bounded = jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x)
+        bounded = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
         return jnp.array(bounded, jnp.float32, copy=True)
 
     return jax.tree.map(figure, tree)

@@ -63,12 +63,13 @@ def _left_out(state: SkipState, names: dict[int, str]) -> list[Culprit]:
     paths: dict[int, Any] = dict(known(state.seen.leaf_code, names))
     rows = zip(*map(np.asarray, state.last_bad), strict=True)
     found: list[Culprit] = []
-    for step, norm, loss, leaf in sorted(rows, key=lambda row: -int(row[0])):
+    for step, norm, loss, leaf, bad in sorted(rows, key=lambda row: -int(row[0])):
         if step < 0:
             break
-        bad = [c for c in _not_finite(state, names) if c.step == step]
-        bad = bad or [Culprit(paths.get(int(leaf)), int(step), 0, 0, 0)]
-        found += [c._replace(norm=float(norm), loss=float(loss)) for c in bad]
+        all_leaves = [c for c in _not_finite(state, names) if c.step == step]
+        worst = Culprit(paths.get(int(leaf)), int(step), *(int(n) for n in bad))
+        for culprit in all_leaves or [worst]:
+            found.append(culprit._replace(norm=float(norm), loss=float(loss)))
     return found
 
 

@@ -54,7 +54,9 @@ def _batch_size(batch: tuple) -> int:
 
 
 def _zeros(x: Any) -> jax.Array:
-    return jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.zeros(
+        jnp.shape(x), _measure.widen(jnp.zeros([], jnp.result_type(x))).dtype
+    )
 
 
 def _rounded_within(tree: Any, like: Any, max_norm: Any) -> Any:

@@ -9,65 +9,12 @@ from jax import lax
 
 from optclip import _checks, _engine, _layouts, _measure, _state, _trees, rules
 from optclip._checks import EUCLIDEAN, Static
-from optclip._state import Seen
+from optclip._state import BadSteps, SkipState
 
 __all__ = ["BadSteps", "SkipState", "skip_steps"]
 
 IN_A_ROW, KEPT = Static(10), Static(8)
-
-
-class BadSteps(NamedTuple):
-    """The last steps that were left out, in a ring.
-
-    Attributes:
-        bad_step: int32[K]. Their numbers, where the first step is number 0; -1 where
-            there was none yet.
-        bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
-        bad_loss: float32[K]. Their losses; 0 where none was given.
-        bad_leaf: int32[K]. Number of the worst leaf: the one with most NaN and inf,
-            else the one with the largest norm; -1 where only the loss was bad.
-    """
-
-    bad_step: jax.Array
-    bad_norm: jax.Array
-    bad_loss: jax.Array
-    bad_leaf: jax.Array
-
-
-class SkipState(NamedTuple):
-    """State of `skip_steps`.
-
-    Attributes:
-        optimizer_state: State of the optimizer inside, as no bad step had been.
-        norm_rule_state: What the rule remembers of the norms.
-        loss_rule_state: What it remembers of the losses.
-        offered_steps: int32 scalar. Steps so far, those left out included.
-        skipped_steps: int32 scalar. Steps left out, for whatever reason.
-        spike_steps: int32 scalar. Steps left out though all was finite.
-        skipped_run: int32 scalar. Steps left out in a row until now.
-        spike_run: int32 scalar. Spikes left out since the last step that was taken.
-        offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
-        offered_loss: float32 scalar. The last loss; 0 where none was given.
-        skip_above: float32 scalar. The last bound on the norm; 0 at first.
-        skip_loss_above: float32 scalar. The last bound on the loss; 0 where none was.
-        last_bad: A `BadSteps`.
-        seen: A `Seen`: the non-finite entries.
-    """
-
-    optimizer_state: Any
-    norm_rule_state: Any
-    loss_rule_state: Any
-    offered_steps: jax.Array
-    skipped_steps: jax.Array
-    spike_steps: jax.Array
-    skipped_run: jax.Array
-    spike_run: jax.Array
-    offered_norm: jax.Array
-    offered_loss: jax.Array
-    skip_above: jax.Array
-    skip_loss_above: jax.Array
-    last_bad: BadSteps
-    seen: Seen
+NEAR = 2.0**-20
 
 
 def _worst(norms: jax.Array, entries: jax.Array) -> jax.Array:
@@ -78,14 +25,15 @@ def _worst(norms: jax.Array, entries: jax.Array) -> jax.Array:
     return worst.astype(jnp.int32)
 
 
-def _mean_loss(loss: Any, updates: list, plan: Any) -> jax.Array:
-    """Returns the loss, the same on all devices: each must decide alike."""
-    loss = jnp.asarray(loss).astype(jnp.float32)
-    if loss.ndim:
-        raise ValueError(f"`loss` must be a scalar, got the shape {loss.shape}.")
-    names = _trees.varying(loss)
-    if not names and not any(map(_trees.varying, updates)):  # types tell of no axes
-        names = tuple(sorted({n for each in plan.everywhere for n in each}))
+def _mean_loss(loss: Any, names: Any) -> jax.Array:
+    """Returns the loss, averaged over the devices on which it differs."""
+    loss = jnp.asarray(loss)
+    if loss.ndim or jnp.iscomplexobj(loss):
+        raise ValueError(
+            f"`loss` must be a real scalar, got {loss.dtype} of shape {loss.shape}."
+        )
+    loss = _state.figures(loss)
+    names = _trees.varying(loss) if names is None else names
     return lax.pmean(loss, names) if names else loss
 
 
@@ -95,7 +43,9 @@ class _Verdict(NamedTuple):
     after: Any
 
 
-def _judge(rule: rules.Rule, value: jax.Array, state: Any, step: jax.Array) -> _Verdict:
+def _judge(
+    rule: rules.Rule, value: jax.Array, state: Any, step: jax.Array, signed: bool
+) -> _Verdict:
     """Asks the rule whether ``value`` is a spike, and what it would remember of it."""
 
     def no_params():
@@ -103,8 +53,12 @@ def _judge(rule: rules.Rule, value: jax.Array, state: Any, step: jax.Array) -> _
 
     fine = jnp.where(jnp.isfinite(value), value, 0.0)
     context = rules.Context(step, fine, no_params)
-    limit, after = _engine.apply_rule(rule, fine, state, context, signed=True)
-    return _Verdict(fine > limit.threshold, jnp.asarray(limit.threshold), after)
+    limit, after = _engine.apply_rule(rule, fine, state, context, signed=signed)
+    bound = jnp.asarray(limit.threshold).astype(fine.dtype)
+    # What is above by rounding only is no spike: a constant is not above its own mean.
+    over = ~(fine - bound <= NEAR * jnp.abs(bound))
+    after = jax.tree.map(lambda old, new: new.astype(old.dtype), state, after)
+    return _Verdict(over, bound, after)
 
 
 def skip_steps(
@@ -115,6 +69,7 @@ def skip_steps(
     keep_last: Any = KEPT,
     ord: float | str = EUCLIDEAN,
     axis_name: Any = None,
+    loss_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that bad steps leave no trace in it.
 
@@ -132,15 +87,17 @@ def skip_steps(
 
     They, unlike this, let a spike or a NaN into their history. After
     ``max_consecutive`` spikes without a step taken, what looked like spikes is how
-    things are now: the rule begins anew, and that step is taken. A step that is not
-    finite is never taken, and does not count.
+    things are now: a rule with a memory begins anew, and that step is taken. A number
+    remembers nothing, and stays the bound that it is. A step that is not finite is
+    never taken, and does not count.
 
     Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
-    ``value=loss``, as Optax calls it. It is handed on to the optimizer too. Around
+    as Optax calls it, ``value=loss``, which the optimizer inside is given too. Around
     `optax.MultiSteps` a bad microbatch is left out, within it a bad mean.
 
     A rule knows no spike before it knows what is usual: by default, in the first 64
-    steps, and in the 64 after it began anew. Chain a clip inside for these.
+    steps, and in the 64 after it began anew. Chain a clip inside for these: a finite
+    gradient of 1e25 would make Adam's squares infinite for good.
 
     Args:
         optimizer: Any Optax optimizer, with its clip.
@@ -149,7 +106,10 @@ def skip_steps(
             never.
         keep_last: How many of the last bad steps are kept in the state, at least 1.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        axis_name: As in `optclip.clip`; all devices decide alike.
+        axis_name: As in `optclip.clip`.
+        loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
+            the mesh axes along which each device has a loss of its own: their mean is
+            judged, or devices would decide differently. Elsewhere types tell.
 
     Returns:
         A transformation with `SkipState`. Read it with `optclip.metrics` and
@@ -204,6 +164,7 @@ def skip_steps(
                 bad_norm=jnp.zeros(keep_last, jnp.float32),
                 bad_loss=jnp.zeros(keep_last, jnp.float32),
                 bad_leaf=jnp.zeros(keep_last, jnp.int32),
+                bad_entries=jnp.zeros((keep_last, 3), jnp.int32),
             ),
             seen=_state.first_seen(_trees.leaves_of(params).paths),
         )
@@ -215,7 +176,7 @@ def skip_steps(
             updates, found, layout, order=order, axis_name=axis_name
         )
         whole = _measure.total(measured.norm, counts, order, plan)
-        return found.leaves, measured, whole, plan
+        return measured, _state.figures(whole)
 
     def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
         if not isinstance(state, SkipState):
@@ -223,39 +184,37 @@ def skip_steps(
                 "`state` must be the `SkipState` that `init` returned, got a "
                 f"{type(state).__name__}. Call `init` anew after a change of optimizer."
             )
-        if not _trees.leaves_of(updates).leaves:
-            raise ValueError(
-                "`updates` has no leaf of real or complex numbers: `skip_steps` has "
-                "nothing to judge a step by. Pass the gradients."
-            )
-        leaves, measured, norm, plan = measure(updates)
+        if not _trees.leaves_of(updates).leaves:  # an empty group of a partition
+            inside = state.optimizer_state
+            out, inside = inner.update(updates, inside, params, **extra_args)
+            count = state.offered_steps + 1
+            return out, state._replace(optimizer_state=inside, offered_steps=count)
+        measured, norm = measure(updates)
         step = state.offered_steps
-        if loss is not None:
-            extra_args["loss"] = loss
         loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, _state.scalar(0.0)
         if given:
-            level = _mean_loss(loss, leaves, plan)
+            level = _mean_loss(loss, loss_axis_name)
         bad_entries = jnp.any(measured.entries > 0)
         bad = bad_entries | ~jnp.isfinite(level)
 
-        about_norm = _judge(rule, norm, state.norm_rule_state, step)
+        about_norm = _judge(rule, norm, state.norm_rule_state, step, False)
         about_loss, loss_bound = about_norm, _state.scalar(0.0)
         spike = about_norm.over
         if given and by_loss:
-            about_loss = _judge(rule, level, state.loss_rule_state, step)
+            about_loss = _judge(rule, level, state.loss_rule_state, step, True)
             spike |= about_loss.over
             loss_bound = about_loss.threshold
         spike &= ~bad
         anew = jnp.zeros([], bool)
-        if max_consecutive is not None:
+        if max_consecutive is not None and jax.tree.leaves(state.norm_rule_state):
             anew = spike & (state.spike_run >= max_consecutive)
         spike &= ~anew
         skip = bad | spike
 
         def remembered(about, value, old):
             zero = jnp.zeros([], jnp.float32)
-            again = _judge(rule, value, rule.init(zero), step).after
+            again = _judge(rule, value, rule.init(zero), step, True).after
             after = _state.chosen(anew, again, about.after)
             return _state.chosen(skip, old, after)
 
@@ -268,8 +227,9 @@ def skip_steps(
         one = skip.astype(jnp.int32)
         place = jnp.where(skip, state.skipped_steps % keep_last, keep_last)
         worst = _worst(measured.norm[0], measured.entries)
+        counts = measured.entries[worst]
         worst = jnp.where(bad_entries | about_norm.over, worst, -1)
-        noted = (step, norm, level, worst)
+        noted = (step, norm, level, worst, counts)
         last_bad = BadSteps(*(
             ring.at[place].set(value.astype(ring.dtype), mode="drop")
             for ring, value in zip(state.last_bad, noted, strict=True)
@@ -284,8 +244,8 @@ def skip_steps(
             spike_steps=state.spike_steps + spikes,
             skipped_run=(state.skipped_run + 1) * one,
             spike_run=(state.spike_run + spikes) * one,
-            offered_norm=_state.figures(norm),
-            offered_loss=_state.figures(level),
+            offered_norm=_state.copied(norm),
+            offered_loss=_state.copied(level),
             skip_above=_state.figures(about_norm.threshold),
             skip_loss_above=_state.figures(loss_bound),
             last_bad=last_bad,

@@ -71,7 +71,7 @@ ADAPTIVE = {
     ),
     "skip_steps": Adaptive(
         lambda **options: optclip.skip_steps(
-            optax.chain(optclip.zclip(**options), optax.adam(1e-2)), **options
+            optax.chain(optclip.zclip(**options), optax.sgd(1e-2)), **options
         ),
         False,
         False,

@@ -1,5 +1,7 @@
 """`skip_steps`: bad steps leave no trace, spikes are found, and nothing locks."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -140,23 +142,47 @@ def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when, shif
     assert sum(skipped[160:]) < 10
 
 
-def test_without_a_limit_spikes_are_left_out_for_ever():
-    tx = optclip.skip_steps(optax.sgd(1.0), when=2.0, max_consecutive=None)
+@pytest.mark.parametrize("when", [2.0, rules.previous_norm(2.0)])
+def test_without_a_limit_spikes_are_left_out_for_ever(when):
+    tx = optclip.skip_steps(optax.sgd(1.0), when=when, max_consecutive=None)
     assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
 
 
-def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
+def test_a_number_is_a_bound_for_ever():
     tx = optclip.skip_steps(optax.sgd(1.0), when=2.0, max_consecutive=3)
-    norms = [1.0, 3.0, np.nan, 3.0, np.nan, np.inf, np.nan, 3.0, 3.0, np.nan, 3.0, 3.0]
+    assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
+
+
+@pytest.mark.parametrize("bound", [np.nan, -1.0])
+def test_a_bound_that_is_no_number_or_negative_counts_as_zero(bound):
+    tx = optclip.skip_steps(optax.sgd(1.0), when=lambda step: jnp.float32(bound))
+    assert run(tx, [1.0, 0.0])[0] == [True, False]
+
+
+def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
+    rule = rules.previous_norm(2.0)
+    tx = optclip.skip_steps(optax.sgd(1.0), when=rule, max_consecutive=3)
+    norms = [1.0, 3.0, np.nan, 3.0, np.nan, np.inf, np.nan, 3.0, 3.0, np.nan, 9.0, 9.0]
     skipped, state = run(tx, norms)
     assert np.flatnonzero(~np.array(skipped)).tolist() == [0, 8]
     assert int(state.seen.nonfinite_steps) == 5
 
 
 def test_constant_norms_and_losses_lock_nothing():
-    tx = optclip.skip_steps(optax.sgd(1.0))
-    skipped, _ = run(tx, [1.0] * 200, [2.0] * 200)
-    assert not any(skipped)
+    tx = optclip.skip_steps(optax.sgd(1.0), max_consecutive=None)
+    step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
+
+    @jax.jit
+    def all_steps(norm):
+        def one(state, _):
+            _, state = step(of_norm(norm), state, norm)
+            return state, None
+
+        return jax.lax.scan(one, tx.init(PARAMS), None, length=100)[0].skipped_steps
+
+    rng = np.random.default_rng(0)
+    for norm in [1.0, 1000.3, *np.exp(rng.uniform(-50, 50, 60)).astype(np.float32)]:
+        assert int(all_steps(jnp.float32(norm))) == 0, norm
 
 
 @pytest.mark.parametrize("size", [1e6, 1e-30, 1e30])
@@ -305,17 +331,86 @@ def test_half_precision_gradients_and_wide_parameters():
     assert float(out["kernel"][0, 0]) == -3
 
 
-def test_the_loss_reaches_the_optimizer():
+def test_the_value_reaches_the_optimizer_and_the_loss_does_not():
     seen = []
 
-    def update(updates, state, params=None, *, loss):
-        seen.append(loss)
+    def update(updates, state, params=None, *, value=None):
+        seen.append(value)
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
     tx = optclip.skip_steps(inner)
     tx.update(gradients(), tx.init(PARAMS), PARAMS, loss=2.5)
-    assert seen == [2.5]
+    tx.update(gradients(), tx.init(PARAMS), PARAMS, value=3.5)
+    assert seen == [None, 3.5]
+
+
+def test_an_empty_group_of_a_partition_is_no_error():
+    tx = optax.partition(
+        {"a": optclip.skip_steps(optax.sgd(1.0)), "b": optax.sgd(1.0)},
+        {"kernel": "b", "bias": "b"},
+    )
+    out, state = tx.update(gradients(), tx.init(PARAMS), PARAMS)
+    assert float(optclip.metrics(state)["skip/steps"]) == 1
+    assert float(jnp.sum(jnp.abs(out["kernel"]))) > 0
+
+
+@pytest.mark.parametrize("mapped", ["pmap", "unchecked", "checked"])
+def test_devices_with_losses_of_their_own_decide_alike(mapped):
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    losses = jnp.ones(8).at[3].set(jnp.nan)
+    name = None if mapped == "checked" else "x"
+    tx = optclip.skip_steps(optax.sgd(1.0), loss_axis_name=name)
+
+    def step(loss):
+        grads = of_norm(1.0)
+        out, state = tx.update(grads, tx.init(PARAMS), PARAMS, loss=loss.reshape(()))
+        return out["kernel"][:1, 0] + state.skipped_steps
+
+    if mapped == "pmap":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = jax.pmap(step, axis_name="x")(losses).ravel()
+        np.testing.assert_array_equal(got, np.ones(8))
+        return
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x" if mapped == "unchecked" else None)
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=jax.sharding.PartitionSpec("x"), out_specs=spec,
+        check_vma=mapped == "checked",
+    )  # fmt: skip
+    np.testing.assert_array_equal(
+        jax.jit(run)(losses), np.ones(1 if name is None else 8)
+    )
+
+
+def test_older_steps_keep_the_counts_of_their_worst_leaf():
+    tx = optclip.skip_steps(optax.sgd(1.0))
+    _, state = tx.update(poisoned(jnp.nan, "bias"), tx.init(PARAMS), PARAMS)
+    bad = of_norm(1.0)
+    bad["kernel"] = bad["kernel"].at[0].set(-jnp.inf)
+    _, state = tx.update(bad, state, PARAMS)
+    found = [c[:5] for c in optclip.culprits(state, PARAMS)]
+    assert found == [("kernel", 1, 0, 0, 2), ("bias", 0, 1, 0, 0)]
+
+
+def test_a_rule_that_widens_its_state_keeps_dtypes_in_float64(x64):
+    del x64
+
+    def update(norm, first, context):
+        del context
+        first = jnp.where(first == 0, norm, first)
+        return rules.Limit(10 * first, 10 * first), first
+
+    rule = rules.Rule(jnp.zeros_like, update, "first")
+    tx = optclip.skip_steps(optax.sgd(1.0), when=rule)
+    params = {"w": jnp.ones(3, jnp.float64)}
+    state = tx.init(params)
+    _, after = tx.update({"w": jnp.full(3, 1e300)}, state, params, loss=1e39)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert int(after.skipped_steps) == 0
+    assert np.isfinite(after.offered_norm)
 
 
 def test_errors_say_what_to_do():
@@ -332,12 +427,10 @@ def test_errors_say_what_to_do():
     with pytest.raises(TypeError, match=r"`optax\.MultiSteps`: pass what its"):
         optclip.skip_steps(optax.MultiSteps(optax.sgd(1.0), 2))
     tx = optclip.skip_steps(optax.sgd(1.0))
-    with pytest.raises(ValueError, match=r"`loss` must be a scalar, got .*\(2,\)"):
+    with pytest.raises(ValueError, match=r"`loss` must be a real scalar, .*\(2,\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=jnp.ones(2))
     with pytest.raises(TypeError, match="`state` must be the `SkipState`"):
         tx.update(PARAMS, optax.EmptyState(), PARAMS)
-    with pytest.raises(ValueError, match="`updates` has no leaf"):
-        tx.update({}, tx.init({}), {})
     by_params = optclip.skip_steps(optax.sgd(1.0), when=rules.relative_to_params(1.0))
     with pytest.raises(ValueError, match="`when` must be a rule that does not look at"):
         by_params.update(PARAMS, by_params.init(PARAMS), PARAMS)
