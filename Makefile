@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all docs notebooks notebooks-check bench constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive docs notebooks notebooks-check bench constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -73,7 +73,10 @@ unit: $(call stamp,test)  ## Tests and examples only, without lint
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-all: $(call stamp,test)  ## All tests, with the variants that `make test` leaves out
-	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m "slow or not slow" $(ARGS)
+	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m "not exhaustive" $(ARGS)
+
+test-exhaustive: $(call stamp,test)  ## Every layout in every mode of sharding: half an hour
+	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

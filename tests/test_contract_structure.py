@@ -72,11 +72,11 @@ def test_scalars_and_empty_leaves_are_clipped(name):
 
 @pytest.mark.parametrize("name", registry.CORE)
 def test_weak_types_are_kept(name):
-    updates = {"weak": jnp.asarray(3.0), "strong": jnp.ones(2)}
+    updates = {"weak": jnp.asarray(3.0), "blocks": jnp.ones(2)}
     assert updates["weak"].weak_type
     out, _ = update(name, updates)
     assert out["weak"].weak_type
-    assert not out["strong"].weak_type
+    assert not out["blocks"].weak_type
 
 
 @pytest.mark.parametrize("name", registry.CORE)

@@ -1,6 +1,7 @@
 """Eight devices against one: every transformation, in every layout and mode.
 
-Most pairs are slow ones; the quick ones have each layout, mode and kind of state once.
+The quick cases have each layout, mode and kind of state once; the slow ones have each
+layout and mode once for every transformation; the rest are exhaustive.
 """
 
 import warnings
@@ -74,15 +75,17 @@ QUICK = {
 
 
 def cases():
-    for name in NAMES:
-        for layout in LAYOUTS:
-            for mode in MODES:
+    for i, name in enumerate(NAMES):
+        for j, layout in enumerate(LAYOUTS):
+            for k, mode in enumerate(MODES):
                 if name in WHOLE and mode not in ("auto",):
                     continue
                 if mode == "pmap" and layout not in ("replicated", "stacked"):
                     continue
                 quick = (name, layout, mode) in QUICK
-                marks = () if quick else pytest.mark.slow
+                once = (j - k) % 5 == i % 5 or mode == "pmap"
+                slow = pytest.mark.slow if once else pytest.mark.exhaustive
+                marks = () if quick else slow
                 yield pytest.param(name, layout, mode, marks=marks)
 
 

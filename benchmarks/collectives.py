@@ -1,0 +1,106 @@
+"""What a clip sends between devices: the collectives in the compiled program.
+
+Eight CPU devices, a transformer's 81 leaves cut along their first axis (FSDP), or whole
+on each device. XLA's partitioner places the collectives; counts and bytes are read from
+the program that it compiled, the rare branch for overflowing sums apart.
+
+Usage: python benchmarks/collectives.py [--output benchmarks/results]
+"""
+
+import argparse
+import os
+import pathlib
+import re
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import step_cost
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optclip
+
+SHAPES = step_cost.TREES["29M parameters in 81 leaves"]
+CLIPS = {
+    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_global_norm (tree)": optclip.clip_by_global_norm(1.0),
+    "zclip (tree)": optclip.zclip(),
+    "clip_by_leaf_norm (leaf)": optclip.clip_by_leaf_norm(1.0),
+    "clip_by_unit_norm (unit)": optclip.clip_by_unit_norm(1.0),
+    "adaptive_grad_clip (unit)": optclip.adaptive_grad_clip(0.01),
+    "clip_by_value (element)": optclip.clip_by_value(1.0),
+}
+OPS = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+BYTES = {"f32": 4, "s32": 4, "pred": 1, "u32": 4, "bf16": 2}
+
+
+def computations(text):
+    """Returns the lines of each computation of an HLO program, by name."""
+    found, name = {}, None
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if head:
+            name = "ENTRY" if head[1] else head[2]
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def collectives(text):
+    """Returns (how many, bytes) in the entry, and how many in branches."""
+    count, size, rare = 0, 0, 0
+    for name, lines in computations(text).items():
+        for line in lines:
+            op = re.search(rf"= (.*?) (?:{OPS})(?:-start)?\(", line)
+            if not op:
+                continue
+            if name != "ENTRY":
+                rare += 1
+                continue
+            count += 1
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1]):
+                entries = np.prod([int(d) for d in dims.split(",") if d], initial=1)
+                size += int(entries) * BYTES[kind]
+    return count, size, rare
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=pathlib.Path)
+    options = parser.parse_args()
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=auto)
+    lines = [
+        "| clip (scope) | layout | collectives | bytes | in the rare branch |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for layout in ("FSDP", "replicated"):
+        specs = [P("x") if layout == "FSDP" else P() for _ in SHAPES]
+        tree = {
+            f"leaf{i:02d}": jax.ShapeDtypeStruct(
+                s, jnp.float32, sharding=NamedSharding(mesh, spec)
+            )
+            for i, (s, spec) in enumerate(zip(SHAPES, specs, strict=True))
+        }
+        for name, tx in CLIPS.items():
+            state = jax.eval_shape(tx.init, tree)
+            text = jax.jit(tx.update).lower(tree, state, tree).compile().as_text()
+            count, size, rare = collectives(text)
+            lines.append(f"| {name} | {layout} | {count} | {size:,} | {rare} |")
+            print(lines[-1], flush=True)
+    lines += ["", f"Read by `benchmarks/collectives.py` on {step_cost.machine()}."]
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(lines) + "\n"
+        (options.output / "collectives.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
