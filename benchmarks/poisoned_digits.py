@@ -132,8 +132,8 @@ def main():
     bad = np.mean([np.sum(schedule(s, True)[1] > 0) for s in range(SEEDS)])
     lines += [
         "",
-        f"{SEEDS} seeds, {STEPS} steps, {bad:.0f} of them poisoned on average. Measured "
-        f"by `benchmarks/poisoned_digits.py` on {step_cost.machine()}.",
+        f"{SEEDS} seeds, {STEPS} steps, {bad:.0f} of them poisoned on average. "
+        f"Measured by `benchmarks/poisoned_digits.py` on {step_cost.machine()}.",
     ]
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -131,10 +131,11 @@ def main():
     if end[0] > start[0]:
         raise SystemExit(f"{end[0] - start[0]} more arrays are alive than at first.")
     text = (
-        f"{len(CLIPS)} transformations, {options.steps:,} steps each, one in five of them "
-        f"bad: every memory and every update of finite gradients was finite, one trace, "
-        f"{end[0]} arrays alive after the second thousand steps and at the end, the "
-        f"largest memory {start[1]:.0f} MB and {end[1]:.0f} MB. It took {seconds:.0f} s.\n"
+        f"{len(CLIPS)} transformations, {options.steps:,} steps each, one in five of "
+        f"them bad: every memory and every update of finite gradients was finite, one "
+        f"trace, {end[0]} arrays alive after the second thousand steps and at the end, "
+        f"the largest memory {start[1]:.0f} MB and {end[1]:.0f} MB. It took "
+        f"{seconds:.0f} s.\n"
         f"\nMeasured by `benchmarks/soak.py` on {step_cost.machine()}.\n"
     )
     print(text)
