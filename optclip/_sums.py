@@ -94,7 +94,8 @@ def power_sums(leaves: Arrays, plan: Plan) -> tuple[Arrays, Arrays, jax.Array]:
     flags += _under(sums, _floors(leaves, sums, plan), plan)
     # Constants are made in the branches: under `jax.vmap` over an explicitly sharded
     # axis, JAX can't place those that a branch takes from outside.
-    used = lambda: units or tuple(map(jnp.ones_like, sums))  # noqa: E731
+    ones = lambda s: _trees.spread_over(jnp.ones_like(s), _trees.varying(s))  # noqa: E731
+    used = lambda: units or tuple(map(ones, sums))  # noqa: E731
     none = lambda: _trees.spread_over(  # noqa: E731
         jnp.zeros((len(leaves), 3), jnp.int32), _apart(leaves, plan)
     )
