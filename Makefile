@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive docs notebooks notebooks-check bench constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive fuzz docs notebooks notebooks-check bench constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ test-all: $(call stamp,test)  ## All tests, with the variants that `make test` l
 
 test-exhaustive: $(call stamp,test)  ## Every layout in every mode of sharding: half an hour
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
+
+fuzz: $(call stamp,test)  ## Any tree, rule and value: 20,000 examples
+	@OPTCLIP_FUZZ_EXAMPLES=20000 $(bin)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
