@@ -19,6 +19,7 @@ __all__ = [
     "leaf_axes",
     "leaves_of",
     "lookup",
+    "lying_like",
     "matching",
     "most",
     "on_all",
@@ -195,6 +196,15 @@ def placement(x: Any) -> tuple:
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
     names = tuple(spec) if spec is not None else ()
     return names if any(n is not None for n in names) else ()
+
+
+def lying_like(tree: Any, x: Any) -> Any:
+    """Returns ``tree``; what is as large as ``x`` in it is sharded like it."""
+    if not placement(x):
+        return tree
+    return jax.tree.map(
+        lambda y: y + jnp.zeros_like(x, y.dtype) if y.shape == x.shape else y, tree
+    )
 
 
 def _flat(entries: Any) -> tuple[str, ...]:

@@ -138,6 +138,10 @@ def clip(
         norms = _groups.empty_norms(layout, found.leaves, plan)
         if scope.by_element:
             norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
+        rule_state = tuple(options.rule.init(n) for n in norms)
+        if scope.by_element:
+            each = zip(rule_state, found.leaves, strict=True)
+            rule_state = tuple(_trees.lying_like(own, x) for own, x in each)
         groups = None
         if not (layout.scalar or scope.summary):
             which = np.zeros(max(len(found.leaves), 1), int)
@@ -147,7 +151,7 @@ def clip(
             ones = tuple(map(jnp.ones_like, norms))
             groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
         return ClipState(
-            rule_state=_state.copied(tuple(options.rule.init(n) for n in norms)),
+            rule_state=_state.copied(rule_state),
             norm_before=_state.scalar(0.0),
             norm_after=_state.scalar(0.0),
             threshold=_state.scalar(0.0),

@@ -149,7 +149,9 @@ def pmapped_run(name, layout, args):
     state = with_names(name)(None).init(args[2])
 
     def lies(x):
-        return 0 if cut and jnp.shape(x) == SHAPES["blocks"] else None
+        if x is None or not cut:
+            return None
+        return 0 if jnp.shape(x) == SHAPES["blocks"] else None
 
     state_axes = jax.tree.map(lies, state)
 
