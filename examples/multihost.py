@@ -54,13 +54,15 @@ def start_all(options):
         for i in range(options.processes)
     ]
     try:
-        while any(child.poll() is None for child in children):
-            failed = [c.returncode for c in children if c.returncode]
+        while True:
+            codes = [child.poll() for child in children]
+            failed = [code for code in codes if code]
             if failed:
                 print(f"A process ended with code {failed[0]}; ending the others.")
                 return 1
+            if None not in codes:
+                return 0
             time.sleep(0.2)
-        return max(abs(child.returncode) for child in children)
     finally:
         for child in children:
             child.kill()

@@ -84,7 +84,8 @@ def zeros_of(tree: Any) -> Any:
         if not _is_measured(x):
             return None
         complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
-        return jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
+        zero = jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
+        return lying_like(zero, x)
 
     return jax.tree.map(zeros, tree)
 

@@ -205,4 +205,6 @@ def test_eight_devices_give_the_numbers_of_one(name, layout, mode):
     for pair in pairs:
         a, b = (np.asarray(x, np.float64) for x in pair)
         unit = np.max(np.abs(np.where(np.isfinite(b), b, 0)), initial=1e-30)
-        chex.assert_trees_all_close(a / unit, b / unit, rtol=1e-6, atol=1e-6)
+        # An iteration on matrices multiplies the rounding of its sums.
+        near = 1e-4 if name in WHOLE else 1e-6
+        chex.assert_trees_all_close(a / unit, b / unit, rtol=near, atol=near)

@@ -189,6 +189,7 @@ def log_histogram_percentile(
         part = (wanted - before + 0.5) / jnp.where(inside > 0, inside, 1.0)
         height = bin_of + jnp.clip(part, 0.0, 1.0) - FIRST_BIN
         threshold = jnp.exp2(first + height * (OCTAVES / BINS))
+        threshold = jnp.where(start | away, norm, threshold)  # rounding clips no first
         return one(threshold), HistogramState(counts, first, run)
 
     return remembering(init, update, "log_histogram_percentile", zeros=False)
