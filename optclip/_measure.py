@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from optclip import _sums, _trees
-from optclip._layouts import Layout, kinds
+from optclip._layouts import Layout, kinds, pooled
 from optclip._numbers import root_of, usable_unit
 from optclip._reads import (
     Plan,
@@ -32,6 +32,7 @@ __all__ = [
     "devices_along",
     "measure",
     "measure_layout",
+    "measure_leaves",
     "plan_of",
     "rows",
     "spread",
@@ -200,14 +201,16 @@ def total(
             share = np.sqrt(count / max(sum(sizes), 1))
             norm = norm * share.astype(norm.dtype)
         # Not made flat first: JAX can't, where it is sharded along an axis between.
-        part = _joined(norm, power, jnp.sum, jnp.max) if norm.size else jnp.zeros([])
+        part = jnp.zeros([], norm.dtype)
+        if norm.size:
+            part = _joined(norm, power, jnp.sum, jnp.max)
         parts.append(_along(part, power, names))
     widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
     joined = jnp.stack([p.astype(widest) for p in parts])
     length = combine(joined, power, (0,) * len(parts))[0]
     # An overflow, where no group is infinite itself: those are at most the largest.
-    finite = [jnp.all(n < jnp.inf) for n in norms]
-    finite = [~_any_device(~f, a) for f, a in zip(finite, across, strict=True)]
+    pairs = zip(norms, across, strict=True)
+    finite = [_trees.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]
     too_long = jnp.isposinf(length) & jnp.all(jnp.stack(finite))
     return jnp.where(too_long, jnp.finfo(widest).max, length)
 
@@ -217,10 +220,6 @@ def across_of(plan: Plan) -> list[tuple[str, ...]]:
     if not plan.across:
         return [()] * len(plan.kinds or (0,))
     return [plan.across[kind[0]] for kind in plan.kinds]
-
-
-def _any_device(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
 
 
 def devices_along(names: tuple[str, ...]) -> int:
@@ -262,3 +261,14 @@ def measure_layout(
         roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
         divisors = [r.astype(d) for r, d in zip(roots, dtypes, strict=True)]
     return _finished(measured, divisors), counts, plan
+
+
+def measure_leaves(
+    updates: Any, found: _trees.Leaves, *, order: Any, axis_name: Any
+) -> tuple[Measured, jax.Array]:
+    """Returns the norm of each leaf, and that of all leaves together."""
+    layout = pooled(range(len(found.leaves)), found.leaves)
+    measured, counts, plan = measure_layout(
+        updates, found, layout, order=order, axis_name=axis_name
+    )
+    return measured, total(measured.norm, counts, order, plan)

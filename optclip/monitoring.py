@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _layouts, _measure, _state, _trees
+from optclip import _checks, _measure, _state, _trees
 from optclip._checks import EUCLIDEAN
 from optclip._state import Seen
 
@@ -73,12 +73,10 @@ def monitor(
         step = state.monitored_steps
         if not found.leaves:
             return updates, state._replace(monitored_steps=step + 1)
-        layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
-        measured, counts, plan = _measure.measure_layout(
-            updates, found, layout, order=order, axis_name=axis_name
+        measured, total = _measure.measure_leaves(
+            updates, found, order=order, axis_name=axis_name
         )
         bad = jnp.any(measured.entries > 0)
-        total = _measure.total(measured.norm, counts, order, plan)
         return updates, MonitorState(
             leaf_norm=_state.figures(measured.norm[0]),
             monitored_norm=_state.figures(total),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import _checks, _engine, _layouts, _measure, _state, _trees, rules
+from optclip import _checks, _engine, _measure, _state, _trees, rules
 from optclip._checks import EUCLIDEAN, Static
 from optclip._state import BadSteps, SkipState
 
@@ -74,9 +74,10 @@ def skip_steps(
     """Wraps an optimizer so that bad steps leave no trace in it.
 
     A step is left out if its gradients or its loss hold NaN or inf, or if the norm of
-    its gradients or its loss is a spike: above the threshold of the rule ``when``. Its
-    updates are zeros, and the optimizer's state, with its count of steps, stays as it
-    was: bitwise as if the batch had never been. The rule remembers no such step either.
+    its gradients or its loss is a spike: above the threshold of the rule ``when``, by
+    more than rounding, a millionth of it. Its updates are zeros, and the optimizer's
+    state, with its count of steps, stays as it was: bitwise as if the batch had never
+    been. The rule remembers no such step either.
 
     | ``when``                                  | as                                  |
     | ----------------------------------------- | ----------------------------------- |
@@ -169,27 +170,22 @@ def skip_steps(
             seen=_state.first_seen(_trees.leaves_of(params).paths),
         )
 
-    def measure(updates):
-        found = _trees.leaves_of(updates)
-        layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
-        measured, counts, plan = _measure.measure_layout(
-            updates, found, layout, order=order, axis_name=axis_name
-        )
-        whole = _measure.total(measured.norm, counts, order, plan)
-        return measured, _state.figures(whole)
-
     def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
         if not isinstance(state, SkipState):
             raise TypeError(
                 "`state` must be the `SkipState` that `init` returned, got a "
                 f"{type(state).__name__}. Call `init` anew after a change of optimizer."
             )
-        if not _trees.leaves_of(updates).leaves:  # an empty group of a partition
+        found = _trees.leaves_of(updates)
+        if not found.leaves:  # an empty group of a partition
             inside = state.optimizer_state
             out, inside = inner.update(updates, inside, params, **extra_args)
             count = state.offered_steps + 1
             return out, state._replace(optimizer_state=inside, offered_steps=count)
-        measured, norm = measure(updates)
+        measured, norm = _measure.measure_leaves(
+            updates, found, order=order, axis_name=axis_name
+        )
+        norm = _state.figures(norm)
         step = state.offered_steps
         loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, _state.scalar(0.0)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "actions", "norms", "rules", "scopes",
     },
     "methods": {"_checks", "actions", "clipping", "norms", "rules", "scopes"},
-    "monitoring": {"_checks", "_layouts", "_measure", "_state", "_trees"},
+    "monitoring": {"_checks", "_measure", "_state", "_trees"},
     "spectral": {
         "_checks", "_engine", "_layouts", "_measure", "_state", "_trees",
     },
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     },
     "stabilize": {"_checks", "_state", "methods", "scopes"},
     "skipping": {
-        "_checks", "_engine", "_layouts", "_measure", "_state", "_trees", "rules",
+        "_checks", "_engine", "_measure", "_state", "_trees", "rules",
     },
     "_lookup": {"_trees"},
     "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
