@@ -144,7 +144,8 @@ def check_found(table: Any, paths: list[str], argument: str) -> None:
     """Raises if ``table`` is a map of patterns of which none finds a leaf."""
     if not isinstance(table, Mapping) or not table or not paths:
         return
-    if not any(lookup(dict.fromkeys(table, 1), path, argument) for path in paths):
+    found = dict.fromkeys(table, True)
+    if not any(lookup(found, path, argument) for path in paths):
         shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
         raise ValueError(
             f"`{argument}` has no pattern that finds a leaf: {list(table)} in {shown}. "

@@ -80,8 +80,9 @@ def per_example_clip(
     """Differentiates a loss with each example's gradient clipped before the mean.
 
     With the gradient g_i of example i, u = mean of g_i * min(1, max_norm / |g_i|) over
-    all examples whose gradient and loss are finite. No example moves the mean by more
-    than max_norm / batch, however wrong it is; a clip of the mean can't promise that.
+    all examples whose gradient and loss are finite. Of n such examples none has a part
+    longer than max_norm / n in the mean, however wrong it is; a clip of the mean can't
+    promise that.
 
     | example                     | what becomes of it                            |
     | --------------------------- | --------------------------------------------- |
