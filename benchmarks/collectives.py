@@ -7,9 +7,7 @@ the program that it compiled, the rare branch for overflowing sums apart.
 Usage: python benchmarks/collectives.py [--output benchmarks/results]
 """
 
-import argparse
 import os
-import pathlib
 import re
 
 os.environ["XLA_FLAGS"] = (
@@ -20,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import step_cost
+from _results import machine, parser, write
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from step_cost import TREES
 
 import optclip
 
-SHAPES = step_cost.TREES["29M parameters in 81 leaves"]
+SHAPES = TREES["29M parameters in 81 leaves"]
 CLIPS = {
     "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
     "clip_by_global_norm (tree)": optclip.clip_by_global_norm(1.0),
@@ -72,9 +71,7 @@ def collectives(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path)
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((8,), ("x",), axis_types=auto)
     lines = [
@@ -95,11 +92,8 @@ def main():
             count, size, rare = collectives(text)
             lines.append(f"| {name} | {layout} | {count} | {size:,} | {rare} |")
             print(lines[-1], flush=True)
-    lines += ["", f"Read by `benchmarks/collectives.py` on {step_cost.machine()}."]
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(lines) + "\n"
-        (options.output / "collectives.md").write_text(text, encoding="utf-8")
+    lines += ["", f"Read by `benchmarks/collectives.py` on {machine()}."]
+    write(options.output, "collectives.md", lines)
 
 
 if __name__ == "__main__":

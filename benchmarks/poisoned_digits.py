@@ -9,14 +9,11 @@ Usage: python benchmarks/poisoned_digits.py [--output benchmarks/results]
 It needs scikit-learn: `uv pip install --group bench .`
 """
 
-import argparse
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import step_cost
+from _results import machine, parser, write
 from sklearn.datasets import load_digits
 
 import optclip
@@ -113,9 +110,7 @@ def variants():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path)
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     lines = [
         "| training | batches | accuracy, mean | worst seed | steps left out |",
         "| --- | --- | --- | --- | --- |",
@@ -133,12 +128,9 @@ def main():
     lines += [
         "",
         f"{SEEDS} seeds, {STEPS} steps, {bad:.0f} of them poisoned on average. "
-        f"Measured by `benchmarks/poisoned_digits.py` on {step_cost.machine()}.",
+        f"Measured by `benchmarks/poisoned_digits.py` on {machine()}.",
     ]
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(lines) + "\n"
-        (options.output / "poisoned_digits.md").write_text(text, encoding="utf-8")
+    write(options.output, "poisoned_digits.md", lines)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ threshold is compared with that of the same clip on norms without the event:
 Usage: python benchmarks/recovery.py [--output benchmarks/results]
 """
 
-import argparse
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import step_cost
+from _results import machine, parser, write
 
 import optclip
 
@@ -92,20 +89,16 @@ def rows():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, help="folder to write to")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     lines = [
         "| clip | numbers kept, two entries | steps after a spike x1000 "
         "| after a shift x100 | after a shift x0.01 |",
         "| --- | --- | --- | --- | --- |",
         *rows(),
         "",
-        f"Measured by `benchmarks/recovery.py` on {step_cost.machine()}.",
+        f"Measured by `benchmarks/recovery.py` on {machine()}.",
     ]
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "recovery.md").write_text("\n".join(lines) + "\n")
+    write(options.output, "recovery.md", lines)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ more arrays, and not much more memory, than after the first thousand.
 Usage: python benchmarks/soak.py [--steps 100000] [--output benchmarks/results]
 """
 
-import argparse
-import pathlib
 import resource
 import time
 
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import step_cost
+from _results import machine, parser, write
 
 import optclip
 
@@ -110,10 +108,9 @@ def held():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--output", type=pathlib.Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--steps", type=int, default=100_000)
+    options = arguments.parse_args()
     states = {name: tx.init(PARAMS) for name, tx in CLIPS.items()}
     key, began, start = jax.random.key(0), time.perf_counter(), (0, 0.0)
     for first in range(0, options.steps, CHUNK):
@@ -135,13 +132,11 @@ def main():
         f"them bad: every memory and every update of finite gradients was finite, one "
         f"trace, {end[0]} arrays alive after the second thousand steps and at the end, "
         f"the largest memory {start[1]:.0f} MB and {end[1]:.0f} MB. It took "
-        f"{seconds:.0f} s.\n"
-        f"\nMeasured by `benchmarks/soak.py` on {step_cost.machine()}.\n"
+        f"{seconds:.0f} s."
     )
     print(text)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "soak.md").write_text(text, encoding="utf-8")
+    source = f"Measured by `benchmarks/soak.py` on {machine()}."
+    write(options.output, "soak.md", [text, "", source])
 
 
 if __name__ == "__main__":

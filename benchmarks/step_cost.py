@@ -9,10 +9,6 @@ It prints a Markdown table for each setting and writes them to ``step_cost.md``,
 the machine named. Times are medians over rounds; the spread is the interquartile range.
 """
 
-import argparse
-import os
-import pathlib
-import platform
 import time
 from typing import NamedTuple
 
@@ -20,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _results import machine, parser, write
 
 import optclip
 
@@ -130,7 +127,10 @@ class Step(NamedTuple):
 def build(clip, params, grads):
     """Compiles one step, and by itself the clip alone, from empty caches."""
     inner = optax.adamw(1e-3)
-    tx = inner if clip is None else optax.chain(clip, inner)
+    if callable(clip):  # a wrapper of the optimizer
+        tx = clip = clip(inner)
+    else:
+        tx = inner if clip is None else optax.chain(clip, inner)
     opt_state = tx.init(params)
 
     def step(params, opt_state, grads):
@@ -207,21 +207,6 @@ def table(name, dtype, rounds, chosen, clips=variants):
     return "\n".join(lines)
 
 
-def machine():
-    """Names what the figures were measured on."""
-    device = jax.devices()[0]
-    processor = platform.processor() or platform.machine()
-    if pathlib.Path("/proc/cpuinfo").exists():
-        rows = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [r.split(":")[1].strip() for r in rows if r.startswith("model name")]
-        processor = names[0] if names else processor
-    return (
-        f"{device.platform} ({device.device_kind}), {os.cpu_count()} cores of "
-        f"{processor}; Python {platform.python_version()}, JAX {jax.__version__}, "
-        f"Optax {optax.__version__}, optclip {optclip.__version__}"
-    )
-
-
 NOTE = """Times are ratios to AdamW alone, medians over rounds in which all variants
 take turns; the spread is the interquartile range. "Bytes accessed" is XLA's own
 estimate: it counts in full the branch of optclip that runs only on steps whose sums
@@ -230,10 +215,9 @@ optclip hands its updates on in float32 (`update_dtype`), unless "rounded" is sa
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and clips")
-    parser.add_argument("--output", type=pathlib.Path, help="folder to write to")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="fewer rounds")
+    options = arguments.parse_args()
     rounds = 8 if options.quick else 32
     parts = ["# What a clip costs", f"Measured on {machine()}.", NOTE]
     for name in TREES:
@@ -247,9 +231,7 @@ def main():
         parts.append(table(first, jnp.float32, rounds, None, adaptive))
         parts[-1] = parts[-1].replace("## ", "## Adaptive clips: ", 1)
         print(parts[-1], flush=True)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "step_cost.md").write_text("\n\n".join(parts) + "\n")
+    write(options.output, "step_cost.md", ["\n\n".join(parts)])
 
 
 if __name__ == "__main__":

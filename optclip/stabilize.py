@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _state, methods, scopes
+from optclip import _checks, _state, _trees, methods, scopes
 from optclip._state import ClipState
 
 __all__ = ["StabilizeState", "stabilize"]
@@ -110,6 +110,8 @@ def stabilize(
 
         after = _state.chosen(bad, state.optimizer_state, after)
         out = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), out)
+        # Optimizers give floats for integer leaves, which pass through as they came.
+        out = _trees.leaves_of(updates).rebuild(_trees.matching(updates, out))
         capped, cap_state = last.update(out, state.update_cap, params)
         return capped, StabilizeState(clip_state, after, cap_state)
 

@@ -218,6 +218,14 @@ def test_stabilize_leaves_a_bad_step_out():
     assert int(optclip.metrics(after)["clip/nonfinite_steps"]) == 1
 
 
+def test_stabilize_hands_integer_leaves_on():
+    tx = adaptive.build("stabilize")
+    mixed = {"weight": jnp.ones(3), "count": jnp.arange(2)}
+    out, _ = jax.jit(tx.update)(mixed, tx.init(mixed), mixed)
+    chex.assert_trees_all_equal(out["count"], mixed["count"])
+    assert out["count"].dtype == mixed["count"].dtype
+
+
 @pytest.mark.parametrize(
     "name", ["cap_update", "trust_ratio_clip", "stabilize", "scale_by_stable_adam"]
 )

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "per_example": {
         "_checks", "_groups", "_measure", "_trees", "actions", "methods", "rules",
     },
-    "stabilize": {"_checks", "_state", "methods", "scopes"},
+    "stabilize": {"_checks", "_state", "_trees", "methods", "scopes"},
     "skipping": {
         "_checks", "_engine", "_measure", "_state", "_trees", "rules",
     },
