@@ -1,0 +1,135 @@
+"""Checks that each scenario is what it says, without any diagnosis.
+
+A fault is real if training with it fails (the loss ends above where it began, or is not
+finite, or ends twice as high, or 0.5 nat higher, than that of the same model without
+the fault) and the model without the fault trains. Of a signal that vanishes, training
+must hardly move. A healthy model must train; from a later step on, its loss must not
+rise by more than a twentieth.
+
+Usage: python -m benchmarks.diagnosis.check_truth [--split tune]
+       [--only NAME_OR_CAUSE] [--seeds 1] [--rates]
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+
+from benchmarks.diagnosis.faults_training import LARGEST, RECIPES, at_rate
+from benchmarks.diagnosis.problem import train, typical_loss
+from benchmarks.diagnosis.scenarios import SCENARIOS, split
+
+STEPS = 200
+
+
+def outcome(problem):
+    """Returns the typical loss before and after training, and if all was finite."""
+    params, _, _, finite = train(problem, STEPS)
+    return typical_loss(problem), typical_loss(problem, params), finite
+
+
+def trained(before, after, finite):
+    return finite and after < before
+
+
+def no_worse(after, wanted, start):
+    """Returns whether a loss is not twice, nor 0.5 nat, above another.
+
+    Both matter only as far as they are a tenth of what there was to gain.
+    """
+    return after < wanted + max(min(wanted, 0.5), 0.1 * start)
+
+
+def failed(got, sound, share):
+    """Returns whether training failed, measured by that without the fault.
+
+    ``share`` is how many times larger the loss is by definition, as a sum's is.
+    """
+    before, after, finite = got
+    if not trained(before, after, finite):
+        return True
+    return not no_worse(after / share, sound[1], sound[0])
+
+
+def share_of(problem, sound):
+    """Returns how many times larger the one's loss is on the other's parameters."""
+    if structure(problem) != structure(sound):
+        return 1.0
+    ratio = typical_loss(problem, sound.params) / typical_loss(sound)
+    return ratio if np.isfinite(ratio) and ratio > 1 else 1.0
+
+
+def structure(problem):
+    return jax.tree.structure(problem.params)
+
+
+def truth(scenario, seed):
+    """Returns whether the scenario is true, and the figures."""
+    problem = scenario.make(seed)
+    got = outcome(problem)
+    sound_problem = scenario.sound(seed)
+    sound = outcome(sound_problem)
+    if scenario.cause == "healthy":
+        begins = problem.opt_state is None
+        well = got[2] and got[1] < (0.9 if begins else 1.05) * got[0]
+        return well and trained(*sound), got, sound
+    if scenario.cause == "vanishing":
+        moved = (got[0] - got[1]) / (sound[0] - sound[1])
+        return trained(*sound) and moved < 0.1, got, sound
+    share = share_of(problem, sound_problem) if scenario.cause == "loss_sum" else 1.0
+    return trained(*sound) and failed(got, sound, share), got, sound
+
+
+def largest_rate(key):
+    """Returns the largest rate at which training ends about as well as it can."""
+    ends = {}
+    for power in range(-10, 8):
+        ends[2.0**power] = got = outcome(at_rate(key, 2.0**power)(0))
+        if power > -7 and not trained(*got):
+            break
+    best = min(end for _, end, finite in ends.values() if finite)
+    good = [r for r, e in ends.items() if trained(*e) and no_worse(e[1], best, e[0])]
+    return max(good)
+
+
+def rates(only):
+    for key in RECIPES if not only else [only]:
+        print(
+            f'    "{key}": {largest_rate(key):.4g},  # now {LARGEST[key]}', flush=True
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="a name or a cause")
+    parser.add_argument("--split", choices=["tune", "held_out"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", action="store_true", help="search learning rates")
+    options = parser.parse_args()
+    if options.rates:
+        return rates(options.only)
+    chosen = split(options.split) if options.split else SCENARIOS.values()
+    for scenario in chosen:
+        if options.only not in (scenario.name, scenario.cause, ""):
+            continue
+        for seed in range(options.seeds):
+            start = time.time()
+            holds, got, sound = truth(scenario, seed)
+            figures = [
+                f"{b:.3g} -> {a:.3g}{'' if f else ' !'}" for b, a, f in (got, sound)
+            ]
+            print(
+                "true " if holds else "FALSE",
+                scenario.cause,
+                "|",
+                scenario.name,
+                "|",
+                " | ".join(figures),
+                f"| {time.time() - start:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

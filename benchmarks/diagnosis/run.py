@@ -1,0 +1,141 @@
+"""Diagnoses the scenarios of one split, and follows the first remedy of each.
+
+A scenario is right on a seed if the first finding names its cause (of a mixed one: any
+of its causes), and right if that is so on most seeds. The first remedy is carried out
+by code (the first of its actions that the scenario can take), and helps if 200 steps
+later the typical loss is below its starting value and no step was non-finite. Where it
+does not, the first action of each finding is carried out as well.
+
+Usage: python -m benchmarks.diagnosis.run [--split tune] [--only NAME] [--seeds 1]
+       [--output benchmarks/results]
+"""
+
+import dataclasses
+import time
+
+import jax
+
+from benchmarks._results import machine, parser, write
+from benchmarks.diagnosis import tables
+from benchmarks.diagnosis.apply import first_applicable, trains
+from benchmarks.diagnosis.scenarios import split
+from optclip.diagnosis.diagnose import diagnose
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was said of one scenario on one seed.
+
+    Attributes:
+        scenario: The scenario.
+        seed: The seed.
+        said: The causes in the order of the findings; "healthy" if there are none.
+        seconds: How long the diagnosis took, compilation included.
+        action: What the first remedy did, or "".
+        helped: Whether the model trains after it; None for a healthy one.
+        helped_all: Whether it trains after the first action of every finding.
+    """
+
+    scenario: object
+    seed: int
+    said: tuple[str, ...]
+    seconds: float
+    action: str = ""
+    helped: bool | None = None
+    helped_all: bool | None = None
+
+    @property
+    def right(self):
+        return self.said[0] in (self.scenario.cause, *self.scenario.also)
+
+
+def follow(scenario, problem, findings, seed):
+    """Returns what the first remedy did, whether it helped, and whether all do."""
+    if not findings:
+        return "", False, False
+    action, after = first_applicable(findings[0].actions, problem, scenario, seed)
+    words = _words(action)
+    if action is None:
+        return words, False, False
+    if trains(after):
+        return words, True, True
+    for finding in findings[1:]:
+        _, after = first_applicable(finding.actions, after, scenario, seed)
+    return words, False, len(findings) > 1 and trains(after)
+
+
+def _words(action):
+    if action is None:
+        return "none that applies"
+    return (
+        action.kind if action.amount is None else f"{action.kind} {action.amount:.3g}"
+    )
+
+
+def examine(scenario, seed):
+    """Diagnoses one scenario, and follows what is said if something is wrong with it."""
+    problem = scenario.make(seed)
+    start = time.perf_counter()
+    report = diagnose(
+        problem.loss_fn,
+        problem.params,
+        problem.batches,
+        optimizer=problem.optimizer,
+        opt_state=problem.opt_state,
+    )
+    seconds = time.perf_counter() - start
+    said = tuple(finding.cause for finding in report.findings) or ("healthy",)
+    if scenario.cause == "healthy":
+        return Result(scenario, seed, said, seconds)
+    followed = follow(scenario, problem, report.findings, seed)
+    return Result(scenario, seed, said, seconds, *followed)
+
+
+def attempt(scenario, seed):
+    """Examines; an error is a wrong answer with the error's name as what was said."""
+    try:
+        return examine(scenario, seed)
+    except Exception as error:
+        print(f"  {type(error).__name__}: {error}")
+        failed = None if scenario.cause == "healthy" else False
+        said = (f"{type(error).__name__}",)
+        return Result(scenario, seed, said, 0.0, "", failed, failed)
+
+
+def show(result):
+    scenario = result.scenario
+    truth = " + ".join((scenario.cause, *scenario.also))
+    helped = {True: "trains", False: "does not train", None: ""}[result.helped]
+    print(
+        f"{'right' if result.right else 'WRONG'} | {scenario.name} | {truth} | "
+        f"{', '.join(result.said)} | {result.action} {helped} | {result.seconds:.1f} s",
+        flush=True,
+    )
+
+
+def main():
+    options = _options()
+    chosen = [s for s in split(options.split) if options.only in (s.name, s.cause, "")]
+    results = []
+    for scenario in chosen:
+        for seed in range(options.seeds):
+            results.append(attempt(scenario, seed))
+            show(results[-1])
+        jax.clear_caches()
+    counts = [*tables.confusion(results), "", *tables.summary(results)]
+    print("\n".join(["", *counts]))
+    where = f"Measured by `benchmarks/diagnosis/run.py` on {machine()}."
+    lines = [*counts, "", *tables.each(results), "", where]
+    write(options.output, f"diagnosis_{options.split}.md", lines)
+
+
+def _options():
+    made = parser(__doc__)
+    made.add_argument("--split", choices=["tune", "held_out"], default="tune")
+    made.add_argument("--only", default="", help="a name or a cause")
+    made.add_argument("--seeds", type=int, default=1)
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()
