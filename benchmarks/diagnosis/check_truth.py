@@ -88,9 +88,11 @@ def largest_rate(key):
         ends[2.0**power] = got = outcome(at_rate(key, 2.0**power)(0))
         if power > -7 and not trained(*got):
             break
-    best = min(end for _, end, finite in ends.values() if finite)
-    good = [r for r, e in ends.items() if trained(*e) and no_worse(e[1], best, e[0])]
-    return max(good)
+    best = min((r for r, e in ends.items() if e[2]), key=lambda r: ends[r][1])
+    largest = best
+    while (e := ends.get(2 * largest)) and no_worse(e[1], ends[best][1], e[0]) and e[2]:
+        largest *= 2
+    return largest
 
 
 def rates(only):

@@ -10,7 +10,6 @@ from benchmarks.diagnosis.problem import Recipe, fault
 from optclip._trees import path_name
 
 BOTH = ("normalize", "residual")
-RNN = dict(optimizer=optax.sgd(0.01), loss=losses.squared_error)
 
 
 def scaled(factor, where=""):
@@ -32,9 +31,9 @@ def words(net=attention.transformer, optimizer=None, **knobs):
     return Recipe(net, tasks.tokens, optimizer, losses.next_token, knobs)
 
 
-def past(net, length=100, time_major=False, **knobs):
+def past(net, length=100, rate=0.001, time_major=False, **knobs):
     made = functools.partial(tasks.sequences, length=length, time_major=time_major)
-    return Recipe(net, made, knobs=knobs, **RNN)
+    return Recipe(net, made, optax.sgd(rate), losses.squared_error, knobs)
 
 
 def initialization():
@@ -114,11 +113,14 @@ def initialization():
 
 
 def depth():
+    """Layers without normalisation; with it and residual connections all is well."""
+    good = dict(norm=True, residual=True)
+    bare = dict(norm=False, residual=False)
     yield fault(
         "relu MLP of 40 layers, growth 1.2",
         "depth",
-        classes(plain.mlp, 0.005, depth=40),
-        knobs=dict(gain=1.2),
+        classes(plain.mlp, depth=40, **good),
+        knobs=dict(gain=1.2, **bare),
         remedies=BOTH,
     )
     yield fault(
@@ -132,30 +134,30 @@ def depth():
     yield fault(
         "50 scanned layers, growth 1.12",
         "depth",
-        classes(plain.stacked, 0.005, depth=50),
-        knobs=dict(gain=1.12),
+        classes(plain.stacked, depth=50, **good),
+        knobs=dict(gain=1.12, **bare),
         remedies=BOTH,
     )
     yield fault(
         "Equinox leaky MLP of 30 layers, growth 1.25",
         "depth",
-        classes(frameworks.eqx_mlp, 0.005, act="leaky", depth=30),
-        knobs=dict(gain=1.25),
+        classes(frameworks.eqx_mlp, act="leaky", depth=30, **good),
+        knobs=dict(gain=1.25, **bare),
         remedies=BOTH,
         held_out=True,
     )
     yield fault(
         "24 residual layers without normalisation",
         "depth",
-        classes(plain.mlp, depth=24, norm=True, residual=True),
+        classes(plain.mlp, depth=24, **good),
         knobs=dict(norm=False),
         remedies=BOTH,
     )
     yield fault(
         "NNX CNN of 30 layers, growth 1.2",
         "depth",
-        classes(frameworks.nnx_cnn, 0.01, depth=30),
-        knobs=dict(gain=1.2),
+        classes(frameworks.nnx_cnn, depth=30, **good),
+        knobs=dict(gain=1.2, **bare),
         remedies=BOTH,
         held_out=True,
     )
@@ -171,18 +173,18 @@ def recurrence():
         remedies=remedies,
     )
     yield fault(
-        "Linen SimpleCell, growth 2, 60 steps",
+        "Linen SimpleCell, growth 3, 60 steps",
         "recurrence",
-        past(recurrent.linen_rnn, 60),
-        knobs=dict(growth=2.0),
+        past(recurrent.linen_rnn, 60, 0.03),
+        knobs=dict(growth=3.0),
         remedies=("gate",),
         held_out=True,
     )
     yield fault(
-        "tanh RNN, unrolled, growth 2.5, 30 steps",
+        "tanh RNN, unrolled, growth 4, 30 steps",
         "recurrence",
-        past(recurrent.elman, 30, unroll=True),
-        knobs=dict(growth=2.5),
+        past(recurrent.elman, 30, 0.03, unroll=True),
+        knobs=dict(growth=4.0),
         remedies=remedies,
     )
     yield fault(
@@ -194,10 +196,10 @@ def recurrence():
         held_out=True,
     )
     yield fault(
-        "leaky RNN, growth 1.1, 120 steps",
+        "leaky RNN, growth 1.15, 120 steps",
         "recurrence",
         past(recurrent.elman, 120, cell="leaky", growth=0.95),
-        knobs=dict(growth=1.1),
+        knobs=dict(growth=1.15),
         remedies=remedies,
     )
     yield fault(
@@ -219,7 +221,7 @@ def recurrence():
         "state-space model, growth 1.06, 200 steps",
         "recurrence",
         past(recurrent.diagonal, 200),
-        knobs=dict(growth=1.11),
+        knobs=dict(growth=1.06),
         remedies=remedies,
         held_out=True,
     )
@@ -293,7 +295,7 @@ def vanishing():
     yield fault(
         "30 scanned layers, init x0.6",
         "vanishing",
-        classes(plain.stacked, 0.005, depth=30),
+        classes(plain.stacked, 0.05, depth=30),
         knobs=dict(gain=0.6),
         remedies=BOTH,
     )

@@ -73,7 +73,7 @@ def _words(action):
 
 
 def examine(scenario, seed):
-    """Diagnoses one scenario, and follows what is said if something is wrong with it."""
+    """Diagnoses one scenario and, if it has a fault, follows what is said."""
     problem = scenario.make(seed)
     start = time.perf_counter()
     report = diagnose(

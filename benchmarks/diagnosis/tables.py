@@ -63,7 +63,7 @@ def each(results):
 
 
 def _models(results, good):
-    """Returns how many models are good on more than half of their seeds, of how many."""
+    """Returns how many models are good on most of their seeds, and of how many."""
     by_name = collections.defaultdict(list)
     for result in results:
         by_name[result.scenario.name].append(bool(good(result)))
