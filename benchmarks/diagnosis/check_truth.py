@@ -36,9 +36,9 @@ def trained(before, after, finite):
 def no_worse(after, wanted, start):
     """Returns whether a loss is not twice, nor 0.5 nat, above another.
 
-    Both matter only as far as they are a tenth of what there was to gain.
+    Near zero, twice is nothing: a tenth of the loss at the start is no worse either.
     """
-    return after < wanted + max(min(wanted, 0.5), 0.1 * start)
+    return after < wanted + min(max(wanted, 0.1 * start), 0.5)
 
 
 def failed(got, sound, share):

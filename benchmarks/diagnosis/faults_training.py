@@ -17,7 +17,7 @@ LARGEST = {
     "adamw transformer": 0.03125,
     "rmsprop mlp": 0.03125,
     "adam mixer": 0.02,
-    "momentum resnet": 0.1,
+    "momentum resnet": 0.125,
     "adam gru": 0.0625,
     "sgd linear": 0.25,
 }
@@ -163,7 +163,7 @@ def overflow():
     yield fault(
         "transformer in float16, loss x2**24",
         "overflow",
-        words().but(
+        words(depth=1).but(
             loss=functools.partial(losses.next_token, scale=2.0**24),
             optimizer=optax.chain(optax.scale(2.0**-24), optax.adam(3e-3)),
         ),

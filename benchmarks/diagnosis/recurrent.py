@@ -101,10 +101,10 @@ def haiku_rnn(key, *, width=32, cell="vanilla", growth=1.0, length=100):
     net = hk.without_apply_rng(hk.transform(body))
     params = net.init(key, jnp.zeros((length, 2, 4)))
     if cell == "vanilla":
-        weights = params["vanilla_rnn/hidden_to_hidden"]["w"]
+        weights = params["vanilla_rnn/linear_1"]["w"]
         # He's weights keep the size of a relu layer; `growth` is on top of that.
         he = np.sqrt(2 / width) * jax.random.normal(key, weights.shape)
-        params["vanilla_rnn/hidden_to_hidden"]["w"] = growth * he
+        params["vanilla_rnn/linear_1"]["w"] = growth * he
     return params, net.apply
 
 
