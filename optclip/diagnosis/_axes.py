@@ -1,0 +1,72 @@
+"""Axes, colours and the form of a panel, which all parts of the report share."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+__all__ = ["Panel", "drawable", "log_axis", "tidy"]
+
+# Okabe and Ito's colours, told apart with every kind of colour vision.
+BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#E69F00"
+VERMILLION, PURPLE, GREEN = "#D55E00", "#CC79A7", "#009E73"
+
+# Where there are more points, they have no markers.
+FEW = 60
+
+
+class Panel(NamedTuple):
+    """A picture of one thing.
+
+    Attributes:
+        title: What it shows.
+        says: The same in a sentence, for those who can't see it.
+        draw: Draws it into a figure or a part of one.
+        wide: Whether it needs the whole width of the page.
+        height: In inches, on a page of ten.
+    """
+
+    title: str
+    says: str
+    draw: Callable[[Any], None]
+    wide: bool
+    height: float
+
+
+def _power(value: float, _: Any = None) -> str:
+    """Returns a tick's label: a short number, or a power of ten."""
+    if value <= 0:
+        return ""
+    exponent = round(math.log10(value))
+    if 1e-3 < value < 1e4 or abs(value / 10.0**exponent - 1) > 1e-6:
+        return f"{value:.4g}"
+    return f"$10^{{{exponent}}}$"
+
+
+def log_axis(axis: Any, values: np.ndarray) -> None:
+    """Makes an axis logarithmic, with ticks that suit the range of the values."""
+    low, high = float(np.min(values)), float(np.max(values))
+    decades = math.log10(high) - math.log10(low)
+    room = 10 ** max(0.06 * decades, 0.03)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}lim": (low / room, high * room)})
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(4))
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=7))
+    axis.set_major_formatter(FuncFormatter(_power))
+    axis.set_minor_locator(NullLocator())
+
+
+def tidy(axes: Any) -> None:
+    """Gives axes a faint grid, and no box."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+    """Returns what a logarithmic axis can show, NaN in place of the rest."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)

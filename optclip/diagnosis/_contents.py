@@ -1,0 +1,156 @@
+"""What stands on the page, in words: the same for the picture and for the browser."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from optclip.attribution import Culprit
+from optclip.diagnosis.findings import Finding, Report
+from optclip.diagnosis.records import Run
+from optclip.diagnosis.summary import diverged_at, headline
+from optclip.diagnosis.thresholds import FEWEST, Suggestion, suggest_threshold
+
+__all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
+
+# More paths or culprits than this are counted, not named.
+_NAMED, _CULPRITS = 6, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A line of its own, and rows of (label, text) below it."""
+
+    lead: str
+    rows: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading with items."""
+
+    heading: str
+    items: tuple[Item, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that the page shows.
+
+    Attributes:
+        title: Which run it is about.
+        headline: What happened, in one sentence.
+        run: The numbers to draw.
+        sites: The diagnosis' `Site`s; empty without one.
+        sections: What is said below the pictures.
+        suggestion: The threshold suggested.
+    """
+
+    title: str
+    headline: str
+    run: Run
+    sites: tuple[Any, ...]
+    sections: tuple[Section, ...]
+    suggestion: Suggestion
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _finding(number: int, finding: Finding) -> Item:
+    rows = (
+        ("Where", _listed(finding.where)),
+        ("Evidence", finding.evidence),
+        ("Remedy", finding.remedy),
+    )
+    lead = f"{number}. {finding.title} ({finding.severity}, {finding.confidence})"
+    return Item(lead, tuple(row for row in rows if row[1]))
+
+
+def _findings(diagnosis: Report) -> Section:
+    numbered = enumerate(diagnosis.findings, 1)
+    items = [_finding(number, finding) for number, finding in numbered]
+    if not items:
+        items = [Item("Nothing was found that makes the gradients explode.")]
+    items += [Item(f"Not seen: {words}") for words in diagnosis.not_seen]
+    return Section("Diagnosis", tuple(items))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"
+
+
+def _culprit(culprit: Culprit) -> Item:
+    counts = (
+        (culprit.nan, "NaN"),
+        (culprit.pos_inf, "+inf"),
+        (culprit.neg_inf, "-inf"),
+    )
+    entries = ", ".join(f"{number:,} {kind}" for number, kind in counts if number)
+    words = [f"entries: {entries}"] if entries else []
+    if culprit.norm is not None:
+        words.append(f"gradient norm {_figure(culprit.norm)}")
+    if culprit.loss is not None:
+        words.append(f"loss {_figure(culprit.loss)}")
+    lead = "the loss" if culprit.path is None else culprit.path
+    return Item(lead, ((f"Step {culprit.step}", "; ".join(words)),))
+
+
+def _culprits(culprits: Sequence[Culprit]) -> Section:
+    items = [_culprit(culprit) for culprit in culprits[:_CULPRITS]]
+    more = len(culprits) - _CULPRITS
+    items += [Item(f"and {more} more")] if more > 0 else []
+    heading = "Leaves that went bad, and when"
+    return Section(heading, tuple(items))
+
+
+def suggestion_of(run: Run, diagnosis: Report | None) -> Suggestion:
+    """Returns a threshold from the norms of a run until it diverged."""
+    place = diverged_at(run)
+    if not place:
+        return suggest_threshold(run.norms, report=diagnosis)
+    found = suggest_threshold(run.norms[:place], report=diagnosis)
+    note = f"Only steps before it diverged, at step {run.steps[place]}, count."
+    if found.declined is None:
+        return dataclasses.replace(found, warnings=(note, *found.warnings))
+    if found.samples >= FEWEST:
+        return found
+    return dataclasses.replace(found, declined=f"{found.declined} {note}")
+
+
+def _advice(suggestion: Suggestion) -> Section:
+    if suggestion.max_norm is None:
+        lead = f"No threshold is suggested: {suggestion.declined}"
+        return Section("Threshold", (Item(lead),))
+    used = suggestion.samples - suggestion.outliers - suggestion.nonfinite
+    factor = _figure(10 ** (suggestion.spread or 0.0))
+    why = (
+        f"It is the median of {used:,} norms, of which the middle 80% spread over a "
+        f"factor of {factor}."
+    )
+    rows = [("Why", why), *(("Note", words) for words in suggestion.warnings)]
+    lead = f"Clip at a gradient norm of {suggestion.max_norm:.3g}"
+    return Section("Suggested threshold", (Item(lead, tuple(rows)),))
+
+
+def contents_of(
+    run: Run, diagnosis: Report | None, culprits: Sequence[Culprit] | None
+) -> Contents:
+    """Returns what the page says of a run."""
+    suggestion = suggestion_of(run, diagnosis)
+    sections = [] if diagnosis is None else [_findings(diagnosis)]
+    if culprits:
+        sections.append(_culprits(culprits))
+    sections.append(_advice(suggestion))
+    sites = () if diagnosis is None else tuple(diagnosis.signals.get("sites", ()))
+    return Contents(
+        title=f"Gradient report: {run.title}" if run.title else "Gradient report",
+        headline=headline(run),
+        run=run,
+        sites=sites,
+        sections=tuple(sections),
+        suggestion=suggestion,
+    )

@@ -1,0 +1,169 @@
+"""The report of a run: one picture, and one page for a browser."""
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optclip import _checks
+from optclip.attribution import Culprit
+from optclip.diagnosis._contents import Contents, Item, Section, contents_of
+from optclip.diagnosis.findings import Report
+from optclip.diagnosis.records import Run, read_run
+from optclip.diagnosis.summary import pick
+
+__all__ = ["report"]
+
+_STYLE = """
+body { margin: 0 auto; max-width: 46rem; padding: 1rem; background: #fff;
+  color: #1a1a1a; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1.05rem; margin: 2rem 0 0.3rem; }
+.headline { font-size: 1.15rem; margin: 0.3rem 0 0; }
+svg { display: block; width: 100%; height: auto; }
+section p { margin: 0.8rem 0 0; }
+.lead { font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 0.8rem;
+  margin: 0.2rem 0 0; }
+dt { color: #555; }
+dd { margin: 0; }
+footer { margin-top: 2.5rem; color: #555; font-size: 0.9rem; }
+@media (max-width: 30rem) { dl { display: block; } dt { margin-top: 0.4rem; } }
+"""
+
+
+def _words(text: str) -> str:
+    """Returns text for the page; what stands in backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _item(item: Item) -> str:
+    if not item.rows:
+        return f"<p>{_words(item.lead)}</p>"
+    rows = "".join(
+        f"<dt>{_words(label)}</dt><dd>{_words(words)}</dd>"
+        for label, words in item.rows
+    )
+    return f'<p class="lead">{_words(item.lead)}</p><dl>{rows}</dl>'
+
+
+def _section(section: Section) -> str:
+    items = "\n".join(_item(item) for item in section.items)
+    return f"<section><h2>{html.escape(section.heading)}</h2>\n{items}</section>"
+
+
+def _panel(title: str, svg: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>\n{svg}</section>"
+
+
+def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
+    """Returns the page: well-formed, and nothing in it comes from elsewhere."""
+    title = html.escape(contents.title)
+    parts = [_panel(*named) for named in svgs]
+    parts += [_section(section) for section in contents.sections]
+    body = "\n".join(parts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="headline">{_words(contents.headline)}</p>
+{body}
+<footer>Made by optclip.</footer>
+</body>
+</html>
+"""
+
+
+def _folder(output: Any) -> Path:
+    if not isinstance(output, (str, Path)) or not str(output):
+        raise TypeError(f"`output` must be a folder, got {output!r}.")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output` {output} cannot be written to ({error.strerror}). Name another "
+            "folder."
+        ) from error
+    return Path(output)
+
+
+def _pictures() -> Any:
+    try:
+        from optclip.diagnosis import pictures
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise ImportError(
+            "The report needs matplotlib, not installed here. Run: "
+            'pip install "optclip[report]"',
+            name="matplotlib",
+        ) from error
+    return pictures
+
+
+def report(
+    run_or_metrics: Any,
+    *,
+    diagnosis: Report | None = None,
+    culprits: Sequence[Culprit] | None = None,
+    output: str | Path,
+) -> tuple[Path, Path]:
+    """Writes a report of a run: ``report.png``, and ``report.html`` for a browser.
+
+    It shows the gradient norm over the steps with the threshold and the steps that were
+    clipped, left out or not finite; the distribution of the norms; with a diagnosis,
+    the backward signal by depth and the findings; and suggests a threshold. What there
+    are no data for is left out. The page is one file: it has no scripts and loads
+    nothing.
+
+    | run                    | the report                                       |
+    | ---------------------- | ------------------------------------------------ |
+    | diverged               | only the steps before count for the threshold    |
+    | fewer than ten norms   | no distribution, and no threshold                |
+    | no finite norm         | no picture of the norms; the headline says so    |
+    | several names or seeds | of the first that diverged, else had a bad step  |
+
+    Args:
+        run_or_metrics: A run's folder or log; a mapping of arrays or a list of dicts
+            with the keys of `optclip.metrics`, with "step" and "loss" if you like; an
+            array of gradient norms; or a `Run`.
+        diagnosis: What `diagnose` found.
+        culprits: What `optclip.culprits` found.
+        output: Folder to write into; it is made if need be, and an earlier report in it
+            is replaced.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If there is no run, or ``output`` can't be written to.
+
+    Example:
+        >>> import tempfile, optclip
+        >>> metrics = {"norm_before": [1.0, 3.0, 1.5], "threshold": [2.0, 2.0, 2.0]}
+        >>> png, page = optclip.report(metrics, output=tempfile.mkdtemp())
+        >>> png.name, page.name
+        ('report.png', 'report.html')
+    """
+    if diagnosis is not None:
+        _checks.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
+    if isinstance(run_or_metrics, Run):
+        run = run_or_metrics
+    else:
+        run = pick(read_run(run_or_metrics))
+    pictures = _pictures()
+    folder = _folder(output)
+    contents = contents_of(run, diagnosis, culprits)
+    png, page = folder / "report.png", folder / "report.html"
+    pictures.save_png(png, contents)
+    page.write_text(_page(contents, pictures.svgs_of(contents)), encoding="utf-8")
+    return png, page

@@ -1,0 +1,240 @@
+"""Runs that were recorded: the demo's log, a log of `optclip.metrics`, or arrays."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optclip.diagnosis._logs import Row, rows_in
+
+__all__ = ["Run", "read_run"]
+
+_LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What was recorded of a run, an entry for each step that was recorded.
+
+    Attributes:
+        name: What the run is called; "" if it has no name.
+        seed: Its seed as text; "" if none is known.
+        steps: int64. Numbers of the steps, ascending.
+        norms: float64. Gradient norms before the clip, NaN or inf where not finite.
+        nonfinite: bool. Whether gradient or loss were not finite, at this step or one
+            since the step recorded before.
+        losses: float64, or None where no loss was recorded.
+        thresholds: float64, NaN where there was none; or None.
+        clipped: bool. Whether something was clipped; or None where that is not known.
+        skipped: bool. Whether the step was left out, or one since the step recorded
+            before; or None where that is not known.
+    """
+
+    name: str
+    seed: str
+    steps: np.ndarray
+    norms: np.ndarray
+    nonfinite: np.ndarray
+    losses: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
+    clipped: np.ndarray | None = None
+    skipped: np.ndarray | None = None
+
+    @property
+    def title(self) -> str:
+        """Name and seed, as a reader may see them; "" if it has neither."""
+        seed = f"seed {self.seed}" if self.seed else ""
+        return ", ".join(word for word in (self.name, seed) if word)
+
+
+def _number(value: Any, key: str, origin: str) -> float:
+    """Returns a value of a row as a float; None is what JSON has for "not finite"."""
+    if value is None:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{origin}: {key!r} must be a number, got {value!r}."
+        ) from error
+
+
+def _key(keys: Iterable[str], *wanted: str) -> str | None:
+    """Returns the first key that is one of these, or ends in one after a slash."""
+    keys = list(keys)
+    for name in wanted:
+        for key in keys:
+            if key == name or ("/" in name and key.endswith(f"/{name}")):
+                return key
+    return None
+
+
+def _clip_of(keys: Sequence[str]) -> str:
+    """Returns what the keys of the first clip begin with, "clip/" if there is none.
+
+    `leaf_metrics` gives a norm before the clip too, but counts nothing.
+    """
+    if "norm_before" in keys:
+        return ""
+    for key in keys:
+        prefix = key.removesuffix("norm_before")
+        if prefix != key and f"{prefix}clipped_steps" in keys:
+            return prefix
+    return "clip/"
+
+
+class _Columns:
+    """The rows of one run, by column."""
+
+    def __init__(self, rows: list[Row], origin: str):
+        self._rows, self._origin = rows, origin
+        self.keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+
+    def values(self, *wanted: str) -> np.ndarray | None:
+        """Returns a column, NaN where a row lacks it; None if all do."""
+        key = _key(self.keys, *wanted)
+        if key is None:
+            return None
+        rows = self._rows
+        return np.array([_number(row.get(key), key, self._origin) for row in rows])
+
+    def present(self, *wanted: str) -> np.ndarray:
+        """Returns which rows have the column, null or not."""
+        key = _key(self.keys, *wanted)
+        return np.array([key in row for row in self._rows], bool)
+
+    def with_norm(self, clip: str) -> "tuple[_Columns, str]":
+        """Returns the rows that tell of a gradient norm, and the key of it."""
+        # Under `skip_steps` a clip inside does not see a step that is left out.
+        names = ("skip/norm", f"{clip}norm_before", "monitor/norm", "grad_norm", "norm")
+        key = _key(self.keys, *names)
+        if key is None:
+            raise ValueError(
+                f"{self._origin} has no gradient norm: none of "
+                f"{', '.join(names)}. Record `optclip.metrics(state)` at each step."
+            )
+        rows = [row for row in self._rows if key in row]
+        return _Columns(rows, self._origin), key
+
+
+def _rises(counts: np.ndarray | None) -> np.ndarray | None:
+    """Returns where a counter is above what it was; a restart of it is no rise."""
+    if counts is None:
+        return None
+    return np.diff(counts, prepend=0.0 if counts[0] <= 1 else counts[0]) > 0
+
+
+def _steps_of(columns: _Columns, clip: str, number: int) -> np.ndarray:
+    steps = columns.values("step")
+    if steps is None:  # the counters count this update too
+        counts = columns.values("skip/steps", f"{clip}steps", "monitor/steps")
+        steps = np.arange(number) if counts is None else counts - 1
+    known = np.isfinite(steps)
+    return np.where(known, steps, np.arange(number)).astype(np.int64)
+
+
+def _finite(columns: _Columns, clip: str, norms: np.ndarray) -> np.ndarray:
+    """Returns where all that was recorded was finite."""
+    good = np.isfinite(norms)
+    losses = columns.values(*_LOSSES)
+    if losses is not None:
+        good &= np.isfinite(losses) | ~columns.present(*_LOSSES)
+    flags = columns.values("nonfinite")
+    if flags is not None:
+        good &= ~(flags > 0)
+    names = (
+        "skip/nonfinite_steps",
+        f"{clip}nonfinite_steps",
+        "monitor/nonfinite_steps",
+    )
+    rises = _rises(columns.values(*names))
+    return good if rises is None else good & ~rises
+
+
+def _clipped(
+    columns: _Columns, clip: str, norms: np.ndarray, thresholds: np.ndarray | None
+) -> np.ndarray | None:
+    shares = columns.values(f"{clip}clipped", "clipped")
+    if shares is not None:
+        return shares > 0
+    rises = _rises(columns.values(f"{clip}clipped_steps"))
+    if rises is not None or thresholds is None:
+        return rises
+    return np.isfinite(norms) & (norms > thresholds)
+
+
+def _last_of_each_step(run: Run) -> Run:
+    """Returns the run with each step once and in order: a resumed one repeats some."""
+    _, places = np.unique(run.steps[::-1], return_index=True)
+    kept = len(run.steps) - 1 - places
+    columns = {
+        field.name: getattr(run, field.name)[kept]
+        for field in dataclasses.fields(run)
+        if isinstance(getattr(run, field.name), np.ndarray)
+    }
+    return dataclasses.replace(run, **columns)
+
+
+def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
+    everything = _Columns(rows, origin)
+    clip = _clip_of(everything.keys)
+    columns, key = everything.with_norm(clip)
+    norms: Any = columns.values(key)
+    thresholds = columns.values(f"{clip}threshold", "threshold", "skip/threshold")
+    if thresholds is not None:
+        usable = np.isfinite(thresholds) & (thresholds > 0)
+        thresholds = np.where(usable, thresholds, np.nan)
+        thresholds = thresholds if usable.any() else None
+    clipped = _clipped(columns, clip, norms, thresholds)
+    in_a_row = columns.values("skip/in_a_row")
+    if clipped is not None and in_a_row is not None:
+        clipped &= ~(in_a_row > 0)  # the clip speaks of a step before
+    return _last_of_each_step(
+        Run(
+            name=name,
+            seed=seed,
+            steps=_steps_of(columns, clip, len(norms)),
+            norms=norms,
+            nonfinite=~_finite(columns, clip, norms),
+            losses=columns.values(*_LOSSES),
+            thresholds=thresholds,
+            clipped=clipped,
+            skipped=_rises(columns.values("skip/skipped_steps")),
+        )
+    )
+
+
+def read_run(source: Any) -> tuple[Run, ...]:
+    """Returns the runs in a log, one for each name and seed.
+
+    Args:
+        source: A folder that holds ``metrics.jsonl``; such a file, one object a step,
+            of the demo's form or with the keys of `optclip.metrics`; a mapping of
+            arrays or a sequence of mappings with such keys; or an array of norms.
+
+    Returns:
+        A tuple of `Run`. Rows without a gradient norm, such as those of an evaluation,
+        are left out; of a step recorded twice the last row counts; and a last line
+        that is half written is not an error.
+
+    Raises:
+        ValueError: If there is no such file, it holds no JSON objects or nothing, no
+            gradient norm is recorded, or arrays differ in length.
+
+    Example:
+        >>> from optclip.diagnosis.records import read_run
+        >>> (run,) = read_run({"norm_before": [1.0, 3.0], "threshold": [2.0, 2.0]})
+        >>> run.clipped.tolist()
+        [False, True]
+    """
+    rows, origin = rows_in(source)
+    if not rows:
+        raise ValueError(f"{origin} has no rows: nothing was recorded.")
+    parts: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        own = tuple("" if row.get(k) is None else str(row[k]) for k in ("run", "seed"))
+        parts.setdefault((own[0], own[1]), []).append(row)
+    return tuple(_run(part, *own, origin) for own, part in parts.items())

@@ -1,0 +1,235 @@
+"""A threshold from recorded gradient norms, or the reason why there is none."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from optclip import _checks
+from optclip.diagnosis._histories import History, history_of
+from optclip.diagnosis.findings import Report
+
+__all__ = ["Suggestion", "suggest_threshold"]
+
+# Fewer norms say little of what is usual.
+FEWEST = 10
+# In decades (powers of ten): an outlier is this far above the median ...
+FAR = 1.0
+# ... and so many robust deviations, of which this is the least.
+DEVIATIONS, FLOOR = 5.0, 0.05
+# In decades: more spread or drift than this is worth a word.
+WIDE, DRIFTED = 0.5, 0.5
+# More than this share is no exception any more.
+SHARE = 0.25
+# Causes whose remedy changes what the usual norm is.
+_FIRST = {
+    "initialization",
+    "depth",
+    "activation",
+    "overflow",
+    "bad_batch",
+    "loss_sum",
+    "vanishing",
+    "not_finite",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """A threshold for a clip by the global norm, and how far to trust it.
+
+    Attributes:
+        max_norm: The threshold; None where none can be suggested.
+        spread: Decades (powers of ten) between the 10% and the 90% quantile of the
+            norms that count; None without norms.
+        outliers: How many norms were left out because they lie far above the others.
+        drift: Decades from the median of the first quarter of the norms to that of the
+            last, negative if they fell; None where their order is not known.
+        nonfinite: How many steps had a norm that is not finite.
+        samples: How many norms there were, those left out included.
+        warnings: What to know before using it, in words.
+        declined: Why there is no threshold; None if there is one.
+    """
+
+    max_norm: float | None
+    spread: float | None
+    outliers: int
+    drift: float | None
+    nonfinite: int
+    samples: int
+    warnings: tuple[str, ...] = ()
+    declined: str | None = None
+
+    def __str__(self) -> str:
+        """Returns the suggestion as a few lines of text."""
+        if self.max_norm is None:
+            return f"No threshold is suggested: {self.declined}"
+        lines = [f"Clip at {self.max_norm:.3g} (from {self.samples} norms)"]
+        if self.outliers or self.nonfinite:
+            lines.append(
+                f"  left out: {self.outliers} far above the others, "
+                f"{self.nonfinite} not finite"
+            )
+        if self.spread is not None:
+            between = "between the 10% and the 90% quantile"
+            lines.append(f"  spread:   {self.spread:.2f} decades {between}")
+        if self.drift is not None:
+            way = "from the first norms to the last"
+            lines.append(f"  drift:    {self.drift:+.2f} decades {way}")
+        lines += [f"  warning:  {words}" for words in self.warnings]
+        return "\n".join(lines)
+
+
+def _outliers(logs: np.ndarray) -> np.ndarray:
+    """Returns which norms lie so far above the median that they are exceptions."""
+    above = logs - np.median(logs)
+    deviation = 1.4826 * np.median(np.abs(above)) + FLOOR
+    far = (above > FAR) & (above > DEVIATIONS * deviation)
+    return far if np.mean(far) <= SHARE else np.zeros_like(far)
+
+
+def _drift(logs: np.ndarray) -> float:
+    part = max(FEWEST // 2, len(logs) // 4)
+    return float(np.median(logs[-part:]) - np.median(logs[:part]))
+
+
+def _open_cause(report: Report | None) -> str | None:
+    """Returns why the report speaks against a threshold, if it does."""
+    for finding in () if report is None else report.findings:
+        if finding.cause in _FIRST and finding.severity != "low":
+            return (
+                f"the diagnosis has an open finding ({finding.title}), whose remedy "
+                "changes what a usual norm is. Mend that first, and record anew."
+            )
+    return None
+
+
+def _reason(history: History, usual: np.ndarray, report: Report | None) -> str | None:
+    """Returns why no threshold can be suggested, or None."""
+    cause = _open_cause(report)
+    if cause:
+        return cause
+    if history.nonfinite > SHARE * history.steps:
+        return (
+            f"{history.nonfinite} of {history.steps} norms are not finite. Find out "
+            "why first: `optclip.culprits` names the leaves."
+        )
+    if history.missing:
+        return history.missing
+    if len(usual) < FEWEST:
+        return (
+            f"{len(usual)} usable norms are too few to know what is usual. Record at "
+            f"least {FEWEST}, better 100."
+        )
+    return None
+
+
+def _warnings(
+    history: History, spread: float, drift: float | None, outliers: int, zeros: int
+) -> list[str]:
+    words = [history.note] if history.note else []
+    if history.nonfinite:
+        words.append(
+            f"Not finite: {history.nonfinite} of {history.steps} norms, which a "
+            "threshold does not mend. See `nonfinite=` of the clip, or `skip_steps`."
+        )
+    if zeros:
+        words.append(f"Norms of 0 do not count: there are {zeros}.")
+    if outliers:
+        words.append(
+            "Norms more than ten times the median, and far from the others, do not "
+            f"count: there are {outliers}."
+        )
+    if spread > WIDE:
+        words.append(
+            f"The norms spread over a factor of {10**spread:.3g}: one number will "
+            "shorten some steps much, or others not at all."
+        )
+    if drift is not None and abs(drift) > DRIFTED:
+        verb = "rose" if drift > 0 else "fell"
+        words.append(
+            f"The norms {verb} by a factor of {10 ** abs(drift):.3g} meanwhile: a "
+            "clip that follows them, such as `optclip.quantile_clip`, fits better."
+        )
+    return words
+
+
+def suggest_threshold(
+    norms_or_state: Any,
+    *,
+    quantile: float = 0.5,
+    report: Report | None = None,
+) -> Suggestion:
+    """Suggests a threshold for `clip_by_global_norm` from norms that were recorded.
+
+    It is the ``quantile`` of the norms, without those that are not finite, are 0, or
+    lie far above the others: more than a decade above the median and more than five
+    robust deviations (1.4826 times the median deviation, plus 0.05 decades).
+
+    | norms                                      | then                    |
+    | ------------------------------------------ | ----------------------- |
+    | fewer than 10 that count                   | declined                |
+    | more than a quarter not finite             | declined                |
+    | an open cause in ``report``                | declined                |
+    | spread or drift of more than half a decade | a warning               |
+    | more than a quarter far above              | no outliers: they count |
+
+    An open cause is a finding of severity "medium" or "high" whose remedy changes what
+    the usual norm is: any but a recurrence or the learning rate. A threshold at the
+    median shortens half of the steps; to an optimizer that has no unit of length, such
+    as Adam, that matters little.
+
+    Args:
+        norms_or_state: Gradient norms, one number a step in order (None counts as not
+            finite); or an optimizer state with `skip_steps` or a clip in it whose rule
+            keeps norms: `autoclip`, `percentile_clip` in tree scope,
+            `rolling_sigma_clip`. A rule that records clipped norms gives those.
+        quantile: Which quantile, between 0 and 1.
+        report: What `diagnose` found, if it was asked.
+
+    Returns:
+        A `Suggestion`; print it, or read its ``max_norm``, which is None where it
+        declines.
+
+    Raises:
+        TypeError: If ``norms_or_state`` is neither norms nor a state of optclip, or
+            ``report`` is none.
+        ValueError: If there are no norms, one is negative, they have several axes or
+            are traced, the state is a batch of states, or ``quantile`` is out of range.
+
+    Example:
+        >>> import optclip
+        >>> norms = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.0, 1.3, 0.9, 1.0, 250.0]
+        >>> suggestion = optclip.suggest_threshold(norms)
+        >>> suggestion.max_norm, suggestion.outliers
+        (1.0, 1)
+    """
+    _checks.fraction(quantile=quantile)
+    if report is not None:
+        _checks.instance("report", report, Report, "of `optclip.diagnose`")
+    history = history_of(norms_or_state)
+    positive = history.norms[np.isfinite(history.norms) & (history.norms > 0)]
+    zeros = int(np.sum(history.norms == 0))
+    logs = np.log10(positive)
+    far = _outliers(logs) if len(logs) else np.zeros(0, bool)
+    usual, outliers = positive[~far], int(np.sum(far))
+
+    spread = drift = None
+    words: list[str] = []
+    if len(usual):
+        low, high = np.quantile(logs[~far], [0.1, 0.9])
+        spread = float(high - low)
+        drift = _drift(logs[~far]) if history.ordered else None
+        words = _warnings(history, spread, drift, outliers, zeros)
+    declined = _reason(history, usual, report)
+    max_norm = None if declined else float(np.quantile(usual, quantile))
+    return Suggestion(
+        max_norm,
+        spread,
+        outliers,
+        drift,
+        history.nonfinite,
+        len(history.norms),
+        tuple(words),
+        declined,
+    )
