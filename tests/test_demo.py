@@ -1,5 +1,6 @@
 """The demo: what it writes, that a resumed run is the same run, and its messages."""
 
+import importlib
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ for needed in ("flax", "matplotlib", "orbax.checkpoint", "tqdm"):
 
 from optclip.demo import checkpoints, clips, command, table, text, training  # noqa: E402
 from optclip.demo.options import Options, Sizes  # noqa: E402
+from optclip.diagnosis.findings import Report  # noqa: E402
 
 TINY = Sizes(symbols=12, hidden=4, length=5, batch=2, chunk=3)
 STEPS, SEEDS, RUNS = 6, 2, 3
@@ -105,6 +107,31 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
     assert all(name in out for name in names)
 
 
+def test_diagnose_writes_the_report_of_the_run_without_a_clip(
+    finished, monkeypatch, capsys
+):
+    module = importlib.import_module("optclip.diagnosis.diagnose")
+    asked = []
+
+    def diagnose(loss_fn, params, batches, *, optimizer):
+        assert optimizer.init(params) is not None
+        asked.extend(float(loss_fn(params, batch)) for batch in batches)
+        return Report((), {})
+
+    monkeypatch.setattr(module, "diagnose", diagnose)
+    assert run_demo("--resume", "--output", finished, "--diagnose") == 0
+    # The first batch at the first parameters is what the first step sees.
+    first = rows_of(finished)[0]
+    assert (first["run"], first["seed"], first["step"]) == ("no clip", 0, 0)
+    assert asked[0] == pytest.approx(first["loss"], rel=1e-5)
+    assert len(asked) == len(set(asked)) == STEPS
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Gradient report: no clip, seed 0" in page
+    assert f"{STEPS} steps without a clip; all finite." in page
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert str(finished / "report.html") in capsys.readouterr().out
+
+
 # The first save is that of step 0.
 @pytest.mark.parametrize("stop", [(training, "advance", 2), (checkpoints, "save", 3)])
 def test_an_interrupted_run_resumes_to_the_same_bits(
@@ -120,12 +147,17 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         return original(*args)
 
     folder = tmp_path / "a folder"
+    folder.mkdir()
+    for old in ("figure.png", "report.png"):
+        (folder / old).touch()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupted)
-        assert run_demo("--output", folder, "--text", prose, *SHORT) == 130
-    how = f"python -m optclip.demo --resume --output '{folder}'"
+        words = ["--output", folder, "--text", prose, *SHORT, "--diagnose"]
+        assert run_demo(*words) == 130
+    how = f"python -m optclip.demo --resume --output '{folder}' --diagnose\n"
     assert how in capsys.readouterr().err
     assert not (folder / "figure.png").exists()
+    assert not (folder / "report.png").exists()
 
     assert run_demo("--resume", "--output", folder) == 0
     log = (folder / "metrics.jsonl").read_bytes()

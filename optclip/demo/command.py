@@ -102,14 +102,15 @@ def _prepare(given: dict[str, Any], resume: bool, sizes: Sizes) -> _Task:
 
 
 def _begin(task: _Task, runs: list[Any]) -> Any:
-    from optclip.demo import checkpoints, training
+    from optclip.demo import checkpoints, diagnosing, training
 
     progress = training.begin(runs, task.options, task.sizes)
     output = task.options.output
     if task.resumed:
         return checkpoints.restore(output, progress)
     checkpoints.clear(output)
-    (output / "figure.png").unlink(missing_ok=True)
+    for name in ("figure.png", *diagnosing.NAMES):
+        (output / name).unlink(missing_ok=True)
     checkpoints.save(output, progress, task.settings())
     return progress
 
@@ -124,7 +125,7 @@ def _train(task: _Task, runs: list[Any], progress: Any) -> Any:
     output, steps = task.options.output, task.options.steps
     chunks = [training.compile_chunk(run, task.sizes) for run in runs]
     codes = jax.numpy.asarray(task.text.codes)
-    log = records.open_log(output / "metrics.jsonl", runs, progress)
+    log = records.open_log(output / records.LOG, runs, progress)
     bar = tqdm(desc="training", total=steps, initial=progress.step, unit="step")
     with log, bar:
         while progress.step < steps:
@@ -137,7 +138,7 @@ def _train(task: _Task, runs: list[Any], progress: Any) -> Any:
 
 
 def _show(task: _Task, runs: list[Any], progress: Any) -> None:
-    from optclip.demo import figure, table
+    from optclip.demo import figure, records, table
 
     output, entropy = task.options.output, task.text.entropy
     meaning = clips.METHODS[task.options.method].meaning
@@ -145,14 +146,22 @@ def _show(task: _Task, runs: list[Any], progress: Any) -> None:
     print(f"\n{table.render(runs, progress, entropy)}\n")
     print("final loss: mean over the last tenth of the steps; median of the seeds")
     print("diverged: ended above the loss it began with, or not finite\n")
-    print(f"Wrote {output / 'figure.png'} and {output / 'metrics.jsonl'}.")
+    print(f"Wrote {output / 'figure.png'} and {output / records.LOG}.")
 
 
-def _how_to_resume(output: Path) -> str:
+def _diagnose(task: _Task, runs: list[Any]) -> None:
+    from optclip.demo import diagnosing
+
+    print(f"Diagnosing the run {runs[0].name!r} ...")
+    paths = diagnosing.write(task.options, task.sizes, task.text.codes, runs[0].name)
+    print(f"Wrote {paths[0]} and {paths[1]}.")
+
+
+def _how_to_resume(output: Path, diagnose: bool) -> str:
     words = ["python", "-m", "optclip.demo", "--resume"]
     if output != DEFAULTS["output"]:
         words += ["--output", str(output)]
-    return shlex.join(words)
+    return shlex.join([*words, "--diagnose"] if diagnose else words)
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
@@ -170,7 +179,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
     """
     parser = Parser()
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
+    resume, diagnose = given.pop("resume"), given.pop("diagnose")
     output = None
     try:
         task = _prepare(given, resume, sizes)
@@ -187,6 +196,8 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
         )
         progress = _train(task, runs, progress)
         _show(task, runs, progress)
+        if diagnose:
+            _diagnose(task, runs)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -195,7 +206,7 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
         if output is None:
             print("\nStopped before it began.", file=sys.stderr)
         else:
-            how = _how_to_resume(output)
+            how = _how_to_resume(output, diagnose)
             print(f"\nStopped. To go on where it was:\n  {how}", file=sys.stderr)
         return _INTERRUPTED
     return 0

@@ -3,9 +3,10 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from optclip.demo import clips
+from optclip.diagnosis._parser import OneLineParser
 
 __all__ = ["DEFAULTS", "Options", "Parser", "Sizes", "merge"]
 
@@ -85,8 +86,8 @@ def _methods() -> str:
     return "\n".join(["methods, with default thresholds and what they bound:", *rows])
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads the command line. An error is one line on stderr and exit code 2."""
+class Parser(OneLineParser):
+    """Reads the demo's command line."""
 
     def __init__(self):
         """Declares the options."""
@@ -152,10 +153,11 @@ class Parser(argparse.ArgumentParser):
             action="store_true",
             help="go on with the run in the output folder, with its options",
         )
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with one line instead of a usage notice."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        add(
+            "--diagnose",
+            action="store_true",
+            help="then diagnose the run without a clip: report.png and report.html",
+        )
 
 
 def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:

@@ -9,7 +9,9 @@ import numpy as np
 
 from optclip.demo.training import FIELDS, Progress, Run
 
-__all__ = ["open_log", "write_rows"]
+__all__ = ["LOG", "open_log", "write_rows"]
+
+LOG = "metrics.jsonl"
 
 
 def _number(value: np.float32) -> float | None:

@@ -16,7 +16,16 @@ import optclip
 from optclip.demo import clips, model
 from optclip.demo.options import Options, Sizes
 
-__all__ = ["FIELDS", "Progress", "Run", "advance", "begin", "compile_chunk", "plan"]
+__all__ = [
+    "FIELDS",
+    "Progress",
+    "Run",
+    "advance",
+    "begin",
+    "compile_chunk",
+    "plan",
+    "windows_at",
+]
 
 FIELDS = ("loss", "norm_before", "norm_after", "threshold", "scale", "clipped")
 
@@ -95,6 +104,17 @@ def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
     return Progress(0, states, records)
 
 
+def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Array:
+    """Returns the batch of a step: windows of text, [batch, length + 1].
+
+    It depends on seed and step alone, so that a resumed run sees the same.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    last = codes.shape[0] - sizes.length
+    starts = jax.random.randint(key, (sizes.batch, 1), 0, last)
+    return codes[starts + jnp.arange(sizes.length + 1)[None]]
+
+
 def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
     """Returns a jitted function of (state, steps, seeds, codes) for all seeds of a run.
 
@@ -104,11 +124,7 @@ def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
 
     def train_step(state, step, seed, codes):
         params, opt_state = state
-        # The data depend on seed and step alone, so that a resumed run sees the same.
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        last = codes.shape[0] - sizes.length
-        starts = jax.random.randint(key, (sizes.batch, 1), 0, last)
-        windows = codes[starts + jnp.arange(sizes.length + 1)[None]]
+        windows = windows_at(codes, seed, step, sizes)
         value, grads = jax.value_and_grad(model.loss)(params, definition, windows)
         updates, opt_state = run.transformation.update(grads, opt_state, params)
         seen = {"loss": value} | _telemetry(opt_state, run)

@@ -1,0 +1,47 @@
+"""The report of the run without a clip: ``--diagnose``."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip.demo import model, training
+from optclip.demo.options import Options, Sizes
+from optclip.demo.records import LOG
+from optclip.diagnosis.page import report
+from optclip.diagnosis.records import read_run
+from optclip.diagnosis.summary import pick
+
+__all__ = ["NAMES", "write"]
+
+NAMES = ("report.png", "report.html")
+
+# How many batches the diagnosis looks at.
+_BATCHES = 16
+
+
+def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
+    """Returns a diagnosis of the network at its start, as the first seed has it."""
+    try:
+        from optclip.diagnosis.diagnose import diagnose
+    except ImportError:
+        return None
+    definition = model.define(sizes.symbols, sizes.hidden)
+    first = model.create(sizes.symbols, sizes.hidden, jnp.arange(1))
+    params = jax.tree.map(lambda x: x[0], first)
+    steps = range(min(_BATCHES, options.steps))
+    return diagnose(
+        lambda params, windows: model.loss(params, definition, windows),
+        params,
+        [training.windows_at(codes, 0, step, sizes) for step in steps],
+        optimizer=optax.sgd(options.learning_rate),
+    )
+
+
+def write(options: Options, sizes: Sizes, codes: Any, name: str) -> tuple[Path, Path]:
+    """Writes the report of the first seed of a run, and returns its files."""
+    run = pick(read_run(options.output / LOG), name, 0)
+    diagnosis = _diagnosis(options, sizes, jnp.asarray(codes))
+    return report(run, diagnosis=diagnosis, output=options.output)
