@@ -189,18 +189,18 @@ def recurrence():
         remedies=remedies,
     )
     yield fault(
-        "Haiku relu RNN, growth 1.1, 100 steps",
+        "Haiku relu RNN, He's weights x1.35, 60 steps",
         "recurrence",
-        past(recurrent.haiku_rnn, time_major=True, growth=0.9),
-        knobs=dict(growth=1.1),
+        past(recurrent.haiku_rnn, 60, 0.003, time_major=True, growth=0.9),
+        knobs=dict(growth=1.35),
         remedies=("gate",),
         held_out=True,
     )
     yield fault(
-        "leaky RNN, growth 1.15, 120 steps",
+        "leaky RNN, growth 1.2, 120 steps",
         "recurrence",
-        past(recurrent.elman, 120, cell="leaky", growth=0.95),
-        knobs=dict(growth=1.15),
+        past(recurrent.elman, 120, 0.003, cell="leaky", growth=0.95),
+        knobs=dict(growth=1.2),
         remedies=remedies,
     )
     yield fault(
@@ -221,7 +221,7 @@ def recurrence():
     yield fault(
         "state-space model, growth 1.06, 200 steps",
         "recurrence",
-        past(recurrent.diagonal, 200),
+        past(recurrent.diagonal, 200, 3e-4, growth=0.95),
         knobs=dict(growth=1.06),
         remedies=remedies,
         held_out=True,

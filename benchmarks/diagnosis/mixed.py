@@ -30,9 +30,9 @@ def scenarios():
     yield fault(
         "relu MLP of 30 layers, init x1.5",
         "depth",
-        classes(plain.mlp, 0.005, depth=30),
+        classes(plain.mlp, depth=30, norm=True, residual=True),
         also=("initialization",),
-        knobs=dict(gain=1.5),
+        knobs=dict(gain=1.5, norm=False, residual=False),
         remedies=BOTH,
     )
     yield fault(
