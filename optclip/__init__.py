@@ -11,6 +11,11 @@ scans, vmaps, shards and checkpoints as Optax's own.
 from optclip import actions, norms, rules, scopes
 from optclip.attribution import Culprit, culprits
 from optclip.clipping import ClipState, GroupStats, clip
+from optclip.diagnosis.diagnose import diagnose
+from optclip.diagnosis.findings import Action, Finding, Report
+from optclip.diagnosis.page import report
+from optclip.diagnosis.taps import Site, Taps, tap
+from optclip.diagnosis.thresholds import Suggestion, suggest_threshold
 from optclip.feedback import CarryState, u_clip
 from optclip.methods import (
     adagc,
@@ -51,16 +56,22 @@ from optclip.telemetry import leaf_metrics, metrics
 __version__ = "0.1.0"
 
 __all__ = [
+    "Action",
     "BadSteps",
     "CarryState",
     "ClipState",
     "Culprit",
     "ExampleStats",
+    "Finding",
     "GroupStats",
     "MonitorState",
+    "Report",
+    "Site",
     "SkipState",
     "StabilizeState",
     "StableAdamState",
+    "Suggestion",
+    "Taps",
     "actions",
     "adagc",
     "adagn",
@@ -78,6 +89,7 @@ __all__ = [
     "clip_grad_value",
     "clip_per_layer",
     "culprits",
+    "diagnose",
     "dual_ema_clip",
     "ema_sigma_clip",
     "leaf_metrics",
@@ -89,6 +101,7 @@ __all__ = [
     "per_example_clip",
     "percentile_clip",
     "quantile_clip",
+    "report",
     "rolling_sigma_clip",
     "rules",
     "scale_by_stable_adam",
@@ -99,6 +112,8 @@ __all__ = [
     "spectral_clip",
     "stabilize",
     "stable_spam_clip",
+    "suggest_threshold",
+    "tap",
     "trust_ratio_clip",
     "u_clip",
     "zclip",

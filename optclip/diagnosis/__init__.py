@@ -1,0 +1,1 @@
+"""Why gradients explode: where in the program, from what cause, and what to do."""

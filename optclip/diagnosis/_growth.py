@@ -1,0 +1,217 @@
+"""How a signal grows over the sites of a program, and what makes it grow."""
+
+import collections
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from optclip.diagnosis.taps import Site
+
+__all__ = ["Growth", "Layer", "depth_growth", "he_ratios", "layers_of", "time_growth"]
+
+# Uses of one leaf from which on they are a recurrence and not weight sharing.
+USES = 4
+# Fewest layers or steps whose growth can be told from noise.
+FEWEST = 4
+
+
+class Layer(NamedTuple):
+    """One matrix product or convolution in the order of depth.
+
+    Attributes:
+        leaf: Path of its parameters.
+        order: The site's.
+        back_in: Norm of the backward signal at its input, over all steps.
+        back_out: The same at its output.
+        rms_in: Of its input.
+        rms_out: Of its output.
+        he: Root mean square of its weights over that of He's initialization.
+        activation: Functions between the layer before and this one, or None.
+        source: Place of that layer in the list, or None.
+        fan_in: Inputs that each output sums over.
+    """
+
+    leaf: str
+    order: int
+    back_in: float
+    back_out: float
+    rms_in: float
+    rms_out: float
+    he: float
+    activation: str | None
+    source: int | None
+    fan_in: int
+
+
+class Growth(NamedTuple):
+    """How much a signal grows.
+
+    Attributes:
+        back: Decades by which the backward signal grows from the last layers (or steps)
+            to the first.
+        forward: Decades by which the forward signal grows from the first to the last.
+        count: Layers or steps.
+        leaves: Paths of the leaves concerned.
+        each: Factor for each layer or step.
+        half: Decades over the earlier half of the steps alone.
+    """
+
+    back: float
+    forward: float
+    count: int
+    leaves: tuple[str, ...]
+    each: float
+    half: float = 0.0
+
+
+def _log(values: np.ndarray | list[float]) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(np.asarray(values, float))
+    return np.where(np.isfinite(logs), logs, np.nan)
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if values.size else math.nan
+
+
+def _ends(logs: np.ndarray) -> float:
+    """Returns the last quarter's mean less the first's, of the finite ones in order."""
+    logs = logs[np.isfinite(logs)]
+    if len(logs) < 2:
+        return 0.0
+    quarter = max(len(logs) // 4, 1)
+    return float(logs[-quarter:].mean() - logs[:quarter].mean())
+
+
+def _total(number) -> float:
+    """Returns the norm over all steps."""
+    return float(np.sqrt(np.sum(np.square(np.asarray(number, float)))))
+
+
+def _usual(number) -> float:
+    """Returns the rms over all steps."""
+    return float(np.sqrt(np.mean(np.square(np.asarray(number, float)))))
+
+
+def _columns(site: Site) -> list[tuple[float, ...]]:
+    """Returns the five figures of a site, once for each layer that it stands for."""
+    figures = (
+        site.signal_in, site.signal_out, site.rms_in, site.rms_out, site.rms_weight,
+    )  # fmt: skip
+    if not site.stacked:
+        over = (_total, _total, _usual, _usual, _usual)
+        return [tuple(f(x) for f, x in zip(over, figures, strict=True))]
+    rows = [np.asarray(x, float) for x in figures]
+    rows = [r.reshape(-1, r.shape[-1]) for r in rows]
+    sums = [np.sqrt(np.sum(np.square(r), 0)) for r in rows[:2]]
+    means = [np.sqrt(np.mean(np.square(r), 0)) for r in rows[2:]]
+    return list(zip(*sums, *means, strict=True))
+
+
+def _is_layer(site: Site) -> bool:
+    return site.kind in ("matmul", "conv")
+
+
+def repeated(sites: tuple[Site, ...]) -> set[str]:
+    """Returns the leaves that an unrolled program uses again and again."""
+    uses = collections.Counter(s.leaf for s in sites if _is_layer(s))
+    return {leaf for leaf, count in uses.items() if count >= USES}
+
+
+def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
+    """Returns the layers in the order of depth; a recurrence's steps are one layer."""
+    again, found, place = repeated(sites), [], {}
+    chosen = [s for s in sites if _is_layer(s)]
+    first = {leaf: next(s.order for s in chosen if s.leaf == leaf) for leaf in again}
+    chosen = [s for s in chosen if first.get(s.leaf, s.order) == s.order]
+    blocks: list[list[Site]] = []
+    for site in chosen:  # neighbours in one scan of layers take turns
+        length = len(_columns(site))
+        stacked = site.stacked and length > 1
+        before = blocks[-1][-1] if blocks else None
+        if stacked and before and before.stacked and len(_columns(before)) == length:
+            blocks[-1].append(site)
+        else:
+            blocks.append([site])
+    for block in blocks:
+        for row in range(len(_columns(block[0]))):
+            for site in block:
+                back_in, back_out, rms_in, rms_out, rms = _columns(site)[row]
+                he = rms / math.sqrt(2 / max(site.fan_in, 1))
+                place[site.order] = len(found)
+                found.append(
+                    Layer(
+                        site.leaf, site.order, back_in, back_out, rms_in, rms_out, he,
+                        site.activation, place.get(site.source), site.fan_in,
+                    )
+                )  # fmt: skip
+    return found
+
+
+def depth_growth(layers: list[Layer]) -> Growth:
+    """Returns how the signals grow over the layers."""
+    back = -_ends(_log([x.back_out for x in layers]))
+    forward = _ends(_log([x.rms_out for x in layers]))
+    steps = max(0.75 * len(layers), 1)
+    each = 10 ** (max(back, forward) / steps)
+    leaves = tuple(dict.fromkeys(x.leaf for x in layers))
+    return Growth(back, forward, len(layers), leaves, each)
+
+
+def _time(signal: np.ndarray, rms: np.ndarray, leaf: str) -> Growth | None:
+    """Returns the growth over steps: backward in time, the first step last."""
+    if len(signal) < FEWEST:
+        return None
+    backward = _log(signal)[::-1]
+    forward = _log(rms)
+    later, grown = len(signal) // 2, 0.0
+    for logs in (backward, forward):
+        logs = logs[np.isfinite(logs)]
+        if len(logs) >= FEWEST:
+            grown = max(grown, _ends(logs[min(later, len(logs) // 2) :]))
+    back, ahead = _ends(backward), _ends(forward)
+    each = 10 ** (max(back, ahead) / max(0.75 * len(signal), 1))
+    return Growth(back, ahead, len(signal), (leaf,), each, grown)
+
+
+def time_growth(sites: tuple[Site, ...]) -> Growth | None:
+    """Returns the largest growth over the steps of a recurrence, or None."""
+    found = []
+    for site in sites:
+        if _is_layer(site) and isinstance(site.signal_out, tuple) and not site.stacked:
+            signal = np.asarray(site.signal_out, float)
+            rms = np.asarray(site.rms_in, float)
+            signal = np.sqrt(np.sum(np.square(signal.reshape(-1, signal.shape[-1])), 0))
+            rms = np.sqrt(np.mean(np.square(rms.reshape(-1, rms.shape[-1])), 0))
+            found.append(_time(signal, rms, site.leaf))
+    for leaf in repeated(sites):
+        uses = [s for s in sites if s.leaf == leaf and _is_layer(s)]
+        signal = np.array([_total(s.signal_out) for s in uses])
+        rms = np.array([_usual(s.rms_in) for s in uses])
+        found.append(_time(signal, rms, leaf))
+    grown = [g for g in found if g is not None]
+    return max(grown, key=lambda g: max(g.back, g.forward), default=None)
+
+
+def he_ratios(layers: list[Layer]) -> dict[str, float]:
+    """Returns how large the weights are beside He's initialization, by leaf."""
+    ratios = collections.defaultdict(list)
+    for layer in layers:
+        ratios[layer.leaf].append(layer.he)
+    return {leaf: float(np.median(x)) for leaf, x in ratios.items()}
+
+
+def activation_gains(layers: list[Layer]) -> list[tuple[Layer, float, float]]:
+    """Returns, for layers after an activation, its backward and forward gain."""
+    found = []
+    for layer in layers:
+        if not layer.activation or layer.source is None:
+            continue
+        before = layers[layer.source]
+        with np.errstate(all="ignore"):
+            back = np.float64(before.back_out) / layer.back_in
+            forward = np.float64(layer.rms_in) / before.rms_out
+        found.append((layer, float(back), float(forward)))
+    return found

@@ -1,0 +1,181 @@
+"""Rules for a signal that grows: from layer to layer, or from step to step."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from optclip.diagnosis._growth import Layer
+from optclip.diagnosis._signals import LIMITS, Signals
+from optclip.diagnosis.findings import Action, Finding
+
+__all__ = [
+    "Candidate", "activation", "depth", "initialization", "lowered",
+    "recurrence",
+    "vanishing",
+]  # fmt: skip
+
+
+class Candidate(NamedTuple):
+    """A finding, and by how many decades its remedy betters things."""
+
+    finding: Finding
+    benefit: float
+
+
+def lowered(before: float, after: float) -> float:
+    """Returns by how many decades a remedy lowers the norm; inf if it makes it one."""
+    if not math.isfinite(after):
+        return 0.0
+    if not math.isfinite(before):
+        return math.inf
+    return math.log10(max(before, 1e-30) / max(after, 1e-30))
+
+
+def _paths(layers: list[Layer]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(x.leaf for x in layers))
+
+
+def _growing(s: Signals) -> float:
+    """Returns the decades by which a signal grows over the layers."""
+    if s.depth is None:
+        return 0.0
+    return max(s.depth.back, s.depth.forward)
+
+
+def activation(s: Signals) -> Candidate | None:
+    def gain(pair: tuple[Layer, float, float]) -> float:
+        return max([x for x in pair[1:] if math.isfinite(x)], default=0.0)
+
+    strong = [pair for pair in s.gains if gain(pair) > LIMITS.activation]
+    drop = lowered(s.norm, s.relu_norm)
+    if not s.gains or drop < LIMITS.drop or (s.first.finite and not strong):
+        return None
+    strong = strong or s.gains
+    if s.first.finite:
+        # What the activations magnify must be a good part of the growth.
+        share = sum(math.log10(gain(pair)) for pair in strong)
+        if share < 0.4 * max(_growing(s), LIMITS.drop):
+            return None
+    layers = [layer for layer, _, _ in strong]
+    names = sorted({str(layer.activation) for layer in layers})
+    most = max(map(gain, strong))
+    finding = Finding(
+        "activation", _paths(layers),
+        f"The functions before these layers ({', '.join(names)}) make the signal up to "
+        f"{most:.3g} times as large. With relu in their place the gradient's norm is "
+        f"{s.relu_norm:.3g}, not {s.norm:.3g}.",
+        "Use an activation that does not grow faster than its input: relu, gelu, tanh. "
+        "Or normalize before it.",
+        "high" if drop > 2 else "medium", "measured",
+        (Action("change_activation"), Action("normalize"), Action("clip", 1.0)),
+    )  # fmt: skip
+    return Candidate(finding, drop)
+
+
+def recurrence(s: Signals) -> Candidate | None:
+    time = s.time
+    if time is None:
+        return None
+    grown = max(time.back, time.forward)
+    if time.half < LIMITS.time_growth or grown < 2 * LIMITS.time_growth:
+        return None
+    which = "backward" if time.back >= time.forward else "forward"
+    each = 10 ** (grown / (0.75 * time.count))
+    bound = _clip_bound(s)
+    finding = Finding(
+        "recurrence", time.leaves,
+        f"The {which} signal grows by {10**grown:.3g} over {time.count} steps, "
+        f"x{each:.3g} a step.",
+        f"Clip the gradient at {bound:.3g}, and use a gated cell (LSTM or GRU), an "
+        "orthogonal or identity initialization, or fewer steps at a time.",
+        "high" if grown > 2 else "medium", "measured",
+        (Action("clip", bound), Action("gate"), Action("normalize")),
+    )  # fmt: skip
+    return Candidate(finding, grown)
+
+
+def _clip_bound(s: Signals) -> float:
+    """Returns a bound for a gradient whose own norm can't be trusted."""
+    return 1.0 if not s.first.finite else float(min(1.0, s.norm))
+
+
+def _worse(s: Signals) -> bool:
+    """Whether weights of the usual size would raise the loss: they were learnt."""
+    before = s.first.loss
+    return s.first.finite and s.scaled_loss > max(1.1 * before, before + 0.1)
+
+
+def initialization(s: Signals) -> Candidate | None:
+    drop, trust = lowered(s.norm, s.scaled_norm), s.trust.get(1.0, math.nan)
+    kept = trust < LIMITS.trust and s.scaled_trust > max(LIMITS.trust_after, 2 * trust)
+    enough = drop > (LIMITS.mild_drop if kept else LIMITS.drop)
+    if not s.scaled or not enough or _worse(s) or _by_depth(s):
+        return None
+    if s.time is not None and set(s.scaled) <= set(s.time.leaves):
+        return None  # the recurrence's own weights
+    largest = max(s.he[leaf] for leaf in s.scaled)
+    factor = statistics.median(s.scaled.values())
+    leaves = tuple(s.scaled)
+    finding = Finding(
+        "initialization", leaves,
+        f"The weights are up to {largest:.3g} times as large as He's initialization "
+        f"makes them. With weights of that size the gradient's norm is "
+        f"{s.scaled_norm:.3g}, not {s.norm:.3g}.",
+        f"Multiply these weights by about {factor:.2g}: He's initialization "
+        "(variance 2 / fan_in) for relu, Xavier's (1 / fan_in) for tanh. Or normalize "
+        "each layer.",
+        "high" if drop > 2 else "medium", "measured",
+        (*_rescaling(s.scaled), Action("normalize"), Action("clip", 1.0)),
+    )  # fmt: skip
+    return Candidate(finding, drop)
+
+
+def _rescaling(scaled: dict[str, float]) -> tuple[Action, ...]:
+    """Returns an action for each factor."""
+    factors = sorted(set(scaled.values()))
+    return tuple(
+        Action("scale_weights", f, tuple(k for k, v in scaled.items() if v == f))
+        for f in factors
+    )
+
+
+def _by_depth(s: Signals) -> bool:
+    """Whether many layers, each a little too strong, make a signal grow."""
+    if s.depth is None or s.depth.count < LIMITS.many or s.depth.each > LIMITS.layer:
+        return False
+    evened = lowered(s.norm, s.scaled_norm) > LIMITS.drop and not _worse(s)
+    return _growing(s) > (LIMITS.mild_growth if evened else LIMITS.growth)
+
+
+def depth(s: Signals) -> Candidate | None:
+    growing = _growing(s)
+    if s.depth is None or not (growing > LIMITS.growth or _by_depth(s)):
+        return None
+    which = "backward" if s.depth.back >= s.depth.forward else "forward"
+    finding = Finding(
+        "depth", s.depth.leaves,
+        f"The {which} signal grows by {10**growing:.3g} over {s.depth.count} layers, "
+        f"x{s.depth.each:.3g} a layer.",
+        "Normalize each layer (layer or batch norm), add residual connections, or use "
+        "fewer layers. A clip at 1 bounds the steps meanwhile.",
+        "high" if growing > 3 else "medium", "measured",
+        (Action("residual"), Action("normalize"), Action("clip", 1.0)),
+    )  # fmt: skip
+    return Candidate(finding, growing)
+
+
+def vanishing(s: Signals) -> Candidate | None:
+    if s.depth is None or not s.first.finite:
+        return None
+    if s.depth.back > -LIMITS.shrink and s.norm > 0:
+        return None
+    finding = Finding(
+        "vanishing", s.depth.leaves[: max(len(s.depth.leaves) // 4, 1)],
+        f"The backward signal shrinks by {10 ** abs(s.depth.back):.3g} over "
+        f"{s.depth.count} layers, so the first hardly learn.",
+        "Use He's or Xavier's initialization, an activation that does not saturate "
+        "(relu, gelu), normalization or residual connections. A clip does not help.",
+        "medium", "measured",
+        (Action("normalize"), Action("residual"), Action("change_activation")),
+    )  # fmt: skip
+    return Candidate(finding, -s.depth.back)

@@ -1,0 +1,57 @@
+"""Models of other libraries as trees of arrays: nothing of theirs is imported here."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["as_arrays"]
+
+
+def _is_weight(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, batch):
+        # New variables at each call, which may change them.
+        mine = jax.tree.map(lambda x: x, rest)
+        return loss_fn(nnx.merge(graph, params, mine), batch)
+
+    return loss, params
+
+
+def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
+    """Returns a loss of a tree of arrays alone, and that tree.
+
+    A Flax NNX model is split, and merged at each call: what a call changes in it, as
+    batch statistics and counts of keys, is gone after it. Of other trees, as Equinox's,
+    leaves that are no arrays of real or complex numbers are kept as they are.
+    """
+    nnx = getattr(sys.modules.get("flax"), "nnx", None)
+    if nnx is not None and isinstance(params, nnx.Module):
+        return _from_nnx(nnx, loss_fn, params)
+    leaves, treedef = jax.tree.flatten(params)
+    weights = [_is_weight(x) for x in leaves]
+    if not any(weights):
+        raise ValueError(
+            "`params` has no leaf of real or complex numbers. Give the tree of "
+            "parameters, a Flax NNX model or an Equinox model."
+        )
+    if all(weights):
+        return loss_fn, params
+    paths = jax.tree.unflatten(
+        treedef, [x if w else None for x, w in zip(leaves, weights, strict=True)]
+    )
+
+    def loss(arrays, batch):
+        mine = iter(jax.tree.leaves(arrays))
+        every = [next(mine) if w else x for x, w in zip(leaves, weights, strict=True)]
+        return loss_fn(jax.tree.unflatten(treedef, every), batch)
+
+    return loss, paths

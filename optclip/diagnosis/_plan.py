@@ -1,0 +1,268 @@
+"""Where a program uses its parameters: matmuls, convolutions, lookups and scales.
+
+A program is a jaxpr. Each of its values is made of constants, of parameters alone, or
+of data; where data meets parameters there is a site. Nothing is computed here.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from optclip.diagnosis._program import (
+    CONSTANT,
+    DATA,
+    ELEMENTWISE,
+    INLINED,
+    LINEAR,
+    LOST,
+    OPENED,
+    RULED,
+    Chain,
+    Made,
+    Plan,
+    SiteSpec,
+    Step,
+    closed,
+)
+
+__all__ = ["plan_program", "scan_layout"]
+
+
+class _Place(NamedTuple):
+    first: int = 0  # number of the first site
+    lengths: tuple[int, ...] = ()  # of the scans around it
+
+
+def scan_layout(eqn: Any) -> tuple[int, int]:
+    """Returns how many constants and carries a scan has, read off the ranks."""
+    inner = closed(eqn.params["jaxpr"]).jaxpr
+    ranks = zip(eqn.outvars, inner.outvars, strict=True)
+    carries = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in ranks)
+    pairs = zip(eqn.invars, inner.invars, strict=True)
+    kept = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+    return kept - carries, carries
+
+
+def _together(mades: list[Made]) -> Made:
+    """Returns what a value of all these is made of."""
+    if any(m.data for m in mades):
+        return DATA
+    leaves = frozenset().union(*(m.leaves for m in mades))
+    return Made(leaves, stacked=any(m.stacked for m in mades))
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    if name in ELEMENTWISE:
+        return True
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    if inner is None or name not in INLINED | RULED:
+        return False
+    return all(_is_elementwise(e) for e in closed(inner).jaxpr.eqns)
+
+
+def _name_of(eqn: Any) -> str:
+    inner = eqn.params.get("call_jaxpr")
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    called = str(eqn.params.get("name") or getattr(info, "func_name", "") or "")
+    return called or eqn.primitive.name
+
+
+def _chained(eqn: Any, mades: list[Made]) -> Chain | None:
+    """Returns the chain of an elementwise function's result."""
+    data = [(v, m) for v, m in zip(eqn.invars, mades, strict=True) if m.data]
+    chains = [m.chain for _, m in data]
+    if not _is_elementwise(eqn) or any(c is None for c in chains):
+        return None
+    if len({c.site for c in chains if c}) != 1:
+        return None
+    functions = dict.fromkeys(f for c in chains if c for f in c.functions)
+    before = next((c.before for c in chains if c and c.before is not None), None)
+    name = eqn.primitive.name
+    scaled = name in ("mul", "div") and len(data) == 1
+    if name not in LINEAR and not (scaled and (name == "mul" or mades[0].data)):
+        before = data[0][0] if before is None else before
+        functions[_name_of(eqn)] = None
+    first = chains[0]
+    return first and Chain(first.site, tuple(functions), before)
+
+
+def _fans(eqn: Any, weight_at: int) -> tuple[int, int]:
+    """Returns fan_in and fan_out of a site."""
+    shape = eqn.invars[weight_at].aval.shape
+    name = eqn.primitive.name
+    if name == "dot_general":
+        contracted, batched = eqn.params["dimension_numbers"]
+        fan_in = math.prod(shape[d] for d in contracted[weight_at])
+        groups = math.prod(shape[d] for d in batched[weight_at])
+        return fan_in, math.prod(shape) // max(fan_in * groups, 1)
+    if name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"].rhs_spec
+        fan_in = math.prod(shape) // max(shape[spec[0]], 1)
+        return fan_in, math.prod(shape) // max(shape[spec[1]], 1)
+    if name == "gather":
+        return 1, math.prod(shape[1:])
+    return 1, 1
+
+
+KINDS = {
+    "dot_general": "matmul",
+    "conv_general_dilated": "conv",
+    "mul": "scale",
+    "gather": "embedding",
+}
+
+
+def _site(eqn: Any, mades: list[Made], place: _Place, number: int) -> SiteSpec | None:
+    """Returns the site that an equation is, or None."""
+    kind = KINDS.get(eqn.primitive.name)
+    if kind is None:
+        return None
+    first, second = mades[:2]
+    if kind == "embedding":
+        # One row looked up by a loop's counter is a layer's slice, not a lookup.
+        many = math.prod(eqn.invars[1].aval.shape[:-1]) > 1
+        if not (first.leaves and not first.data and many):
+            return None
+        at = 1
+    elif first.leaves and not first.data and not second.leaves:
+        at = 1
+    elif second.leaves and not second.data and not first.leaves:
+        at = 0
+    else:
+        return None
+    weight, data = mades[1 - at], mades[at]
+    if kind == "scale" and not data.data:
+        return None
+    chain = data.chain
+    fan_in, fan_out = _fans(eqn, 1 - at)
+    return SiteSpec(
+        kind, weight.leaves, number, fan_in, fan_out, at,
+        chain.functions if chain else (), chain.site if chain else None,
+        chain.before if chain else None, place.lengths, weight.stacked,
+        str(eqn.outvars[0].aval.dtype),
+    )  # fmt: skip
+
+
+def _inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
+    """Returns the programs in an equation, and what their arguments are made of."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "while":
+        start = params["cond_nconsts"]
+        return [(closed(params["body_jaxpr"]), mades[start:])]
+    if name == "cond":
+        return [(closed(b), mades[1:]) for b in params["branches"]]
+    found = []
+    for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
+        inner = params.get(key)
+        if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+            inner = closed(inner)
+            if len(inner.jaxpr.invars) == len(mades):
+                found.append((inner, mades))
+    return found[:1]
+
+
+def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
+    """Plans a scan's body: a carry is of parameters only if it stays so."""
+    consts, carries = scan_layout(eqn)
+    program = closed(eqn.params["jaxpr"])
+    inside = place._replace(lengths=(*place.lengths, eqn.params["length"]))
+    mades = [m.without_chain() for m in mades]
+    for i, made in enumerate(mades):
+        row = i >= consts + carries and bool(made.leaves)
+        mades[i] = made._replace(stacked=row)
+    while True:
+        plan = _make_plan(program, mades, inside)
+        changed = False
+        for i in range(carries):
+            before, after = mades[consts + i], plan.outs[i]
+            joined = _together([before, after])
+            if joined[:2] != before[:2]:
+                mades[consts + i], changed = joined, True
+        if not changed:
+            return plan
+
+
+def _crossing(made: Made) -> Made:
+    """Returns what a value is made of on the other side of a program's border."""
+    if made.chain is None or not made.chain.functions:
+        return made
+    return made._replace(chain=made.chain._replace(before=LOST))
+
+
+def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, list[str]]:
+    """Plans the programs in an equation; also returns why sites are out of reach."""
+    name, plans = eqn.primitive.name, []
+    if name == "scan":
+        plans = [_scan_plan(eqn, made, place)]
+    else:
+        for inner, given in _inner_programs(eqn, made):
+            cross = _crossing if name in INLINED else Made.without_chain
+            plans.append(_make_plan(inner, list(map(cross, given)), place))
+            place = place._replace(first=place.first + len(plans[-1].sites))
+    if name in OPENED:
+        step = Step(eqn, None, tuple(plans), any(p.sites for p in plans))
+        return step, [words for p in plans for words in p.hidden]
+    reason = f"inside {_name_of(eqn)} ({name})"
+    count = sum(len(p.sites) + len(p.hidden) for p in plans)
+    return Step(eqn, None, tuple(plans) if name in RULED else ()), [reason] * count
+
+
+def _outs_of(step: Step) -> list[Made]:
+    """Returns what the results of an opened equation are made of."""
+    if len(step.plans) == 1 and step.eqn.primitive.name in INLINED:
+        return [_crossing(m) for m in step.plans[0].outs]
+    return [_together(list(o)) for o in zip(*(p.outs for p in step.plans), strict=True)]
+
+
+def _result(eqn: Any, made: list[Made], used: bool) -> Made:
+    """Returns what the result of any other equation is made of."""
+    if eqn.primitive.name in ("dynamic_slice", "gather") and made[0].leaves:
+        return made[0]  # a layer's own slice, wherever the index comes from
+    whole = DATA if used else _together(made)
+    return whole._replace(chain=_chained(eqn, made)) if whole.data else whole
+
+
+def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
+    """Finds the sites of a program, given what its arguments are made of."""
+    jaxpr = program.jaxpr
+    env: dict[Any, Made] = dict.fromkeys(jaxpr.constvars, CONSTANT)
+    env.update(zip(jaxpr.invars, mades, strict=True))
+    steps: list[Step] = []
+    sites: list[SiteSpec] = []
+    hidden: list[str] = []
+
+    def look(atom):
+        return CONSTANT if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        made = [look(v) for v in eqn.invars]
+        here = place._replace(first=place.first + len(sites))
+        site = _site(eqn, made, here, here.first)
+        if site is not None:
+            steps.append(Step(eqn, site))
+            sites.append(site)
+            env[eqn.outvars[0]] = DATA._replace(chain=Chain(site.number, (), None))
+            continue
+        step, reasons = _step(eqn, made, here)
+        steps.append(step)
+        hidden.extend(reasons)
+        if step.opened:
+            for plan in step.plans:
+                sites.extend(plan.sites)
+            outs = _outs_of(step)
+        else:
+            outs = [_result(eqn, made, bool(reasons))] * len(eqn.outvars)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    outs = tuple(look(v) for v in jaxpr.outvars)
+    return Plan(program, tuple(steps), tuple(sites), tuple(hidden), outs)
+
+
+def plan_program(program: Any, params: int) -> Plan:
+    """Plans a program of which the first ``params`` arguments are parameter leaves."""
+    given = [
+        Made(frozenset([i])) if i < params else DATA
+        for i in range(len(program.jaxpr.invars))
+    ]
+    return _make_plan(program, given, _Place())

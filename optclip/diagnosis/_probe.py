@@ -1,0 +1,177 @@
+"""The programs that a diagnosis runs, each compiled once, and what they measure."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optclip import norms
+from optclip.diagnosis._replay import Change, no_probes
+from optclip.diagnosis.taps import Site, Tapped, tapped
+
+__all__ = ["Batch", "Probe", "half_of"]
+
+# A step's updates are tried at these parts of their size.
+PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+
+
+class Batch(NamedTuple):
+    """What one batch gave.
+
+    Attributes:
+        loss: Its loss.
+        norm: Norm of its gradient.
+        bad_leaves: Paths of leaves whose gradient is not finite.
+        sites: What was seen in the program, or nothing.
+    """
+
+    loss: float
+    norm: float
+    bad_leaves: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are."""
+        return bool(np.isfinite(self.loss) and np.isfinite(self.norm))
+
+
+def half_of(batch: Any, part: int) -> Any:
+    """Returns the first or second half of a batch along its leading axis, or None."""
+    sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2 or size % 2:
+        return None
+    half = size // 2
+    return jax.tree.map(lambda x: x[part * half : (part + 1) * half], batch)
+
+
+@dataclasses.dataclass
+class Probe:
+    """A model under diagnosis: its programs, and what it costs to ask them.
+
+    Attributes:
+        loss_fn: ``loss_fn(params, batch)`` returns a scalar.
+        optimizer: The optimizer.
+        show: Called with a few words before each stage.
+        tapped: The program that was read, or None where that failed.
+        why_not: Why it failed, in words.
+    """
+
+    loss_fn: Callable[[Any, Any], jax.Array]
+    optimizer: optax.GradientTransformationExtraArgs
+    show: Callable[[str], None]
+    tapped: Tapped | None = None
+    why_not: str = ""
+
+    def read(self, params: Any, batch: Any) -> None:
+        """Reads the program of the loss, if this version of JAX can be read."""
+        jax.eval_shape(self.loss_fn, params, batch)  # the user's own errors come first
+        try:
+            self.tapped = tapped(self.loss_fn, params, batch)
+            jax.eval_shape(self._gradients, params, batch)
+        except Exception as error:
+            self.tapped = None
+            self.why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        self._gradient = jax.jit(self._gradients)
+        self._loss = jax.jit(self.loss_fn)
+        self._step = jax.jit(self._one_step)
+        self._update = jax.jit(self.optimizer.update)
+        self._changed = jax.jit(self._changed_norm, static_argnums=2)
+
+    def _gradients(self, params, batch, change=Change()):  # noqa: B008
+        """Returns loss, gradients, their norms, and the figures of all sites."""
+        if self.tapped is None:
+            loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
+            figures, signals = [], []
+        else:
+            seen = self.tapped
+
+            def loss_of(params, probes):
+                return seen.run(params, (batch,), probes, change)
+
+            both = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+            probes = no_probes(seen.plan)
+            (loss, figures), (grads, signals) = both(params, probes)
+        fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
+        norm = norms.global_norm(grads)
+        return (loss, norm, jnp.stack(fine), figures, signals), grads
+
+    def _changed_norm(self, params, batch, change):
+        """Returns loss and norm of the gradient of the program with a change."""
+        assert self.tapped is not None
+        run = self.tapped.run
+        loss, grads = jax.value_and_grad(lambda p: run(p, (batch,), (), change)[0])(
+            params
+        )
+        return loss, norms.global_norm(grads)
+
+    def _one_step(self, params, opt_state, batch, part):
+        loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        updates = jax.tree.map(lambda u: part * u, updates)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
+        """Returns what one batch gives, and its gradients."""
+        (loss, norm, fine, figures, signals), grads = self._gradient(params, batch)
+        paths = self.tapped.paths if self.tapped else ()
+        flags = zip(paths, np.asarray(fine), strict=False)
+        sites = self.tapped.sites(figures, signals) if self.tapped else ()
+        bad = tuple(path for path, good in flags if not good)
+        return Batch(float(loss), float(norm), bad, sites), grads
+
+    def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
+        """Returns loss and norm with a change, NaN where it can't be made."""
+        if self.tapped is None:
+            return float("nan"), float("nan")
+        try:
+            loss, norm = self._changed(params, batch, change)
+        except Exception:  # a counterfactual that can't be built tells nothing
+            return float("nan"), float("nan")
+        return float(loss), float(norm)
+
+    def loss(self, params: Any, batch: Any) -> float:
+        """Returns the loss of one batch."""
+        return float(self._loss(params, batch))
+
+    def trust(
+        self, params: Any, opt_state: Any, batch: Any, grads: Any, loss: float
+    ) -> dict[float, float]:
+        """Returns how much of the predicted fall of the loss comes true, by part."""
+        updates, _ = self._update(grads, opt_state, params)
+        slope = float(
+            sum(
+                jnp.vdot(g.astype(jnp.float32), u.astype(jnp.float32)).real
+                for g, u in zip(
+                    jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True
+                )
+            )
+        )
+        found = {}
+        for part in PARTS:
+            # A change below rounding says nothing.
+            if not abs(part * slope) > 1e-5 * abs(loss):
+                continue
+            moved = self._moved(params, updates, part)
+            found[part] = (self.loss(moved, batch) - loss) / (part * slope)
+        return found
+
+    def _moved(self, params: Any, updates: Any, part: float) -> Any:
+        smaller = jax.tree.map(lambda u: part * u, updates)
+        return optax.apply_updates(params, smaller)
+
+    def rehearse(
+        self, params: Any, opt_state: Any, batches: Iterable[Any], part: float
+    ) -> list[float]:
+        """Trains a few steps, with ``part`` of each update; returns the losses."""
+        losses = []
+        for batch in batches:
+            params, opt_state, loss = self._step(params, opt_state, batch, part)
+            losses.append(float(loss))
+            if not np.isfinite(losses[-1]):
+                break
+        return losses

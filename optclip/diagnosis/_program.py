@@ -1,0 +1,132 @@
+"""The words of a planned program: what values are made of, sites, steps."""
+
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+__all__ = [
+    "CONSTANT", "DATA", "ELEMENTWISE", "INLINED", "LINEAR", "LOST", "OPENED", "RULED",
+    "Chain", "Made", "Plan", "SiteSpec", "Step", "closed",
+]  # fmt: skip
+
+# Elementwise functions that are linear in their one argument of data, and moves.
+LINEAR = {
+    "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "copy_p",
+    "expand_dims", "name", "neg", "optimization_barrier", "pad", "pvary",
+    "reduce_precision", "reshape", "sharding_constraint", "squeeze", "sub", "transpose",
+}  # fmt: skip
+ELEMENTWISE = LINEAR | {
+    "abs", "and", "atan2", "cbrt", "clamp", "cos", "div", "eq", "erf", "erf_inv",
+    "erfc", "exp", "exp2", "expm1", "ge", "gt", "integer_pow", "is_finite", "le",
+    "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow",
+    "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "tan",
+    "tanh", "xor",
+}  # fmt: skip
+LOST = "in another program"
+INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
+OPENED = INLINED | {"scan", "cond"}
+RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+class Chain(NamedTuple):
+    """The way of a value from a site's output through elementwise functions alone."""
+
+    site: int
+    functions: tuple[str, ...]
+    before: Any  # the variable before the first function that is not linear
+
+
+class Made(NamedTuple):
+    """What a value is made of.
+
+    Attributes:
+        leaves: Numbers of the parameter leaves, for a value of parameters alone.
+        data: Whether data or a site went into it.
+        chain: Its way from a site, or None.
+        stacked: Whether it is a slice of a scanned leaf: one layer's own parameters.
+    """
+
+    leaves: frozenset = frozenset()
+    data: bool = False
+    chain: Chain | None = None
+    stacked: bool = False
+
+    def without_chain(self) -> "Made":
+        """Returns the same, for another program to begin with."""
+        return self._replace(chain=None)
+
+
+CONSTANT, DATA = Made(), Made(data=True)
+
+
+class SiteSpec(NamedTuple):
+    """One use of parameters.
+
+    Attributes:
+        kind: "matmul", "conv", "embedding" or "scale".
+        leaves: Numbers of the leaves used.
+        number: Its number in the order of execution.
+        fan_in: Inputs that one output sums over.
+        fan_out: Outputs that one input goes into.
+        data_at: Which operand is the data.
+        functions: Nonlinear functions between the site before and this one.
+        source: Number of that site, or None.
+        before: The variable that the first of these functions was applied to.
+        lengths: Lengths of the scans that it is in, the outermost first.
+        stacked: Whether each step of the innermost scan has parameters of its own.
+        dtype: The dtype of the result.
+    """
+
+    kind: str
+    leaves: frozenset
+    number: int
+    fan_in: int
+    fan_out: int
+    data_at: int
+    functions: tuple[str, ...]
+    source: int | None
+    before: Any
+    lengths: tuple[int, ...]
+    stacked: bool
+    dtype: str
+
+
+class Step(NamedTuple):
+    """One equation: a site, a container of programs, or anything else.
+
+    Attributes:
+        eqn: The equation.
+        site: The site that it is, or None.
+        plans: The programs in it.
+        opened: Whether these have sites that are to be reached.
+    """
+
+    eqn: Any
+    site: SiteSpec | None = None
+    plans: tuple["Plan", ...] = ()
+    opened: bool = False
+
+
+class Plan(NamedTuple):
+    """A program with its sites.
+
+    Attributes:
+        jaxpr: The program, closed.
+        steps: Its equations.
+        sites: All sites, those of containers included, in the order of execution.
+        hidden: Reasons for the sites that can't be reached, one for each.
+        outs: What its results are made of.
+    """
+
+    jaxpr: Any
+    steps: tuple[Step, ...]
+    sites: tuple[SiteSpec, ...]
+    hidden: tuple[str, ...]
+    outs: tuple[Made, ...]
+
+
+def closed(jaxpr: Any, consts: Any = ()) -> Any:
+    """Returns a jaxpr with its constants, which some primitives leave out."""
+    if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
+        return jaxpr
+    return core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]

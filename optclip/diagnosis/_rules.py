@@ -1,0 +1,186 @@
+"""From signals to causes: each rule looks for one, and says what its remedy does."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from optclip.diagnosis._growth_rules import (
+    Candidate,
+    activation,
+    depth,
+    initialization,
+    lowered,
+    recurrence,
+    vanishing,
+)
+from optclip.diagnosis._signals import LIMITS, Signals
+from optclip.diagnosis.findings import Action, Finding
+
+__all__ = ["judge"]
+
+
+def _overflow(s: Signals) -> Candidate | None:
+    broken = [b for b in s.batches if not b.finite]
+    if not broken or "float16" not in s.low or not math.isfinite(s.wide_norm):
+        return None
+    sites = [x for x in broken[0].sites if x.dtype in ("float16", "bfloat16")]
+    forward = [x for x in sites if not np.all(np.isfinite(x.rms_out))]
+    backward = [x for x in sites[::-1] if not np.all(np.isfinite(x.signal_out))]
+    there = forward or backward
+    where = tuple(dict.fromkeys(x.leaf for x in there))
+    what = "forward" if forward or not backward else "backward"
+    cure = (
+        "Compute these layers in float32 or bfloat16, whose range is that of float32"
+        if what == "forward"
+        else "Lower the loss scale, or compute in float32 or bfloat16"
+    )
+    finding = Finding(
+        "overflow", where,
+        f"{len(broken)} of {len(s.batches)} batches are not finite: the {what} signal "
+        f"leaves the range of float16 (65504). The same program in float32 has a "
+        f"gradient of norm {s.wide_norm:.3g}.",
+        f"{cure}.", "high", "measured", (Action("float32"),),
+    )  # fmt: skip
+    return Candidate(finding, math.inf)
+
+
+def _bad_batch(s: Signals) -> Candidate | None:
+    if not s.outliers or not s.first.finite:
+        return None
+    bad = [s.batches[i] for i in s.outliers]
+    broken = sum(not b.finite for b in bad)
+    largest = max((b.norm for b in bad if b.finite), default=math.inf)
+    words = [f"{broken} not finite"] if broken else []
+    if broken < len(bad):
+        words.append(f"norms up to {largest:.3g}")
+    bound = float(np.median([b.norm for b in s.batches if b.finite]))
+    numbers = tuple(str(i) for i in s.outliers)
+    finding = Finding(
+        "bad_batch", tuple(f"batch {i}" for i in numbers),
+        f"{len(bad)} of {len(s.batches)} batches: {', '.join(words)}, where the median "
+        f"of all is {bound:.3g}.",
+        "Look at these batches, and drop or mend them. `optclip.skip_steps` leaves "
+        f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
+        "high" if broken else "medium", "measured",
+        (Action("drop_batches", None, numbers), Action("clip", bound)),
+    )  # fmt: skip
+    return Candidate(finding, lowered(largest, s.norm))
+
+
+def _loss_sum(s: Signals) -> Candidate | None:
+    if not 1.8 < s.halves < 2.2:
+        return None
+    finding = Finding(
+        "loss_sum", (),
+        f"The loss of a batch is {s.halves:.3g} times the mean loss of its halves; a "
+        "mean would give 1.",
+        f"Divide the loss by the number of examples, {s.size} in a batch, so that the "
+        "gradient does not grow with it.",
+        "medium", "measured", (Action("divide_loss", float(s.size)),),
+    )  # fmt: skip
+    return Candidate(finding, math.log10(max(s.size, 1)))
+
+
+def _ended(losses: list[float]) -> float:
+    """Returns the mean of the last losses; inf if they are not finite."""
+    tail = np.asarray(losses[-4:])
+    return float(tail.mean()) if len(losses) and np.isfinite(tail).all() else math.inf
+
+
+def _promise(trust: float, smaller: float, part: float) -> str:
+    """Returns how much of the predicted fall of the loss comes true, in words."""
+    if not (math.isfinite(trust) and math.isfinite(smaller)):
+        return ""
+    kept = f"brings {trust:.0%} of it" if trust > 0 else "makes the loss rise"
+    return (
+        f"The gradient predicts a fall of the loss; a step {kept}, one with {part:g} "
+        f"of its size brings {smaller:.0%}. "
+    )
+
+
+def _learning_rate(s: Signals) -> Candidate | None:
+    if not s.rehearsals:
+        return None
+    whole, tenth = (s.rehearsals[part] for part in (1.0, 0.1))
+    start = float(np.mean(s.starts[-4:]))
+    end, slow = _ended(whole), _ended(tenth)
+    margin = LIMITS.worse * max(abs(start), 1e-12)
+    better = slow < end - margin
+    trust = s.trust.get(1.0, math.nan)
+    good = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
+    distrusted = trust < LIMITS.trust and any(p <= 0.3 for p in good)
+    diverged = end > start + margin and better
+    # A step that brings half of what a smaller one would is on the way to bring none.
+    tried = s.trust.get(0.1, math.nan)
+    mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
+    hopeless = math.isinf(end) and math.isinf(slow)
+    if not (diverged or hopeless or mild or (distrusted and better)):
+        return None
+    part = max([p for p in good if p <= 0.3], default=0.01 if hopeless else 0.1)
+    if slow > start + margin:
+        part = min(part, 0.01)
+    words = _promise(trust, s.trust.get(part, math.nan), part)
+    finish, slowly = (
+        f"{x:.3g}" if math.isfinite(x) else "a value that is not finite"
+        for x in (end, slow)
+    )
+    finding = Finding(
+        "learning_rate", (),
+        f"{words}In a rehearsal of 12 steps the loss goes from {start:.3g} to "
+        f"{finish}; with a tenth of the learning rate, to {slowly}.",
+        f"Multiply the learning rate by about {part:g}, or warm it up; an adaptive "
+        "optimizer such as AdamW stands more.",
+        "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
+        "by elimination" if hopeless else "measured",
+        (Action("scale_learning_rate", part),),
+    )  # fmt: skip
+    # Other causes make steps fail as well: what mends more stands before this.
+    relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
+    relative = 0.0 if hopeless else max(relative, 0.0)
+    return Candidate(finding, min(math.log10(1 + relative), 0.9))
+
+
+def _not_finite(s: Signals) -> Finding:
+    broken = [b for b in s.batches if not b.finite]
+    worst = broken[0]
+    sites = [x for x in worst.sites if not np.all(np.isfinite(x.rms_out))]
+    where = (sites[0].leaf,) if sites else worst.bad_leaves[:4]
+    first = (
+        f" The first use of parameters whose result is not finite is {sites[0].leaf}."
+        if sites
+        else ""
+    )
+    return Finding(
+        "not_finite", where,
+        f"{len(broken)} of {len(s.batches)} batches have a loss or gradient that is "
+        f"not finite.{first}",
+        "Look for a logarithm, root or division of zero, or an exponential of a "
+        "large number: `jax.config.update('jax_debug_nans', True)` stops at it. "
+        "`optclip.skip_steps` keeps such steps out of the optimizer.",
+        "high", "by elimination", (),
+    )  # fmt: skip
+
+
+RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
+    _overflow, _bad_batch, activation, recurrence, initialization, depth,
+    _loss_sum, _learning_rate, vanishing,
+)  # fmt: skip
+# What explains the growth of a signal; of several, the one whose remedy helps most.
+GROWTH = {"activation", "recurrence", "initialization", "depth"}
+
+
+def judge(signals: Signals) -> tuple[Finding, ...]:
+    """Returns the causes, the one whose remedy helps most first."""
+    found = [c for rule in RULES if (c := rule(signals)) is not None]
+    causes = {c.finding.cause for c in found}
+    if causes & {"activation", "initialization"}:  # these explain growth over layers
+        found = [c for c in found if c.finding.cause != "depth"]
+    found.sort(key=lambda c: -c.benefit)
+    findings = [c.finding for c in found]
+    others = [b for i, b in enumerate(signals.batches) if i not in signals.outliers]
+    explained = causes & (GROWTH | {"overflow"})
+    explained = explained or ("bad_batch" in causes and all(b.finite for b in others))
+    if not all(b.finite for b in signals.batches) and not explained:
+        findings.append(_not_finite(signals))
+    return tuple(findings)

@@ -1,0 +1,171 @@
+"""Why gradients explode: the measurements, the rules, and the report."""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optclip import _checks
+from optclip.diagnosis import _models, _probe, _rules, _signals
+from optclip.diagnosis.findings import Report
+from optclip.diagnosis.taps import scalar_loss
+
+__all__ = ["diagnose"]
+
+MOST = 24
+
+
+def _quiet(words: str) -> None:
+    del words
+
+
+def _loud(words: str) -> None:
+    print(f"optclip.diagnose: {words}", file=sys.stderr, flush=True)
+
+
+def _listed(signals: _signals.Signals) -> dict[str, Any]:
+    """Returns the signals by name, as a report holds them."""
+    depth, time = signals.depth, signals.time
+    return {
+        "batch_losses": tuple(b.loss for b in signals.batches),
+        "batch_norms": tuple(b.norm for b in signals.batches),
+        "outlier_batches": signals.outliers,
+        "usual_batch": signals.usual,
+        "depth_growth": depth and max(depth.back, depth.forward),
+        "backward_growth": depth and depth.back,
+        "forward_growth": depth and depth.forward,
+        "time_growth": time and max(time.back, time.forward),
+        "weights_beside_he": dict(signals.he),
+        "loss_beside_halves": signals.halves,
+        "trust": dict(signals.trust),
+        "norm_with_relu": signals.relu_norm,
+        "norm_in_float32": signals.wide_norm,
+        "norm_with_usual_weights": signals.scaled_norm,
+        "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
+        "limits": _signals.LIMITS,
+        "sites": signals.first.sites,
+    }
+
+
+def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> list[str]:
+    """Returns what could not be looked at, and why."""
+    words = []
+    if probe.tapped is None:
+        words.append(
+            f"where the signal grows: the program could not be read with JAX "
+            f"{jax.__version__} ({probe.why_not})"
+        )
+    else:
+        hidden = probe.tapped.plan.hidden
+        seen = len(probe.tapped.plan.sites)
+        if hidden:
+            why = ", ".join(dict.fromkeys(hidden))
+            words.append(
+                f"{len(hidden)} of {seen + len(hidden)} uses of parameters: {why}"
+            )
+        if not seen + len(hidden):
+            words.append("any use of the parameters: the loss does not depend on them")
+    if len(signals.batches) < 4:
+        words.append("bad batches: it takes 4 batches or more to compare them")
+    if not signals.first.finite:
+        words.append("what a step does: the loss or its gradient is not finite")
+    elif not np.isfinite(signals.halves):
+        words.append(
+            "whether the loss is a sum: the batch has no common leading axis of even "
+            "length, or its halves have no loss"
+        )
+    if more:
+        words.append(f"batches after the first {len(signals.batches)}")
+    return words
+
+
+def diagnose(
+    loss_fn: Callable,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    opt_state: Any = None,
+    has_aux: bool = False,
+    max_batches: int = MOST,
+    progress: bool = True,
+) -> Report:
+    """Finds out why gradients explode, where in the model, and what to do about it.
+
+    It measures the gradients of the batches, the signals at each use of a parameter
+    (see `optclip.tap`), and what a few steps do. Then it tries remedies, without
+    changing anything of yours: the same program with smaller weights, with relu, in
+    float32, and with smaller steps. What helps most is named first.
+
+    | cause            | what is measured                                        |
+    | ---------------- | ------------------------------------------------------- |
+    | `initialization` | weights beside He's; the gradient with weights like his |
+    | `depth`          | growth of the signal over the layers                    |
+    | `recurrence`     | growth of the signal over the steps of a scan           |
+    | `activation`     | gain of each activation; the gradient with relu         |
+    | `learning_rate`  | fall of the loss beside that predicted; twelve steps    |
+    | `bad_batch`      | norms of the batches beside their median                |
+    | `overflow`       | the same program in float32                             |
+    | `loss_sum`       | loss of a batch beside that of its halves               |
+    | `vanishing`      | the opposite of growth                                  |
+
+    Nothing that is not finite is called healthy. It costs about 60 training steps and
+    compiles five programs or so: run it when a run goes wrong, or before a long one.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over keys of
+            dropout and over batch statistics, so that two calls give the same loss.
+        params: A tree of arrays, a Flax NNX model or an Equinox model. The model itself
+            is not changed; it is given to ``loss_fn`` as a copy.
+        batches: Batches of the training data, at least one, better 8 to 24. They are
+            numbered from 0 in the order in which they come.
+        optimizer: The Optax optimizer of the run, with its clip.
+        opt_state: Its state, if the run has begun; by default ``optimizer.init``'s.
+        has_aux: Whether ``loss_fn`` returns (loss, aux).
+        max_batches: How many batches to look at, at most.
+        progress: Whether each stage is announced on stderr.
+
+    Returns:
+        A `Report`. Print it.
+
+    Raises:
+        TypeError: If ``optimizer`` is no transformation, or there is no batch.
+        ValueError: If the loss is no real scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, optclip
+        >>> def loss_fn(params, batch):
+        ...     for weights in params:
+        ...         batch = jax.nn.relu(batch @ weights)
+        ...     return jnp.mean(batch**2)
+        >>> keys = jax.random.split(jax.random.key(0), 6)
+        >>> params = [jax.random.normal(key, (16, 16)) for key in keys]
+        >>> batches = [jax.random.normal(key, (8, 16)) for key in keys]
+        >>> found = optclip.diagnose(
+        ...     loss_fn, params, batches, optimizer=optax.sgd(1e-12), progress=False
+        ... )
+        >>> found.findings[0].cause
+        'initialization'
+    """
+    _checks.transformation(optimizer=optimizer)
+    loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
+    wrapped = optax.with_extra_args_support(optimizer)
+    given = list(
+        itertools.islice(batches, _checks.size("max_batches", max_batches) + 1)
+    )
+    if not given:
+        raise ValueError("`batches` is empty: give at least one batch.")
+    more, given = len(given) > max_batches, given[:max_batches]
+    given = [jax.tree.map(jnp.asarray, batch) for batch in given]
+    opt_state = wrapped.init(params) if opt_state is None else opt_state
+    probe = _probe.Probe(loss_fn, wrapped, _loud if progress else _quiet)
+    probe.show("reading the program")
+    probe.read(params, given[0])
+    signals = _signals.measure(probe, params, opt_state, given)
+    words = _not_seen(probe, signals, more)
+    return Report(_rules.judge(signals), _listed(signals), tuple(words))

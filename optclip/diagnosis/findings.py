@@ -1,0 +1,116 @@
+"""What a diagnosis says: findings with evidence and a remedy, and what was not seen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["CAUSES", "Action", "Finding", "Report"]
+
+# Each cause, and how the report names it.
+CAUSES = {
+    "initialization": "The weights are too large",
+    "depth": "The signal grows from layer to layer",
+    "recurrence": "The signal grows from step to step of a recurrence",
+    "activation": "The activation magnifies the signal",
+    "learning_rate": "The learning rate is too high",
+    "bad_batch": "A few batches are unlike the others",
+    "overflow": "Numbers leave the range of their dtype",
+    "loss_sum": "The loss sums over the batch",
+    "vanishing": "The signal dies out from layer to layer",
+    "not_finite": "Not finite, for a reason that was not found",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """One thing to do, in a form that a program can carry out.
+
+    Attributes:
+        kind: "scale_weights" (multiply the leaves ``where`` by ``amount``),
+            "scale_learning_rate" (by ``amount``), "divide_loss" (by ``amount``),
+            "drop_batches" (those numbered in ``where``), "float32", "normalize",
+            "residual", "gate", "change_activation" or "clip" (by a global norm of
+            ``amount``).
+        amount: The number that goes with it, or None.
+        where: Paths of leaves, or numbers of batches as words.
+    """
+
+    kind: str
+    amount: float | None = None
+    where: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One cause of large or non-finite gradients.
+
+    Attributes:
+        cause: A key of `CAUSES`.
+        where: Paths of parameter leaves in the order in which they are used, or
+            "batch 23", counted from 0 in the order in which the batches came.
+        evidence: What was measured, with numbers.
+        remedy: What to do about it, the first thing first.
+        severity: "high" where training can't go on, "medium" where it suffers, "low"
+            where it is worth knowing.
+        confidence: "measured" where the cause itself, or what its remedy does, was
+            measured; "by elimination" where other causes were ruled out.
+        actions: The remedy in a form that a program can carry out, the first first.
+    """
+
+    cause: str
+    where: tuple[str, ...]
+    evidence: str
+    remedy: str
+    severity: str
+    confidence: str
+    actions: tuple[Action, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The cause in words."""
+        return CAUSES[self.cause]
+
+    def __str__(self) -> str:
+        """Returns the finding as a few lines of text."""
+        where = ", ".join(self.where[:4])
+        if len(self.where) > 4:
+            where += f" and {len(self.where) - 4} more"
+        lines = [
+            f"{self.title} ({self.severity}; {self.confidence})",
+            *([f"  where:    {where}"] if where else []),
+            f"  evidence: {self.evidence}",
+            f"  remedy:   {self.remedy}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `optclip.diagnose` found.
+
+    Attributes:
+        findings: The causes, the one whose remedy helps most first; empty if nothing
+            was found wrong.
+        signals: The measurements behind them by name: scalars, tuples of numbers, and
+            under "sites" the `Site`s of the program.
+        not_seen: What could not be looked at, and why, in words.
+    """
+
+    findings: tuple[Finding, ...]
+    signals: Mapping[str, Any]
+    not_seen: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        """Returns the report as text."""
+        if self.healthy:
+            head = "Nothing was found that makes the gradients explode."
+        else:
+            numbered = enumerate(self.findings, 1)
+            head = "\n\n".join(f"{n}. {finding}" for n, finding in numbered)
+        notes = "\n".join(f"Not seen: {words}" for words in self.not_seen)
+        return f"{head}\n\n{notes}" if notes else head

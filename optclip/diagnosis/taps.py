@@ -1,0 +1,279 @@
+"""What a program does with its parameters, seen at each use, in any model."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip import _trees
+from optclip.diagnosis._plan import plan_program
+from optclip.diagnosis._program import Plan
+from optclip.diagnosis._replay import Change, no_probes, replay
+
+__all__ = ["Site", "Tapped", "Taps", "tap", "tapped"]
+
+Number = float | tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One use of parameters in a program.
+
+    Where a number is said to be one a step, it is a tuple inside `jax.lax.scan`, nested
+    for nested scans, and a float elsewhere.
+
+    Attributes:
+        leaf: Path of the parameter leaf, as "layers/3/kernel"; the largest, if several
+            are put together before they are used.
+        leaves: Paths of all of them.
+        kind: "matmul", "conv", "embedding" or "scale".
+        order: Its place in the order of execution.
+        fan_in: How many inputs each output sums over.
+        fan_out: How many outputs each input goes into.
+        rms_in: Root mean square of the data that comes in, one a step; 0 for the
+            indices of an embedding.
+        rms_out: The same of what goes out.
+        rms_weight: The same of the parameters, as they are used.
+        signal_in: Norm of the derivative of the loss for what comes in, through this
+            use alone, one a step.
+        signal_out: Norm of the derivative of the loss for what goes out, one a step.
+        dtype: The dtype of what goes out.
+        activation: Names of the functions that are not linear between the site
+            ``source`` and this one, as "tanh"; None if there is more between them, as a
+            normalization or a sum with another branch.
+        source: The ``order`` of that site, or None.
+        stacked: Whether each step has parameters of its own: layers in a scan. Else the
+            steps use the same ones: a recurrence.
+    """
+
+    leaf: str
+    leaves: tuple[str, ...]
+    kind: str
+    order: int
+    fan_in: int
+    fan_out: int
+    rms_in: Number
+    rms_out: Number
+    rms_weight: Number
+    signal_in: Number
+    signal_out: Number
+    dtype: str
+    activation: str | None
+    source: int | None
+    stacked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What `tap` saw.
+
+    Attributes:
+        sites: The uses of parameters, in the order of execution.
+        loss: The loss of the program that was tapped.
+        total: How many uses there are, those out of reach included.
+        not_seen: Why those out of reach are so, one reason for each.
+    """
+
+    sites: tuple[Site, ...]
+    loss: float
+    total: int
+    not_seen: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns a table of the sites, and how many were seen."""
+        lines = [
+            f"{'use':<11}{'signal back':>12}{'rms in':>10}{'rms out':>10}"
+            f"{'fan in':>8}  leaf"
+        ]
+        for site in self.sites:
+            lines.append(
+                f"{site.kind:<11}{_brief(site.signal_out):>12}"
+                f"{_brief(site.rms_in):>10}{_brief(site.rms_out):>10}"
+                f"{site.fan_in:>8}  {site.leaf}"
+            )
+        lines.append(f"Seen {len(self.sites)} of {self.total} uses of parameters.")
+        lines += [f"Not seen: {reason}." for reason in self.not_seen]
+        return "\n".join(lines)
+
+
+def _brief(number: Number) -> str:
+    if isinstance(number, float):
+        return f"{number:.3g}"
+    flat = np.ravel(np.asarray(number))
+    return f"{flat[0]:.2g}..{flat[-1]:.2g}"
+
+
+class Tapped(NamedTuple):
+    """A loss whose program was read.
+
+    Attributes:
+        plan: The program and its sites.
+        paths: Paths of the leaves of ``params``.
+        sizes: Their sizes.
+        run: ``(params, args, probes, change) -> (loss, figures)``.
+    """
+
+    plan: Plan
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    run: Callable[..., tuple[jax.Array, list[jax.Array]]]
+
+    def sites(self, figures: Any, signals: Any) -> tuple[Site, ...]:
+        """Returns the sites, with what was measured there."""
+        found = []
+        for spec, rms, signal in zip(self.plan.sites, figures, signals, strict=True):
+            leaves = sorted(spec.leaves, key=lambda i: -self.sizes[i])
+            rms, signal = np.asarray(rms, float), np.asarray(signal, float)
+            chained = spec.source is not None
+            found.append(
+                Site(
+                    leaf=self.paths[leaves[0]],
+                    leaves=tuple(self.paths[i] for i in leaves),
+                    kind=spec.kind,
+                    order=spec.number,
+                    fan_in=spec.fan_in,
+                    fan_out=spec.fan_out,
+                    rms_in=_nested(rms[..., 0]),
+                    rms_out=_nested(rms[..., 1]),
+                    rms_weight=_nested(rms[..., 2]),
+                    signal_in=_nested(signal[..., 0]),
+                    signal_out=_nested(signal[..., 1]),
+                    dtype=spec.dtype,
+                    activation=_function(spec.functions) if chained else None,
+                    source=spec.source,
+                    stacked=spec.stacked,
+                )
+            )
+        return tuple(found)
+
+
+# What JAX writes out of these functions, where they are no programs of their own.
+_WRITTEN_OUT = {
+    frozenset({"logistic", "mul"}): "silu",
+    frozenset({"integer_pow", "tanh", "mul"}): "gelu",
+    frozenset({"erf", "mul"}): "gelu",
+    frozenset({"erfc", "mul"}): "gelu",
+}
+
+
+def _function(names: tuple[str, ...]) -> str:
+    """Returns the name of the function that is made of these."""
+    return _WRITTEN_OUT.get(frozenset(names), " ".join(names))
+
+
+def _nested(values: np.ndarray) -> Number:
+    def tuples(x):
+        return tuple(map(tuples, x)) if isinstance(x, list) else x
+
+    return tuples(values.tolist())
+
+
+def _loss_of(value: Any) -> jax.Array:
+    loss = jnp.asarray(value)
+    if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"`loss_fn` must return a real scalar, got {loss.dtype} of shape "
+            f"{loss.shape}. If it returns (loss, aux), give `has_aux=True`."
+        )
+    return loss
+
+
+def scalar_loss(loss_fn: Callable, has_aux: bool) -> Callable:
+    """Returns the loss function with its auxiliary output left out, checked."""
+
+    def loss(*args):
+        out = loss_fn(*args)
+        if has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise ValueError("With `has_aux`, `loss_fn` must return (loss, aux).")
+            out = out[0]
+        elif isinstance(out, tuple):
+            raise ValueError(
+                "`loss_fn` returns a tuple. If it is (loss, aux), give `has_aux=True`."
+            )
+        return _loss_of(out)
+
+    return loss
+
+
+def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
+    """Reads the program of ``loss_fn(params, *args)``, which returns a scalar."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    program = jax.make_jaxpr(loss_fn)(params, *args)
+    plan = plan_program(program, len(flat))
+
+    def run(params, args, probes=(), change=Change()):  # noqa: B008
+        values = jax.tree.leaves((params, args))
+        (loss,), figures = replay(plan, values, probes, change)
+        return loss.astype(jnp.float32) if change.wide else loss, figures
+
+    del treedef
+    paths = tuple(_trees.path_name(path) for path, _ in flat)
+    return Tapped(plan, paths, tuple(int(np.size(x)) for _, x in flat), run)
+
+
+def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Taps:
+    """Shows each use of the parameters in a loss: how large the signals are there.
+
+    The norm of a parameter's gradient does not tell where a signal grows: in a deep
+    network without normalization it is the same in every layer, for what the backward
+    signal gains the forward signal has lost. This reads the program of the loss, and
+    measures the backward signal itself, at the input and the output of every matrix
+    product, convolution, lookup and elementwise scale that a parameter takes part in,
+    at each step of a scan. The model needs no hooks and no change.
+
+    It sees through `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
+    `jax.lax.cond`. A function with a custom derivative keeps it; what is inside it, or
+    inside a `jax.lax.while_loop`, a `jax.shard_map` or a kernel of one's own, is out of
+    reach, counted and named.
+
+    It costs about one training step, and compiles a program of its own: call it now and
+    then, not in each step.
+
+    Args:
+        loss_fn: ``loss_fn(params, *args)`` returns a real scalar.
+        params: A tree of arrays. A Flax NNX model is split into a tree by
+            `flax.nnx.split`, an Equinox model by `equinox.partition`.
+        *args: The rest of its arguments: trees of arrays.
+        has_aux: Whether it returns (loss, aux).
+
+    Returns:
+        `Taps`, with a `Site` for each use. Print it for a table.
+
+    Raises:
+        ValueError: If the loss is no real scalar.
+        NotImplementedError: If this version of JAX writes its programs in a way that is
+            not known here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optclip
+        >>> def loss_fn(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["first"]) @ params["last"])
+        >>> params = {"first": 9 * jnp.ones((2, 3)), "last": jnp.ones((3, 1))}
+        >>> taps = optclip.tap(loss_fn, params, jnp.ones((4, 2)))
+        >>> [(site.leaf, site.fan_in, site.activation) for site in taps.sites]
+        [('first', 2, None), ('last', 3, 'tanh')]
+        >>> taps.sites[-1].signal_out  # of 4 outputs, with a derivative of 1 each
+        2.0
+    """
+    loss_fn = scalar_loss(loss_fn, has_aux)
+    jax.eval_shape(loss_fn, params, *args)  # the user's own errors come first
+    try:
+        seen = tapped(loss_fn, params, *args)
+
+        def loss_of(probes):
+            return seen.run(params, args, probes)
+
+        measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+        (loss, figures), signals = measure(no_probes(seen.plan))
+    except (AttributeError, KeyError, TypeError, AssertionError) as error:
+        raise NotImplementedError(
+            f"`tap` can't read the programs of JAX {jax.__version__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    hidden = seen.plan.hidden
+    sites = seen.sites(figures, signals)
+    return Taps(sites, float(loss), len(sites) + len(hidden), hidden)
