@@ -79,7 +79,7 @@ test-exhaustive: $(call stamp,test)  ## Every layout in every mode of sharding: 
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
 
 fuzz: $(call stamp,test)  ## Any tree, rule and value: 20,000 examples
-	@OPTCLIP_FUZZ_EXAMPLES=20000 $(bin)/python -m pytest tests/test_fuzz.py $(ARGS)
+	@OPTCLIP_FUZZ_EXAMPLES=20000 $(bin)/python -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

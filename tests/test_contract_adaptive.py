@@ -1,7 +1,6 @@
 """The contracts of structure, state and failures over every adaptive transformation."""
 
 import inspect
-import pickle
 
 import adaptive
 import chex
@@ -104,23 +103,6 @@ def test_every_scope_scans_vmaps_donates_and_survives_a_nan(name, scope):
     states, both = jax.jit(jax.vmap(run))(*twice)
     close(jax.tree.map(lambda x: x[1], both), outs)
     close(jax.tree.map(lambda x: x[1], states), state)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_donated_run_resumed_from_a_pickle_is_bitwise_the_same(name):
-    tx = adaptive.build(name)
-    step = jax.jit(tx.update, donate_argnums=(1,))
-
-    def run(state, seeds):
-        for seed in seeds:
-            out, state = step(adaptive.gradients(seed), state, PARAMS)
-        return out, state
-
-    whole = jax.device_get(run(tx.init(PARAMS), range(4)))
-    _, half = run(tx.init(PARAMS), range(2))
-    back = pickle.loads(pickle.dumps(jax.device_get(half)))
-    resumed = jax.device_get(run(jax.tree.map(jnp.asarray, back), (2, 3)))
-    chex.assert_trees_all_equal(resumed, whole)
 
 
 WRAPPERS = {

