@@ -7,7 +7,7 @@ must hardly move. A healthy model must train; from a later step on, its loss mus
 rise by more than a twentieth.
 
 Usage: python -m benchmarks.diagnosis.check_truth [--split tune]
-       [--only NAME_OR_CAUSE] [--seeds 1] [--rates]
+       [--only NAME_OR_CAUSE] [--seeds 1] [--rates] [--variants]
 """
 
 import argparse
@@ -95,6 +95,16 @@ def largest_rate(key):
     return largest
 
 
+def variants(chosen, seed=0):
+    """Prints whether the model trains with each remedy that changes the program."""
+    for scenario in chosen:
+        for name, make in scenario.variants.items():
+            got = outcome(make(seed))
+            word = "true " if trained(*got) else "FALSE"
+            figures = f"{got[0]:.3g} -> {got[1]:.3g}"
+            print(word, scenario.name, "|", name, "|", figures, flush=True)
+
+
 def rates(only):
     for key in RECIPES if not only else [only]:
         print(
@@ -107,14 +117,16 @@ def main():
     parser.add_argument("--only", default="", help="a name or a cause")
     parser.add_argument("--split", choices=["tune", "held_out"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--variants", action="store_true", help="check the remedies")
     parser.add_argument("--rates", action="store_true", help="search learning rates")
     options = parser.parse_args()
     if options.rates:
         return rates(options.only)
     chosen = split(options.split) if options.split else SCENARIOS.values()
+    chosen = [s for s in chosen if options.only in (s.name, s.cause, "")]
+    if options.variants:
+        return variants(chosen)
     for scenario in chosen:
-        if options.only not in (scenario.name, scenario.cause, ""):
-            continue
         for seed in range(options.seeds):
             start = time.time()
             holds, got, sound = truth(scenario, seed)

@@ -16,7 +16,7 @@ LARGEST = {
     "adam transformer": 0.03125,
     "adamw transformer": 0.03125,
     "rmsprop mlp": 0.03125,
-    "adam mixer": 0.02,
+    "adam mixer": 0.5,
     "momentum resnet": 0.125,
     "adam gru": 0.0625,
     "sgd linear": 0.25,
@@ -141,6 +141,7 @@ def bad_batch():
 
 def overflow():
     half = dict(dtype="float16")
+    unscaled = optax.chain(optax.scale(2.0**-24), optax.adam(3e-3))
     yield fault(
         "MLP in float16, its own softmax",
         "overflow",
@@ -165,7 +166,7 @@ def overflow():
         "overflow",
         words(depth=1).but(
             loss=functools.partial(losses.next_token, scale=2.0**24),
-            optimizer=optax.chain(optax.scale(2.0**-24), optax.adam(3e-3)),
+            optimizer=unscaled,
         ),
         knobs=half,
         remedies=("float32",),
@@ -188,10 +189,11 @@ def overflow():
         remedies=("float32",),
     )
     yield fault(
-        "Linen MLP in float16, raw targets after 150 steps",
+        "Linen MLP in float16, loss x2**24 after 150 steps",
         "overflow",
-        _numbers(frameworks.linen_mlp, optax.adam(3e-3), depth=3),
-        spoil_batches=tasks.spoiled(range(tasks.COUNT), x=lambda x: 1e5 * x),
+        _numbers(frameworks.linen_mlp, unscaled, depth=3).but(
+            loss=functools.partial(losses.squared_error, scale=2.0**24)
+        ),
         knobs=half,
         mid=150,
         remedies=("float32",),

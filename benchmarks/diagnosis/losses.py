@@ -16,10 +16,10 @@ def cross_entropy(forward, reduce=jnp.mean):
     return loss_fn
 
 
-def squared_error(forward, reduce=jnp.mean):
+def squared_error(forward, reduce=jnp.mean, scale=1.0):
     def loss_fn(params, batch):
         x, y = batch
-        return reduce(jnp.square(forward(params, x).astype(jnp.float32) - y))
+        return scale * reduce(jnp.square(forward(params, x).astype(jnp.float32) - y))
 
     return loss_fn
 
