@@ -20,7 +20,10 @@ from optclip import actions, rules, scopes
 PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 
 # Names of `optclip.__all__` that make no update: modules, states, readers.
-READERS = {"culprits", "leaf_metrics", "metrics", "per_example_clip"}
+READERS = {
+    "culprits", "diagnose", "leaf_metrics", "metrics", "per_example_clip", "report",
+    "suggest_threshold", "tap",
+}  # fmt: skip
 # Functions on gradients, without a state.
 PURE = {
     "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0)[0],
