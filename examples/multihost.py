@@ -12,13 +12,14 @@ Kubernetes by itself; elsewhere give --coordinator, --processes and --process:
 
 Every process runs the same program. `jax.distributed` connects them, `jax.jit` places
 the collectives, and the optimizer is the one that a single device would have: nothing
-here is about clipping, which is the point. With --checkpoint the run saves itself, and
-goes on where it was if it is started again.
+here is about clipping, which is the point. With --checkpoint, which needs Orbax, the
+run saves itself, and goes on where it was if it is started again.
 """
 
 import argparse
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -27,33 +28,50 @@ import time
 WIDTH, BATCH = 64, 64
 
 
+def positive(text):
+    """Returns a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def parse():
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--layout", choices=("fsdp", "data"), default="fsdp")
-    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--processes", type=positive, help="how many there are")
     parser.add_argument("--process", type=int, help="which this is; none starts all")
-    parser.add_argument("--devices", type=int, help="CPU devices in each process")
+    parser.add_argument("--devices", type=positive, help="CPU devices in each process")
     parser.add_argument("--coordinator", help="host:port of process 0")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to save in")
-    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--save-every", type=positive, default=5)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after a step")
     return parser.parse_args()
 
 
+def end(number, frame):
+    """Ends this process on a signal, and by `finally` those that it started."""
+    del frame
+    sys.exit(128 + number)
+
+
 def start_all(options):
     """Starts every process on this machine; if one fails, ends the others."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        sys.exit("srun starts the processes by itself: leave out --processes.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, __file__, *sys.argv[1:]]
     command += ["--coordinator", f"127.0.0.1:{port}"]
-    children = [
-        subprocess.Popen([*command, "--process", str(i)])
-        for i in range(options.processes)
-    ]
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    children = []
     try:
+        for i in range(options.processes):
+            children.append(subprocess.Popen([*command, "--process", str(i)]))
         while True:
             codes = [child.poll() for child in children]
             failed = [code for code in codes if code]
@@ -66,6 +84,8 @@ def start_all(options):
     finally:
         for child in children:
             child.kill()
+        for child in children:
+            child.wait()
 
 
 def connect(options):
@@ -75,12 +95,20 @@ def connect(options):
         os.environ["JAX_NUM_CPU_DEVICES"] = str(options.devices)
     import jax
 
-    if options.coordinator:
-        jax.distributed.initialize(
-            options.coordinator, options.processes, options.process
-        )
-    elif not options.devices:
-        jax.distributed.initialize()  # as SLURM or Kubernetes says
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own prints a traceback
+    others = f"{options.processes} processes" if options.processes else "the cluster"
+    print(f"Waiting for {others}.", flush=True)
+    given = options.coordinator, options.processes, options.process
+    try:
+        jax.distributed.initialize(*given)  # what is None, SLURM or Kubernetes says
+    except ValueError as error:
+        if given != (None, None, None):
+            sys.exit(
+                f"No other process was found: {error} Outside of a cluster give each "
+                "process --coordinator HOST:PORT, --processes and --process; or give "
+                "--processes alone, which starts all on this machine."
+            )
+        print("There is no cluster: this is the only process.", flush=True)
 
 
 def train(options):
@@ -88,7 +116,6 @@ def train(options):
     import jax
     import jax.numpy as jnp
     import optax
-    import orbax.checkpoint as ocp
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -98,11 +125,6 @@ def train(options):
     optimizer = optclip.skip_steps(
         optax.chain(optclip.clip_by_global_norm(0.1), optax.adam(1e-2))
     )
-
-    def lies(x):
-        """FSDP: what is large enough is cut along its first axis."""
-        cut = options.layout == "fsdp" and x.ndim and x.shape[0] % mesh.size == 0
-        return NamedSharding(mesh, P("data") if cut else P())
 
     def init():
         keys = jax.random.split(jax.random.key(0), 2)
@@ -123,7 +145,16 @@ def train(options):
     def loss_fn(params, x, y):
         return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
 
-    where = jax.tree.map(lies, jax.eval_shape(init))
+    shapes = jax.eval_shape(init)
+    like_params = {x.shape for x in jax.tree.leaves(shapes[0])}
+
+    def lies(x):
+        """FSDP: parameters and moments are cut along axis 0; figures are whole."""
+        fits = x.shape in like_params and x.shape[0] % mesh.size == 0
+        cut = options.layout == "fsdp" and fits
+        return NamedSharding(mesh, P("data") if cut else P())
+
+    where = jax.tree.map(lies, shapes)
 
     @jax.jit
     def update(step, params, state):
@@ -136,6 +167,8 @@ def train(options):
     params, state = jax.jit(init, out_shardings=where)()
     first, manager = 0, None
     if options.checkpoint:
+        import orbax.checkpoint as ocp
+
         manager = ocp.CheckpointManager(options.checkpoint.resolve())
         if manager.latest_step() is not None:
             first = manager.latest_step()
@@ -157,12 +190,15 @@ def train(options):
                 f"skipped {figures['skip/skipped_steps']}",
                 flush=True,
             )
-        if manager and (step + 1) % options.save_every == 0:
-            manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
+        done = step + 1
+        if manager and (done % options.save_every == 0 or done == options.steps):
+            manager.save(done, args=ocp.args.StandardSave((params, state)))
             manager.wait_until_finished()
         time.sleep(options.pause)
     total = jax.jit(lambda p: jax.tree.map(lambda x: jnp.sum(x * x), p))(params)
     if main:
+        for bad in optclip.culprits(state, params):
+            print(f"step {bad.step:3d}  left out: {bad.nan} NaN in {bad.path}")
         sums = {name: float(x) for name, x in jax.device_get(total).items()}
         print(
             f"{jax.process_count()} processes, {jax.device_count()} devices, sums of "
@@ -175,7 +211,7 @@ def train(options):
 if __name__ == "__main__":
     options = parse()
     alone = options.coordinator is None and options.process is None
-    if alone and options.processes and options.processes > 1:
+    if alone and options.processes:
         sys.exit(start_all(options))
     connect(options)
     train(options)

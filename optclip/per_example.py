@@ -1,6 +1,6 @@
 """Gradients that are clipped example by example, and then averaged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,59 @@ def _batch_size(batch: tuple) -> int:
     return size
 
 
+def _names_of(axis_name: Any) -> tuple[str, ...]:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    plain = isinstance(names, (tuple, list)) and all(isinstance(n, str) for n in names)
+    if not plain or "auto" in names:
+        raise ValueError(
+            "`axis_name` must name the mesh axes that the batch is sharded over, as "
+            f'"data" or ("data", "model"), got {axis_name!r}.'
+        )
+    return tuple(names)
+
+
+def _check_params(params: Any) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            raise TypeError(
+                "`params` must hold real or complex arrays only, got "
+                f"{jnp.result_type(x)} at `{_trees.path_name(path)}`. Give what is not "
+                "trained to `loss_fn` by name; of a Flax NNX model, take "
+                "`nnx.split(model, nnx.Param, ...)`."
+            )
+    if not jax.tree.leaves(params):
+        raise ValueError(f"`params` must hold arrays, got {params!r}.")
+
+
+def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
+    """Finds the operations that mix what devices along these mesh axes have."""
+
+    def is_program(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    for eqn in jaxpr.eqns:
+        along = [eqn.params.get("axes"), eqn.params.get("axis_name")]
+        if set(names) & set(jax.tree.leaves(along)):
+            yield eqn.primitive.name
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _collectives(inner, names)
+
+
+def _check_alone(loss_fn: Callable, names: tuple[str, ...]) -> None:
+    """Raises if a loss mixes examples of several devices, or their derivatives."""
+    program = jax.make_jaxpr(loss_fn)()
+    mixing = set(_collectives(program.jaxpr, names)) - {"axis_index", "pvary", "pcast"}
+    if mixing:
+        raise ValueError(
+            f"`loss_fn` must not use {sorted(mixing)[0]} along {names}, which the "
+            "batch is sharded over: the gradients of examples on several devices would "
+            "be added up before they are clipped. Gather parameters before the call, "
+            "and differentiate what was gathered."
+        )
+
+
 def _zeros(x: Any) -> jax.Array:
     return jnp.zeros(
         jnp.shape(x), _measure.widen(jnp.zeros([], jnp.result_type(x))).dtype
@@ -98,13 +151,15 @@ def per_example_clip(
 
     Args:
         loss_fn: Function of (params, *example, **shared) that returns the loss of *one*
-            example, a scalar.
-        max_norm: The largest norm of an example's gradient; at least 0.
+            example, a scalar. It may not talk to other devices along ``axis_name``.
+        max_norm: The largest norm of an example's gradient: a number of at least 0, or
+            a scalar array.
         microbatch_size: How many gradients are held in memory at a time; None for those
             of the whole batch. If the batch is sharded, a multiple of the devices.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the batch is
-            sharded over. Not needed under `jax.jit`.
+            sharded over. Not needed under `jax.jit`. Parameters must then be whole on
+            each device: gather them before the call, not within ``loss_fn``.
 
     Returns:
         A function of (params, *batch, **shared) that returns (gradients,
@@ -112,9 +167,10 @@ def per_example_clip(
         what is given by name goes to each of them as it is.
 
     Raises:
-        ValueError: If a number is out of range, or the arrays of the batch differ in
-            their first axis.
-        TypeError: If ``loss_fn`` can't be called, or returns something else.
+        ValueError: If a number is out of range, the arrays of the batch differ in their
+            first axis, ``params`` has none, or ``loss_fn`` talks to other devices.
+        TypeError: If ``loss_fn`` can't be called, or returns something else, or
+            ``params`` holds integers.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -132,10 +188,15 @@ def per_example_clip(
     """
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r}.")
+    if callable(max_norm) or isinstance(max_norm, rules.Rule):
+        raise TypeError(
+            f"`max_norm` must be a number >= 0 or an array, got {max_norm!r}. For one "
+            "that changes, call `per_example_clip` within the step, with its value."
+        )
     _checks.non_negative(max_norm=max_norm)
     if microbatch_size is not None:
         microbatch_size = _checks.size("microbatch_size", microbatch_size)
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    names = _names_of(axis_name)
 
     def checked(params, *example, **shared):
         out = loss_fn(params, *example, **shared)
@@ -175,6 +236,7 @@ def per_example_clip(
 
     def gradients(params, *batch, **shared):
         size = _batch_size(batch)
+        _check_params(params)
         at_a_time = min(microbatch_size or size, size)
         rounds = -(-size // at_a_time)
         total = rounds * at_a_time
@@ -189,6 +251,9 @@ def per_example_clip(
         examples = (jax.tree.map(cut, batch), used)
         # Or each example's gradient were summed over the devices before it is clipped.
         local = _trees.spread_over(params, names)
+        if names:
+            first = jax.tree.map(lambda x: x[0], batch)
+            _check_alone(lambda: checked(local, *first, **shared), names)
 
         def microbatch(carry, k):
             # Examples stay along an axis of their own: none moves to another device.

@@ -26,10 +26,10 @@ def environment():
     return {**os.environ, **QUIET, "PYTHONPATH": path}
 
 
-def start(*arguments):
+def start(*arguments, **variables):
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *map(str, arguments)], env={**environment(), **variables},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -84,7 +84,78 @@ def test_two_processes_train_as_one_does(layout):
     two = finished(start(EXAMPLE, *options, "--processes", 2, "--devices", 4))
     assert "2 processes, 8 devices" in two
     assert "skipped 1" in two  # the NaN in one shard is known to both
+    for said in (one, two):
+        assert "step   3  left out: 4096 NaN in in" in said
     np.testing.assert_allclose(sums(two), sums(one), rtol=1e-6)
+
+
+def children_after(launcher, line):
+    """Returns the processes that a launcher started, once it printed the line."""
+    for text in launcher.stdout:
+        if re.search(line, text):
+            break
+    listed = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(child) for child in listed.read_text().split()]
+
+
+@pytest.mark.slow
+def test_under_slurm_two_processes_find_each_other_with_devices_given():
+    ports = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    each = [
+        start(EXAMPLE, "--steps", 2, "--devices", 2, SLURM_NTASKS="2",
+              SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **ports)
+        for i in range(2)
+    ]  # fmt: skip
+    said = [finished(process) for process in each]
+    assert "2 processes, 4 devices" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all_and_prints_no_traceback(number):
+    options = ("--processes", 2, "--devices", 1, "--steps", 1000, "--pause", 0.1)
+    launcher = start(EXAMPLE, *options)
+    children = children_after(launcher, r"step +1 ")
+    launcher.send_signal(number)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + number
+    assert "Traceback" not in said
+    assert len(children) == 2
+    assert not any(pathlib.Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.slow
+def test_alone_it_trains_as_one_process_without_orbax(tmp_path):
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "__init__.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    said = finished(start(EXAMPLE, "--steps", 1, PYTHONPATH=path))
+    assert "this is the only process" in said
+    assert "1 processes" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--processes", 2, "--process", 0), "No other process was found"),
+        (("--process", 0), "give each process --coordinator"),
+        (("--processes", 0), "must be at least 1, got 0"),
+        (("--save-every", 0), "must be at least 1, got 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(options, message):
+    process = start(EXAMPLE, *options)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_srun_and_the_launcher_do_not_both_start_processes():
+    process = start(EXAMPLE, "--processes", 2, SLURM_STEP_NUM_TASKS="2")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode
+    assert "leave out --processes" in said
 
 
 @pytest.mark.slow
@@ -93,17 +164,12 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path):
     two = ("--processes", 2, "--devices", 4)
     whole = finished(start(EXAMPLE, "--steps", 24, *two))
     launcher = start(EXAMPLE, *options, *two, "--pause", 0.3)
-    for text in launcher.stdout:
-        if re.search(r"step +10", text):
-            break
-    children = pathlib.Path(
-        f"/proc/{launcher.pid}/task/{launcher.pid}/children"
-    ).read_text().split()  # fmt: skip
-    os.kill(int(children[1]), signal.SIGKILL)
+    children = children_after(launcher, r"step +10")
+    os.kill(children[1], signal.SIGKILL)
     began = time.monotonic()
     said, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1, said[-2000:]
     assert time.monotonic() - began < 60
     again = finished(start(EXAMPLE, *options, *two))
-    assert not re.search(r"step +3 ", again)  # it did not begin anew
+    assert not re.search(r"step +3  loss", again)  # it did not begin anew
     assert sums(again) == sums(whole)

@@ -147,6 +147,59 @@ def test_on_eight_devices_as_on_one():
         chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+def gathered(mesh, loss, before, check):
+    """Returns the clipped gradients of parameters that are cut over eight devices."""
+    f = optclip.per_example_clip(loss, 1.0, axis_name="x")
+    mapped = jax.shard_map(
+        lambda w, x: f(before(w), x)[0], mesh=mesh, in_specs=P("x"),
+        out_specs=P(), check_vma=check,
+    )  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    wanted, _ = optclip.per_example_clip(lambda w, x: (w @ x) ** 2, 1.0)(
+        np.ones(8, np.float32), x
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(np.ones(8), x), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_cut_parameters_must_be_gathered_before_and_not_within_the_loss(check):
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gather(w):
+        return jax.lax.all_gather(w, "x", tiled=True)
+
+    gathered(mesh, lambda w, x: (w @ x) ** 2, gather, check)
+    for hide in (lambda f: f, jax.jit, jax.checkpoint):
+        within = hide(lambda w, x: (gather(w) @ x) ** 2)
+        with pytest.raises(ValueError, match=r"must not use all_gather along \('x',\)"):
+            gathered(mesh, within, lambda w: w, check)
+
+
+def test_a_flax_model_is_split_into_what_is_trained_and_the_rest():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 1, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, x, rest):
+        model = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))
+        return jnp.sum(model.linear(model.dropout(x)) ** 2)
+
+    f = jax.jit(optclip.per_example_clip(loss, 0.5))
+    grads, _ = f(params, batch()[0], rest=rest)
+    norm = optclip.norms.global_norm(grads)
+    assert 0.1 < float(norm) <= 0.5
+    with pytest.raises(TypeError, match=r"got uint32 at `dropout/rngs/count`"):
+        optclip.per_example_clip(loss, 0.5)(nnx.state(model), batch()[0], rest=rest)
+
+
 def test_trains_with_an_optimizer_behind_it():
     x, _ = batch(64)
     x[1] /= 50
@@ -189,3 +242,14 @@ def test_errors_say_what_to_do():
         f(PARAMS)
     with pytest.raises(ValueError, match="`batch` has no examples"):
         f(PARAMS, x[:0], y[:0])
+    for empty in ({}, None):
+        with pytest.raises(ValueError, match="`params` must hold arrays, got"):
+            optclip.per_example_clip(lambda p, x: jnp.sum(x), 1.0)(empty, x)
+    with pytest.raises(TypeError, match="got int32 at `b`"):
+        f({**PARAMS, "b": 1}, x, y)
+    for bound in (optax.constant_schedule(1.0), optclip.rules.constant(1.0)):
+        with pytest.raises(TypeError, match="call `per_example_clip` within the step"):
+            optclip.per_example_clip(loss_fn, bound)
+    for name in ("auto", 3, P(("a", "b"))):
+        with pytest.raises(ValueError, match="`axis_name` must name the mesh axes"):
+            optclip.per_example_clip(loss_fn, 1.0, axis_name=name)
