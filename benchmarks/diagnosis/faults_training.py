@@ -65,7 +65,7 @@ def learning_rate():
         "post-norm transformer, AdamW, rate 10x", "adamw transformer", 10, held_out=True
     )
     yield too_high("Equinox MLP, RMSprop, rate 100x", "rmsprop mlp", 100)
-    yield too_high("MLP-Mixer, Adam, rate 5x", "adam mixer", 5, held_out=True)
+    yield too_high("MLP-Mixer, Adam, rate 10x", "adam mixer", 10, held_out=True)
     yield too_high(
         "Linen ResNet, momentum, rate 10x after 150 steps",
         "momentum resnet",
