@@ -119,12 +119,6 @@ def apply_rule(
     A threshold or target that is negative or NaN counts as 0: it never flips a sign.
     Where numbers other than norms are judged, ``signed``, it may be negative.
     """
-    wanted = jax.eval_shape(rule.init, norm)
-    if _shapes(wanted) != _shapes(state):
-        raise ValueError(
-            f"`state` is not that of `{rule.name}`: its rule keeps {_shapes(wanted)}, "
-            f"got {_shapes(state)}. Call `init` anew after changing the optimizer."
-        )
     result = rule.update(norm, state, context)
     pair = isinstance(result, tuple) and len(result) == 2
     if not pair or not isinstance(result[0], rules.Limit):

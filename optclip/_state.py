@@ -1,6 +1,7 @@
 """The state of a clip: what it did at the last step, and how often it did it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ __all__ = [
     "first",
     "first_seen",
     "look",
+    "own",
 ]
 
 
@@ -199,15 +201,62 @@ def first(paths: Sequence[str]) -> ClipState:
 
 def look(seen: Seen, entries: jax.Array, bad: jax.Array, step: jax.Array) -> Seen:
     """Returns the new `Seen`, after an update with these entries, ``bad`` or not."""
-    if entries.shape != seen.nonfinite_entries.shape:
-        raise ValueError(
-            f"The updates have {entries.shape[0]} leaves of real or complex numbers, "
-            f"but `init` saw {seen.nonfinite_entries.shape[0]}. Call `init` with "
-            "parameters of the same structure as the updates."
-        )
     return Seen(
         nonfinite_steps=seen.nonfinite_steps + bad.astype(jnp.int32),
         last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
         nonfinite_entries=jnp.where(bad, entries, seen.nonfinite_entries),
         leaf_code=seen.leaf_code,
     )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): jnp.shape(x) for path, x in flat}
+
+
+def _difference(state: Any, wanted: Any) -> str:
+    """Says where a state first differs from one of the right layout; "" if nowhere."""
+    got, right = _shapes(state), _shapes(wanted)
+    if got == right:
+        alike = jax.tree.structure(state) == jax.tree.structure(wanted)
+        return "" if alike else "its arrays are nested in another way"
+    codes = "seen/leaf_code"
+    if codes in got and got[codes] != right.get(codes, got[codes]):
+        return (
+            f"`init` saw {got[codes][0]} leaves of real or complex numbers, and the "
+            f"updates have {right[codes][0]}"
+        )
+    path = next(p for p in right | got if got.get(p) != right.get(p))
+    if path not in got:
+        return f"it has no `{path}`"
+    if path not in right:
+        return f"it has `{path}`, which has no place in it"
+    return f"`{path}` has the shape {got[path]} and should have {right[path]}"
+
+
+def own(state: Any, init: Callable[[], Any], foreign: Sequence[str] = ()) -> Any:
+    """Returns ``state``, once it is known to be laid out as what ``init`` returns.
+
+    Types, structure and shapes are compared, but for the fields ``foreign``: a compiled
+    step pays nothing, and batched, sharded and NumPy arrays pass.
+    """
+    wanted = jax.eval_shape(init)
+    kind = type(wanted)
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`state` must be the `{kind.__name__}` that `init` returned, got "
+            f"`{type(state).__name__}`. Call `update(updates, state, params)`, restore "
+            "a checkpoint into what `init` returns, and call `init` anew after a "
+            "change of optimizer."
+        )
+    blank = dict.fromkeys(foreign, ())
+    difference = _difference(state._replace(**blank), wanted._replace(**blank))
+    if difference:
+        raise ValueError(
+            f"`state` is a `{kind.__name__}` that does not fit here: {difference}. It "
+            "is that of other parameters, of other options or of another version. "
+            "Call `init` anew with the parameters; they and the optimizer's own state "
+            'can be kept: see "Checkpoints" in the documentation.'
+        )
+    return state

@@ -32,17 +32,6 @@ from optclip._state import ClipState, GroupStats
 __all__ = ["ClipState", "GroupStats", "clip"]
 
 
-def _own_state(state: Any) -> ClipState:
-    """Returns ``state``, once it is known to be that of a clip."""
-    if not isinstance(state, ClipState):
-        raise TypeError(
-            "`state` must be the `ClipState` that `init` returned, got a "
-            f"{type(state).__name__}. Call `update(updates, state, params)`, and "
-            "`init` anew after changing the optimizer."
-        )
-    return state
-
-
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
     norm, threshold, scale = _state.figures(picked)
@@ -165,7 +154,7 @@ def clip(
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
-        state = _own_state(state)
+        state = _state.own(state, lambda: init_fn(updates))
         if not _trees.leaves_of(updates).leaves:
             return updates, state._replace(steps=state.steps + 1)
         call = _engine.begin(options, updates, params, state.steps)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _trees
+from optclip import _checks, _state, _trees
 from optclip.methods import clip_by_global_norm
 
 __all__ = ["CarryState", "u_clip"]
@@ -76,6 +76,10 @@ def u_clip(
         return CarryState(_trees.zeros_of(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
+        def empty():
+            return CarryState(_trees.zeros_of(updates), ())
+
+        state = _state.own(state, empty, foreign=("inner_state",))
         found = _trees.leaves_of(updates)
         carried = _trees.matching(updates, state.carry)
         total = [

@@ -69,6 +69,7 @@ def monitor(
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
+        state = _state.own(state, lambda: init_fn(updates))
         found = _trees.leaves_of(updates)
         step = state.monitored_steps
         if not found.leaves:

@@ -145,10 +145,10 @@ def skip_steps(
     def count():
         return _state.scalar(0, jnp.int32)
 
-    def init_fn(params) -> Any:
+    def first(params, optimizer_state):
         zero = jnp.zeros([], jnp.float32)
         return SkipState(
-            optimizer_state=inner.init(params),
+            optimizer_state=optimizer_state,
             norm_rule_state=_state.copied(rule.init(zero)),
             loss_rule_state=_state.copied(rule.init(zero)) if by_loss else (),
             offered_steps=count(),
@@ -170,12 +170,14 @@ def skip_steps(
             seen=_state.first_seen(_trees.leaves_of(params).paths),
         )
 
+    def init_fn(params) -> Any:
+        return first(params, inner.init(params))
+
     def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
-        if not isinstance(state, SkipState):
-            raise TypeError(
-                "`state` must be the `SkipState` that `init` returned, got a "
-                f"{type(state).__name__}. Call `init` anew after a change of optimizer."
-            )
+        def empty():
+            return first(updates, ())
+
+        state = _state.own(state, empty, foreign=("optimizer_state",))
         found = _trees.leaves_of(updates)
         if not found.leaves:  # an empty group of a partition
             inside = state.optimizer_state
@@ -227,7 +229,7 @@ def skip_steps(
         worst = jnp.where(bad_entries | about_norm.over, worst, -1)
         noted = (step, norm, level, worst, counts)
         last_bad = BadSteps(*(
-            ring.at[place].set(value.astype(ring.dtype), mode="drop")
+            jnp.asarray(ring).at[place].set(value.astype(ring.dtype), mode="drop")
             for ring, value in zip(state.last_bad, noted, strict=True)
         ))  # fmt: skip
         spikes = spike.astype(jnp.int32)

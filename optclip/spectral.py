@@ -189,6 +189,7 @@ def spectral_clip(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
         found = _trees.leaves_of(updates)
+        state = _state.own(state, lambda: _state.first(found.paths))
         if not found.leaves:
             return updates, state._replace(steps=state.steps + 1)
         value = max_sigma(state.steps) if callable(max_sigma) else max_sigma

@@ -99,6 +99,9 @@ def stabilize(
                 "`stabilize` compares the update with the parameters: call "
                 "`update(updates, state, params)`."
             )
+        # The clips look at their own states, and the optimizer at its own.
+        parts = StabilizeState._fields
+        state = _state.own(state, lambda: StabilizeState._make(((), (), ())), parts)
         clip_state: Any
         cap_state: Any
         clipped, clip_state = first.update(updates, state.gradient_clip, params)

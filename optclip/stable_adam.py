@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import _checks, _trees
+from optclip import _checks, _state, _trees
 from optclip._numbers import root_of
 from optclip.rules._memory import weight_of
 
@@ -98,6 +98,7 @@ def scale_by_stable_adam(
                 "`scale_by_stable_adam` decays the weights: call "
                 "`update(updates, state, params)`."
             )
+        state = _state.own(state, lambda: init_fn(updates))
         count = state.stable_count + 1
         # 1 - b' = (1 - b) / (1 - b**t), to all digits for b near 1.
         new1 = (1 - b1) / weight_of(b1, count, jnp.float32)

@@ -1,7 +1,6 @@
 """The state: fixed shapes, own buffers, and the same results through every wrapper."""
 
 import inspect
-import pickle
 
 import chex
 import jax
@@ -201,56 +200,6 @@ def test_schedules_are_read_at_each_step_without_a_new_trace(name):
         _, state = step(updates, state, PARAMS)
         thresholds.append(float(state.threshold))
     np.testing.assert_allclose(thresholds, [1.0, 0.75, 0.5], rtol=1e-6)
-
-
-def optimizer():
-    return optax.chain(
-        optclip.monitor(),
-        optclip.clip_by_leaf_norm(1.0),
-        optclip.clip_per_layer(0.5, registry.STACKED),
-        optax.adam(1e-2),
-    )
-
-
-def trained(state, seeds):
-    tx = optimizer()
-    step = jax.jit(tx.update)
-    for seed in seeds:
-        _, state = step(gradients(seed), state, PARAMS)
-    return state
-
-
-def by_pickle(state, path):
-    del path
-    return pickle.loads(pickle.dumps(jax.device_get(state)))
-
-
-def by_msgpack(state, path):
-    del path
-    serialization = pytest.importorskip("flax.serialization")
-    template = optimizer().init(PARAMS)
-    return serialization.from_bytes(template, serialization.to_bytes(state))
-
-
-def by_orbax(state, path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    with checkpoint.StandardCheckpointer() as saver:
-        saver.save(path / "state", state)
-        saver.wait_until_finished()
-        template = jax.eval_shape(optimizer().init, PARAMS)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        template = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
-        )
-        return saver.restore(path / "state", template)
-
-
-@pytest.mark.parametrize("through", [by_pickle, by_msgpack, by_orbax])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(through, tmp_path):
-    half = trained(optimizer().init(PARAMS), range(2))
-    back = through(half, tmp_path)
-    chex.assert_trees_all_equal_structs(back, half)
-    chex.assert_trees_all_equal(trained(back, (2, 3)), trained(half, (2, 3)))
 
 
 def test_field_names_are_found_by_optax():
