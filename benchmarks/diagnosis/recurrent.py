@@ -53,7 +53,8 @@ def elman(key, *, width=32, channels=4, cell="tanh", growth=1.0, unroll=False,
     def forward(params, x):
         h = jnp.zeros((len(x), width))
         inputs = apply_dense(params["read"], x).swapaxes(0, 1)
-        if unroll and cell != "gru":
+        # The remedies are scanned: unrolled they take minutes to compile.
+        if unroll and not (norm or cell == "gru"):
             for one in inputs:
                 h = step(params, h, one)
         else:
