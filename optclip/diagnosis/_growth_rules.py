@@ -114,7 +114,9 @@ def initialization(s: Signals) -> Candidate | None:
     if s.time is not None and set(s.scaled) <= set(s.time.leaves):
         return None  # the recurrence's own weights
     largest = max(s.he[leaf] for leaf in s.scaled)
-    factor = statistics.median(s.scaled.values())
+    if largest < LIMITS.weights:
+        return None  # of a usual size; other things make the signal grow
+    factor = round(statistics.geometric_mean(s.scaled.values()), 4)
     leaves = tuple(s.scaled)
     finding = Finding(
         "initialization", leaves,
@@ -125,18 +127,12 @@ def initialization(s: Signals) -> Candidate | None:
         "(variance 2 / fan_in) for relu, Xavier's (1 / fan_in) for tanh. Or normalize "
         "each layer.",
         "high" if drop > 2 else "medium", "measured",
-        (*_rescaling(s.scaled), Action("normalize"), Action("clip", 1.0)),
+        (
+            Action("scale_weights", factor, leaves), Action("normalize"),
+            Action("clip", 1.0),
+        ),
     )  # fmt: skip
     return Candidate(finding, drop)
-
-
-def _rescaling(scaled: dict[str, float]) -> tuple[Action, ...]:
-    """Returns an action for each factor."""
-    factors = sorted(set(scaled.values()))
-    return tuple(
-        Action("scale_weights", f, tuple(k for k, v in scaled.items() if v == f))
-        for f in factors
-    )
 
 
 def _by_depth(s: Signals) -> bool:
