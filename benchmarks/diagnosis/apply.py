@@ -10,7 +10,7 @@ import optclip
 from benchmarks.diagnosis.problem import train, typical_loss
 from optclip._trees import path_name
 
-__all__ = ["apply", "first_applicable", "trains"]
+__all__ = ["apply", "apply_all", "first_applicable", "trains"]
 
 
 def _scale_weights(action, problem):
@@ -67,7 +67,7 @@ def apply(action, problem, scenario, seed):
     """Returns the problem after an `Action`.
 
     An action that changes the program is carried out through the scenario's variants;
-    what was done to the problem before is then lost, so these come first.
+    what was done to the problem before is then lost.
 
     Raises:
         KeyError: If the scenario has no such variant.
@@ -90,6 +90,18 @@ def first_applicable(actions, problem, scenario, seed):
         except KeyError:
             continue
     return None, problem
+
+
+def apply_all(findings, problem, scenario, seed):
+    """Returns the problem after the first action of each finding that can be done."""
+    actions = [
+        first_applicable(finding.actions, problem, scenario, seed)[0]
+        for finding in findings
+    ]
+    # A change of the program begins anew, so that changes of numbers come after it.
+    for action in sorted(filter(None, actions), key=lambda a: a.kind in NUMBERS):
+        problem = apply(action, problem, scenario, seed)
+    return problem
 
 
 def trains(problem, steps=200):

@@ -88,8 +88,9 @@ def diagonal(key, *, width=32, channels=4, growth=1.0, cell="", norm=False):
     return params, forward
 
 
-def haiku_rnn(key, *, width=32, cell="vanilla", growth=1.0, length=100):
+def haiku_rnn(key, *, width=32, cell="vanilla", growth=1.0, length=100, norm=False):
     """Haiku's cells; time is the first axis. Vanilla means relu here."""
+    del norm
 
     def body(x):
         if cell == "vanilla":

@@ -17,7 +17,7 @@ import jax
 
 from benchmarks._results import machine, parser, write
 from benchmarks.diagnosis import tables
-from benchmarks.diagnosis.apply import first_applicable, trains
+from benchmarks.diagnosis.apply import apply_all, first_applicable, trains
 from benchmarks.diagnosis.scenarios import split
 from optclip.diagnosis.diagnose import diagnose
 
@@ -59,8 +59,7 @@ def follow(scenario, problem, findings, seed):
         return words, False, False
     if trains(after):
         return words, True, True
-    for finding in findings[1:]:
-        _, after = first_applicable(finding.actions, after, scenario, seed)
+    after = apply_all(findings, problem, scenario, seed)
     return words, False, len(findings) > 1 and trains(after)
 
 
