@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.diagnosis import attention, frameworks, losses, plain, recurrent, tasks
-from benchmarks.diagnosis.faults_signal import classes, past, words
 from benchmarks.diagnosis.problem import Recipe, fault
+from benchmarks.diagnosis.recipes import classes, numbers, past, words
 
 # The largest rate that trains, found by `check_truth --rates` on a grid of factor 2.
 LARGEST = {
@@ -87,17 +87,11 @@ def learning_rate():
     )
 
 
-def _numbers(net, optimizer=None, **knobs):
-    knobs = {"inputs": 16, "outputs": 1, **knobs}
-    optimizer = optimizer or optax.sgd(0.02)
-    return Recipe(net, tasks.vectors, optimizer, losses.squared_error, knobs)
-
-
 def bad_batch():
     yield fault(
         "MLP, 1 batch with targets x1000",
         "bad_batch",
-        _numbers(plain.mlp, depth=4),
+        numbers(plain.mlp, depth=4),
         spoil_batches=tasks.spoiled([17], y=lambda y: 1000 * y),
     )
     yield fault(
@@ -132,7 +126,7 @@ def bad_batch():
     yield fault(
         "NNX MLP, NaN in 2 targets after 150 steps",
         "bad_batch",
-        _numbers(frameworks.nnx_mlp, optax.adam(1e-3), depth=3),
+        numbers(frameworks.nnx_mlp, optax.adam(1e-3), depth=3),
         spoil_batches=tasks.spoiled([5, 6], y=lambda y: y.at[7].set(jnp.nan)),
         mid=150,
         held_out=True,
@@ -182,7 +176,7 @@ def overflow():
     yield fault(
         "MLP in float16, inputs x3000 after 150 steps",
         "overflow",
-        _numbers(plain.mlp, depth=4, norm=True),
+        numbers(plain.mlp, depth=4, norm=True),
         spoil_batches=tasks.spoiled(range(tasks.COUNT), x=lambda x: 3000 * x),
         knobs=half,
         mid=150,
@@ -191,7 +185,7 @@ def overflow():
     yield fault(
         "Linen MLP in float16, loss x2**24 after 150 steps",
         "overflow",
-        _numbers(frameworks.linen_mlp, unscaled, depth=3).but(
+        numbers(frameworks.linen_mlp, unscaled, depth=3).but(
             loss=functools.partial(losses.squared_error, scale=2.0**24)
         ),
         knobs=half,

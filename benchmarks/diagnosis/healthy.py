@@ -5,9 +5,8 @@ import functools
 import optax
 
 from benchmarks.diagnosis import attention, frameworks, losses, plain, recurrent, tasks
-from benchmarks.diagnosis.faults_signal import classes, past, words
-from benchmarks.diagnosis.faults_training import _numbers
 from benchmarks.diagnosis.problem import Recipe, Scenario
+from benchmarks.diagnosis.recipes import classes, numbers, past, words
 
 
 def healthy(name, recipe, after=0, held_out=False):
@@ -93,12 +92,12 @@ def scenarios():
     one = functools.partial(_one_batch, size=256)
     yield healthy(
         "tanh MLP, all data at once, at the edge of stability",
-        _numbers(plain.mlp, optax.sgd(0.3), depth=3, act="tanh").but(task=one),
+        numbers(plain.mlp, optax.sgd(0.3), depth=3, act="tanh").but(task=one),
         after=400,
     )
     yield healthy(
         "NNX MLP, Adam, near its floor",
-        _numbers(frameworks.nnx_mlp, optax.adam(1e-3), depth=2),
+        numbers(frameworks.nnx_mlp, optax.adam(1e-3), depth=2),
         after=3000,
         held_out=True,
     )

@@ -3,16 +3,17 @@
 import optax
 
 from benchmarks.diagnosis import frameworks, losses, plain, recurrent, tasks
-from benchmarks.diagnosis.faults_signal import BOTH, classes, past
-from benchmarks.diagnosis.faults_training import LARGEST, _numbers, at_rate
+from benchmarks.diagnosis.faults_signal import BOTH
+from benchmarks.diagnosis.faults_training import LARGEST, at_rate
 from benchmarks.diagnosis.problem import fault
+from benchmarks.diagnosis.recipes import classes, numbers, past
 
 
 def scenarios():
     yield fault(
         "MLP, init x1.8 and 1 batch x1000",
         "initialization",
-        _numbers(plain.mlp, optax.sgd(0.01), depth=8),
+        numbers(plain.mlp, optax.sgd(0.01), depth=8),
         also=("bad_batch",),
         knobs=dict(gain=1.8),
         remedies=BOTH,
