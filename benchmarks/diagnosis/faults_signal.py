@@ -256,7 +256,7 @@ def vanishing():
         "vanishing",
         classes(plain.mlp, 0.05, depth=12, norm=True, residual=True, act="tanh"),
         knobs=dict(act="sigmoid", norm=False, residual=False),
-        remedies=BOTH,
+        remedies=("change_activation", *BOTH),
     )
     yield fault(
         "Linen tanh MLP, init x0.3",
