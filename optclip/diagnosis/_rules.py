@@ -115,7 +115,10 @@ def _learning_rate(s: Signals) -> Candidate | None:
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
     hopeless = math.isinf(end) and math.isinf(slow)
-    if not (diverged or hopeless or mild or (distrusted and better)):
+    early = mild or diverged or (distrusted and better)
+    if s.begun:  # a run settles where a step brings little, and trains there
+        early = better and end > LIMITS.rise * abs(start)
+    if not (hopeless or early):
         return None
     part = max([p for p in good if p <= 0.3], default=0.01 if hopeless else 0.1)
     if slow > start + margin:

@@ -40,6 +40,7 @@ class Limits:
         trust: Share of the predicted fall of the loss that comes true.
         mild_trust: The same, if steps of a tenth keep all of their promise.
         trust_after: The same with smaller steps.
+        rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
         worse: Share of the first loss by which a rehearsal must end higher than one
             with smaller steps.
     """
@@ -60,6 +61,7 @@ class Limits:
     trust: float = 0.25
     mild_trust: float = 0.4
     trust_after: float = 0.35
+    rise: float = 1.5
     worse: float = 0.1
 
 
@@ -92,6 +94,7 @@ class Signals:
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
+        begun: Whether the run has begun.
     """
 
     batches: tuple[Batch, ...]
@@ -114,6 +117,7 @@ class Signals:
     scaled_trust: float = math.nan
     rehearsals: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     starts: list[float] = dataclasses.field(default_factory=list)
+    begun: bool = False
 
     @property
     def first(self) -> Batch:
@@ -197,7 +201,9 @@ def _factors(signals: Signals) -> dict[str, float]:
     return dict.fromkeys(depth.leaves, round(1 / depth.each, 4))
 
 
-def measure(probe: Probe, params: Any, opt_state: Any, batches: list[Any]) -> Signals:
+def measure(
+    probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
+) -> Signals:
     """Measures everything; a stage that has nothing to look at is left out."""
     probe.show(f"gradients of {len(batches)} batches")
     seen = [probe.batch(params, b)[0] for b in batches]
@@ -212,6 +218,7 @@ def measure(probe: Probe, params: Any, opt_state: Any, batches: list[Any]) -> Si
         _growth.time_growth(this.sites), _growth.he_ratios(layers),
         _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
         size=next((len(x) for x in jax.tree.leaves(batch) if np.ndim(x)), 0),
+        begun=begun,
     )  # fmt: skip
     more: dict[str, Any] = {}
     gained = [max(b, f) for _, b, f in signals.gains if np.isfinite(max(b, f))]

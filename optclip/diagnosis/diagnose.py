@@ -126,6 +126,8 @@ def diagnose(
             numbered from 0 in the order in which they come.
         optimizer: The Optax optimizer of the run, with its clip.
         opt_state: Its state, if the run has begun; by default ``optimizer.init``'s.
+            A run that has begun settles at a rate where each step brings little; then
+            only a loss that rises tells of a learning rate that is too high.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: How many batches to look at, at most.
         progress: Whether each stage is announced on stderr.
@@ -162,10 +164,11 @@ def diagnose(
         raise ValueError("`batches` is empty: give at least one batch.")
     more, given = len(given) > max_batches, given[:max_batches]
     given = [jax.tree.map(jnp.asarray, batch) for batch in given]
-    opt_state = wrapped.init(params) if opt_state is None else opt_state
+    begun = opt_state is not None
+    opt_state = opt_state if begun else wrapped.init(params)
     probe = _probe.Probe(loss_fn, wrapped, _loud if progress else _quiet)
     probe.show("reading the program")
     probe.read(params, given[0])
-    signals = _signals.measure(probe, params, opt_state, given)
+    signals = _signals.measure(probe, params, opt_state, given, begun)
     words = _not_seen(probe, signals, more)
     return Report(_rules.judge(signals), _listed(signals), tuple(words))
