@@ -1,11 +1,18 @@
 """How a tree is cut into groups of entries: shapes and paths only, no values."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from optclip import _trees
-
-__all__ = ["Axes", "Layout", "kinds", "pooled", "unit_axes"]
+__all__ = [
+    "Axes",
+    "Layout",
+    "check_found",
+    "kinds",
+    "lookup",
+    "pooled",
+    "unit_axes",
+]
 
 Axes = tuple[int, ...]
 
@@ -31,6 +38,37 @@ def kinds(leaves: Sequence[Any], *each: Sequence[Any]) -> tuple[tuple[int, ...],
     for i, (x, *rest) in enumerate(zip(leaves, *each, strict=True)):
         alike.setdefault((tuple(x.shape), *rest), []).append(i)
     return tuple(map(tuple, alike.values()))
+
+
+def lookup(table: Any, path: str, argument: str) -> Any:
+    """Returns what ``table`` (a value, a function of the path, a map from regex) says.
+
+    Of a map, the first pattern found in the path counts; without one, None.
+    """
+    if isinstance(table, Mapping):
+        for pattern, value in table.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"`{argument}` must map regular expressions (str) to values, got "
+                    f"the key {pattern!r}."
+                )
+            if re.search(pattern, path):
+                return value
+        return None
+    return table(path) if callable(table) else table
+
+
+def check_found(table: Any, paths: list[str], argument: str) -> None:
+    """Raises if ``table`` is a map of patterns of which none finds a leaf."""
+    if not isinstance(table, Mapping) or not table or not paths:
+        return
+    found = dict.fromkeys(table, True)
+    if not any(lookup(found, path, argument) for path in paths):
+        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+        raise ValueError(
+            f"`{argument}` has no pattern that finds a leaf: {list(table)} in {shown}. "
+            "Give patterns for `re.search` in these paths."
+        )
 
 
 def _all_axes(x: Any) -> Axes:
@@ -62,7 +100,7 @@ def unit_axes(axis: Any) -> Callable[[str, Any], Axes]:
     """Returns the function from a leaf to the axes that one output unit sums over."""
 
     def axes_of(path: str, x: Any) -> Axes:
-        wanted = _trees.lookup(axis, path, "axis")
+        wanted = lookup(axis, path, "axis")
         if wanted is None:
             return _default_unit_axes(path, x)
         wanted = (wanted,) if isinstance(wanted, int) else tuple(wanted)

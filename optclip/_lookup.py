@@ -51,6 +51,7 @@ def find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
     for node in jax.tree.leaves(opt_state, is_leaf=stop):
         if stop(node):
             states.append(jax.tree.map(_plain, node, is_leaf=_is_variable))
+            states += find(getattr(node, "optimizer_state", ()), kinds)
     return states
 
 

@@ -253,6 +253,7 @@ def measure_layout(
 ) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
     """Returns the norms of the groups of a layout, and how large they are."""
     plan = plan_of(updates, found, layout, order=order, **how)
+    _trees.check_bound({n for names in (*plan.names, *plan.across) for n in names})
     measured = measure(tuple(found.leaves), plan)
     counts = entry_counts(found.leaves, plan)
     divisors = [1.0] * len(counts)

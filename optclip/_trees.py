@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +14,10 @@ from optax import MaskedNode
 __all__ = [
     "Leaves",
     "axis_names",
-    "check_found",
+    "check_bound",
     "kept_apart",
     "leaf_axes",
     "leaves_of",
-    "lookup",
     "lying_like",
     "matching",
     "most",
@@ -122,37 +121,6 @@ def path_codes(paths: list[str]) -> np.ndarray:
     return np.asarray(codes, np.uint32).astype(np.int32)
 
 
-def lookup(table: Any, path: str, argument: str) -> Any:
-    """Returns what ``table`` (a value, a function of the path, a map from regex) says.
-
-    Of a map, the first pattern found in the path counts; without one, None.
-    """
-    if isinstance(table, Mapping):
-        for pattern, value in table.items():
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    f"`{argument}` must map regular expressions (str) to values, got "
-                    f"the key {pattern!r}."
-                )
-            if re.search(pattern, path):
-                return value
-        return None
-    return table(path) if callable(table) else table
-
-
-def check_found(table: Any, paths: list[str], argument: str) -> None:
-    """Raises if ``table`` is a map of patterns of which none finds a leaf."""
-    if not isinstance(table, Mapping) or not table or not paths:
-        return
-    found = dict.fromkeys(table, True)
-    if not any(lookup(found, path, argument) for path in paths):
-        shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-        raise ValueError(
-            f"`{argument}` has no pattern that finds a leaf: {list(table)} in {shown}. "
-            "Give patterns for `re.search` in these paths."
-        )
-
-
 def varying(x: jax.Array) -> tuple[str, ...]:
     """Returns the manual mesh axes that ``x`` varies over, as its type says."""
     kind = jax.typeof(x)
@@ -218,6 +186,11 @@ def _flat(entries: Any) -> tuple[str, ...]:
 
 def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
     """Returns the mesh axes to sum a leaf over, and those that its groups lie along."""
+    if not _is_names(spec):
+        raise ValueError(
+            '`axis_name` must be the name of a mesh axis or several, "auto", or a tree '
+            f"of names or PartitionSpecs, got {spec!r}."
+        )
     if not _is_spec(spec):
         return _flat([spec] if isinstance(spec, str) else spec or ()), ()
     names = _flat([spec[a] for a in axes if a < len(spec)])
@@ -238,6 +211,30 @@ def _is_names(node: Any) -> bool:
     )
 
 
+def _mapped() -> tuple[set[str], set[str]]:
+    """Returns the mesh axes that types tell of here, and those that none tells of.
+
+    No type does in `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``.
+    """
+    here = set(jax.sharding.get_abstract_mesh().manual_axes)
+    told = {n for n in here if n in varying(lax.axis_index(n))}
+    return told, here - told
+
+
+def check_bound(names: Iterable[str]) -> None:
+    """Raises unless these are mesh axes that this code is mapped over."""
+    for name in names:
+        try:
+            lax.axis_index(name)
+        except (NameError, KeyError) as error:
+            here = sorted(jax.sharding.get_abstract_mesh().manual_axes)
+            raise ValueError(
+                f"`axis_name` names {name!r}, which is no mesh axis here, but "
+                f"{here or 'nothing'} is. It is for use inside `jax.shard_map` or "
+                "`jax.pmap`; under `jax.jit` leave it out."
+            ) from error
+
+
 def axis_names(
     axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -246,6 +243,14 @@ def axis_names(
     if axis_name is None:
         return ((),) * count, ((),) * count
     if isinstance(axis_name, str) and axis_name == "auto":
+        untold = sorted(_mapped()[1])
+        if untold:
+            raise ValueError(
+                '`axis_name="auto"` asks the types of leaves along which mesh axes '
+                f"they are cut, and in `jax.pmap` or with `check_vma=False` they don't "
+                f"tell about {untold}. Name the axes or give PartitionSpecs; "
+                "leave it out for gradients that are averaged already."
+            )
         names = tuple(varying(x) for x in found.leaves)
         if local and any(names):
             raise ValueError(
@@ -261,9 +266,22 @@ def axis_names(
 
     if not _is_names(axis_name):
         wanted.clear()
-        jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
+        try:
+            jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
+        except ValueError as error:
+            raise ValueError(
+                "`axis_name` must be laid out as the updates, or as the first levels "
+                f"of them. JAX says: {error}"
+            ) from error
     pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
-    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+    sums, groups = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+    if not local:  # a leaf that is whole by its type is counted once
+        told = _mapped()[0]
+        sums = tuple(
+            tuple(n for n in names if n not in told or n in varying(x))
+            for names, x in zip(sums, found.leaves, strict=True)
+        )
+    return sums, groups
 
 
 def leaf_axes(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple[str, ...], ...]:

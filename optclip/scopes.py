@@ -36,7 +36,7 @@ def _cut(
 ) -> Callable[..., Layout]:
     def layout(tree, paths, leaves):
         del tree
-        _trees.check_found(table, paths, argument)
+        _layouts.check_found(table, paths, argument)
         return Layout(tuple(map(axes_of, paths, leaves)), ())
 
     return layout
@@ -135,7 +135,7 @@ def layer(stack_axes: Any) -> Scope:
         raise ValueError(f"`stack_axes` must be an int >= 0, got {stack_axes!r}.")
 
     def axes_of(path: str, x: Any) -> Axes:
-        count = _trees.lookup(stack_axes, path, "stack_axes") or 0
+        count = _layouts.lookup(stack_axes, path, "stack_axes") or 0
         if isinstance(count, jax.Array):
             raise ValueError(
                 "`stack_axes` must be an int, got an array. Under "

@@ -27,11 +27,16 @@ def _worst(norms: jax.Array, entries: jax.Array) -> jax.Array:
 
 def _mean_loss(loss: Any, names: Any) -> jax.Array:
     """Returns the loss, averaged over the devices on which it differs."""
-    loss = jnp.asarray(loss)
+    try:
+        loss = jnp.asarray(loss)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`loss` must be a real scalar, got {loss!r}.") from error
     if loss.ndim or jnp.iscomplexobj(loss):
         raise ValueError(
             f"`loss` must be a real scalar, got {loss.dtype} of shape {loss.shape}."
         )
+    if jnp.issubdtype(loss.dtype, jnp.floating):
+        loss = _measure.widen(loss)
     loss = _state.figures(loss)
     names = _trees.varying(loss) if names is None else names
     return lax.pmean(loss, names) if names else loss
@@ -74,16 +79,19 @@ def skip_steps(
     """Wraps an optimizer so that bad steps leave no trace in it.
 
     A step is left out if its gradients or its loss hold NaN or inf, or if the norm of
-    its gradients or its loss is a spike: above the threshold of the rule ``when``, by
-    more than rounding, a millionth of it. Its updates are zeros, and the optimizer's
-    state, with its count of steps, stays as it was: bitwise as if the batch had never
-    been. The rule remembers no such step either.
+    its gradients is a spike: above the threshold of the rule ``when``, by more than
+    rounding, a millionth of it. So is a loss, by a rule that fits numbers which may be
+    negative: of those of this library `rules.window_sigma`, the default.
+
+    The updates of such a step are zeros, and the optimizer's state, with its count of
+    steps, stays as it was: bitwise as if the batch had never been. The rule remembers
+    no such step either.
 
     | ``when``                                  | as                                  |
     | ----------------------------------------- | ----------------------------------- |
     | `rules.window_sigma(6.0, unbiased=True)`  | OLMo-core, MaxText; what None means |
     | `rules.window_sigma(6.0)`                 | Levanter                            |
-    | a number, for the norm alone              | paxml                               |
+    | a number                                  | paxml                               |
     | inf                                       | only NaN and inf                    |
 
     They, unlike this, let a spike or a NaN into their history. After
@@ -93,8 +101,9 @@ def skip_steps(
     never taken, and does not count.
 
     Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
-    as Optax calls it, ``value=loss``, which the optimizer inside is given too. Around
-    `optax.MultiSteps` a bad microbatch is left out, within it a bad mean.
+    as Optax calls it, ``value=loss``, which the optimizer inside is given too; ``loss``
+    ends here, even if that is another `skip_steps`. Around `optax.MultiSteps` a bad
+    microbatch is left out, within it a bad mean.
 
     A rule knows no spike before it knows what is usual: by default, in the first 64
     steps, and in the 64 after it began anew. Chain a clip inside for these: a finite
@@ -135,8 +144,8 @@ def skip_steps(
     inner: Any = _checks.transformation(optimizer=optimizer)
     if when is None:
         when = rules.window_sigma(6.0, unbiased=True)
-    by_loss = isinstance(when, rules.Rule)  # a number is in the unit of the norm
     rule = rules.as_rule(when, "when")
+    by_loss = rule.signed
     if max_consecutive is not None:
         max_consecutive = _checks.size("max_consecutive", max_consecutive)
     keep_last = _checks.size("keep_last", keep_last)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_trees": set(),
     "_reads": set(),
     "_sums": {"_numbers", "_reads", "_trees"},
-    "_layouts": {"_trees"},
+    "_layouts": set(),
     "_state": {"_trees"},
     "_measure": {"_layouts", "_numbers", "_reads", "_sums", "_trees"},
     "norms": {"_checks", "_layouts", "_measure", "_trees"},

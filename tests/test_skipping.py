@@ -118,6 +118,55 @@ def test_a_number_bounds_the_norm_and_not_the_loss():
     assert skipped == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    "when", [rules.constant(10.0), rules.schedule(lambda step: 10.0), rules.dual_ema(),
+             rules.ema_sigma(6.0), rules.smoothed_norm(), rules.previous_norm(3.0)],
+)  # fmt: skip
+def test_rules_that_are_made_for_norms_do_not_judge_the_loss(when):
+    tx = optclip.skip_steps(optax.sgd(1.0), when=when)
+    losses = np.linspace(50.0, -50.0, 40)
+    skipped, _ = run(tx, np.ones(40), losses)
+    alone, state = run(tx, np.ones(40))
+    assert skipped == alone
+    assert state.loss_rule_state == ()
+
+
+def test_a_rule_of_your_own_judges_the_loss_if_it_says_so():
+    def below(norm, state, context):
+        return rules.Limit(jnp.float32(5.0), jnp.float32(5.0)), state
+
+    rule = rules.Rule(lambda norm: (), below, "below", signed=True)
+    tx = optclip.skip_steps(optax.sgd(1.0), when=rule)
+    skipped, _ = run(tx, np.ones(3), [-1.0, 6.0, 1.0])
+    assert skipped == [False, True, False]
+
+
+def test_a_state_of_numpy_arrays_is_taken_without_jit():
+    tx = optclip.skip_steps(optax.adam(1e-2))
+    state = jax.device_get(tx.init(PARAMS))
+    _, state = tx.update(poisoned(jnp.nan), state, PARAMS, loss=1.0)
+    assert int(state.skipped_steps) == 1
+
+
+def test_one_skip_within_another_is_seen():
+    inner = optclip.skip_steps(optax.sgd(1.0), when=1.0)
+    around = optax.MultiSteps(inner, 1).gradient_transformation()
+    tx = optclip.skip_steps(around, when=jnp.inf)
+    _, state = tx.update(of_norm(5.0), tx.init(PARAMS), PARAMS)
+    figures = optclip.metrics(state)
+    assert int(figures["skip/skipped_steps"]) == 0
+    assert int(figures["skip_2/skipped_steps"]) == 1
+    assert [c.path for c in optclip.culprits(state, PARAMS)] == ["kernel"]
+
+
+def test_a_loss_in_float8_is_a_number():
+    tx = optclip.skip_steps(optax.sgd(1.0))
+    loss = jnp.float8_e4m3fn(3)
+    _, state = tx.update(of_norm(1.0), tx.init(PARAMS), PARAMS, loss=loss)
+    assert int(state.skipped_steps) == 0
+    assert float(state.offered_loss) == 3
+
+
 def test_infinity_leaves_out_what_is_not_finite_and_nothing_else():
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf)
     skipped, _ = run(tx, [1.0, 3e38, np.nan, 1.0, np.inf, 0.0])
@@ -429,6 +478,9 @@ def test_errors_say_what_to_do():
     tx = optclip.skip_steps(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"`loss` must be a real scalar, .*\(2,\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=jnp.ones(2))
+    for loss in ({"loss": 1.0}, (jnp.float32(1), {}), "low"):
+        with pytest.raises(ValueError, match="`loss` must be a real scalar, got"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=loss)
     with pytest.raises(TypeError, match="`state` must be the `SkipState`"):
         tx.update(PARAMS, optax.EmptyState(), PARAMS)
     by_params = optclip.skip_steps(optax.sgd(1.0), when=rules.relative_to_params(1.0))

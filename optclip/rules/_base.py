@@ -58,11 +58,14 @@ class Rule(NamedTuple):
             the state: a tree of arrays, each of which begins with the norms' shape.
         update: Function of (norm, state, context) that returns (`Limit`, new state).
         name: How messages call it.
+        signed: Whether it fits numbers that may be negative, such as losses:
+            `skip_steps` asks no other rule about these.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, Any, Context], tuple[Limit, Any]]
     name: str = "clip"
+    signed: bool = False
 
 
 def hold(kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x) -> Any:

@@ -192,4 +192,5 @@ def window_sigma(
     def init(norm):
         return _empty(norm, window)
 
-    return remembering(init, update, "window_sigma", zeros=record_zeros)
+    rule = remembering(init, update, "window_sigma", zeros=record_zeros)
+    return rule._replace(signed=True)
