@@ -110,7 +110,8 @@ def skip_steps(
     gradient of 1e25 would make Adam's squares infinite for good.
 
     Args:
-        optimizer: Any Optax optimizer, with its clip.
+        optimizer: An Optax optimizer, with its clip. Put this inside of
+            `optax.lookahead`, not around it: its parameters come in pairs.
         when: A rule of `optclip.rules`, a number, an array or a schedule.
         max_consecutive: Spikes after which the rule begins anew; at least 1. None:
             never.

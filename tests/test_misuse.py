@@ -123,12 +123,16 @@ def test_a_label_of_none_is_an_error_that_names_masked():
         lambda fn: optclip.quantile_clip(margin=fn),
         lambda fn: optclip.zclip(max_grad_norm=fn),
         lambda fn: optclip.stabilize(optax.sgd(1.0), max_ratio=fn),
-        lambda fn: optclip.per_example_clip(lambda p, x: p, fn),
     ],
 )
 def test_schedules_are_refused_where_only_numbers_fit(make):
     with pytest.raises(TypeError, match=r"got a function.*`optax.inject_hyperparams`"):
         make(lambda step: 1.0)
+
+
+def test_a_schedule_of_per_example_clip_is_refused_with_the_way_to_change_it():
+    with pytest.raises(TypeError, match="call `per_example_clip` within the step"):
+        optclip.per_example_clip(lambda p, x: p, lambda step: 1.0)
 
 
 def test_a_map_of_thresholds_is_refused():
