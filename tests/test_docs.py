@@ -1,7 +1,9 @@
 """The code in README.md and docs/*.md runs, block by block, as a reader would run it.
 
 A block is fenced as ```` ```python ````; all blocks of a file share one namespace.
-``no-run`` in the info string (```` ```python no-run ````) leaves a block out.
+``no-run`` in the info string (```` ```python no-run ````) leaves a block out. A block
+fenced as ```` ```text ```` right below is what the code prints, but for numbers and
+spaces.
 """
 
 import pathlib
@@ -19,31 +21,48 @@ FENCE = re.compile(
 
 
 def blocks(text):
-    """Returns (line of the fence, code) of each block that is to be run."""
-    found = []
-    for match in FENCE.finditer(text):
+    """Returns (line of the fence, code, what is shown below) of each block to run."""
+    found, fences = [], [*FENCE.finditer(text)]
+    for match, after in zip(fences, [*fences[1:], None], strict=True):
         info = match["info"].split()
         if info[:1] == ["python"] and "no-run" not in info:
-            found.append((text.count("\n", 0, match.start()) + 1, match["code"]))
+            below = after and not text[match.end() : after.start()].strip()
+            shown = after["code"] if below and after["info"] == "text" else None
+            found.append((text.count("\n", 0, match.start()) + 1, match["code"], shown))
     return found
+
+
+def words(text):
+    """Returns the words of what was printed, with all numbers alike."""
+    return re.sub(r"\d[\d.e+-]*", "0", text.replace("-", "")).split()
 
 
 WITH_CODE = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for line, code in blocks(page.read_text(encoding="utf-8")):
+    for line, code, shown in blocks(page.read_text(encoding="utf-8")):
+        capsys.readouterr()
         # Blank lines before the code make tracebacks show the line of the page.
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        if shown is not None:
+            assert words(capsys.readouterr().out) == words(shown), f"line {line}"
 
 
 def test_blocks_are_found_with_their_lines_and_no_run_is_left_out():
     left_out = "```python no-run\n1 / 0\n```\n```console\n$ ls\n```\n"
     text = f"a\n```python\nx = 1\n```\n{left_out}"
-    assert blocks(text) == [(2, "x = 1\n")]
+    assert blocks(text) == [(2, "x = 1\n", None)]
+
+
+def test_what_is_shown_below_a_block_is_found_and_compared_without_numbers():
+    text = "```python\nprint(2)\n```\n\n```text\n2\n```\n\nb\n\n```text\n3\n```\n"
+    assert blocks(text) == [(1, "print(2)\n", "2\n")]
+    assert words("a layer0:  2.5e+06,\n -1.5 b") == words("a layer0: 1e-3, 2 b")
+    assert words("grows by 2") != words("falls by 2")
 
 
 def test_readme_shows_code_that_runs():
