@@ -199,7 +199,7 @@ def test_bad_sources(source, error, message):
 
 
 def steps(number, **changed):
-    """Returns columns of a run whose loss falls; ``changed`` is {column: {step: x}}."""
+    """Returns columns of a run whose loss falls, changed as {column: {step: x}}."""
     columns = {
         "norm": np.ones(number),
         "loss": np.linspace(2.0, 1.0, number),
@@ -207,6 +207,7 @@ def steps(number, **changed):
     }
     for name, entries in changed.items():
         for at, value in entries.items():
+            at = slice(*at) if isinstance(at, tuple) else at
             columns[name][at] = value
     return columns
 
@@ -217,21 +218,21 @@ def steps(number, **changed):
         (steps(600), "None of 600 steps clipped; all finite."),
         ({"norm": [1.0]}, "1 step without a clip; all finite."),
         (
-            steps(600, norm={slice(0, 412): 2.0, 500: NAN}),
+            steps(600, norm={(0, 412): 2.0, 500: NAN}),
             "412 of 600 steps clipped; 1 step not finite.",
         ),
         (
-            steps(600, loss={slice(87, None): NAN}),
+            steps(600, loss={(87, None): NAN}),
             "None of 600 steps clipped; 513 steps not finite; diverged at step 87, not "
             "finite from there on.",
         ),
         (
-            steps(100, loss={slice(87, None): 9.0}),
+            steps(100, loss={(87, None): 9.0}),
             "None of 100 steps clipped; all finite; diverged at step 87: the loss "
             "stayed above 2, where it began.",
         ),
         (
-            steps(100, loss={slice(95, None): 9.0}),
+            steps(100, loss={(95, None): 9.0}),
             "None of 100 steps clipped; all finite.",
         ),
         (
@@ -250,7 +251,7 @@ def test_headline(columns, sentence):
 
 
 def test_steps_left_out_do_not_make_a_run_diverge():
-    columns = steps(30, norm={slice(20, None): NAN})
+    columns = steps(30, norm={(20, None): NAN})
     columns["skip/skipped_steps"] = np.maximum(np.arange(30) - 19, 0)
     run = only(columns)
     assert diverged_at(run) is None
@@ -261,7 +262,7 @@ def test_steps_left_out_do_not_make_a_run_diverge():
 def test_picks_what_has_something_to_say():
     quiet = only(steps(30))
     bad = only(steps(30, norm={3: NAN}))
-    lost = only(steps(30, norm={slice(9, None): NAN}))
+    lost = only(steps(30, norm={(9, None): NAN}))
     assert pick([quiet, bad, lost]) is lost
     assert pick([quiet, bad]) is bad
     assert pick([quiet, quiet]) is quiet
@@ -316,7 +317,7 @@ BAD = [Culprit("w", 3, 12, 1, 0, NAN, 2.0), Culprit(None, 4, 0, 0, 0, 3.0, INF)]
 PAGES = {
     "healthy": (noisy(600), Report((), {"sites": DEEP}), None),
     "spikes": (spiky(), diagnosis((*BROKEN, *TIME)), BAD),
-    "diverged": (steps(200, norm={slice(87, None): NAN}), diagnosis(TALL), None),
+    "diverged": (steps(200, norm={(87, None): NAN}), diagnosis(TALL), None),
     "five": (noisy(5), None, None),
     "all not finite": ({"norm": [NAN] * 30}, None, BAD * 5),
     "long": (noisy(5000), diagnosis(HEAT, "depth"), None),
@@ -433,7 +434,7 @@ def test_the_threshold_is_that_of_the_steps_before_it_diverged(pages):
     assert "Only steps before it diverged, at step 87, count" in words_of(
         pages("diverged")[1]
     )
-    columns = steps(100, norm={slice(5, None): NAN})
+    columns = steps(100, norm={(5, None): NAN})
     from optclip.diagnosis._contents import suggestion_of
 
     declined = suggestion_of(only(columns), None).declined

@@ -180,7 +180,8 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
     """Returns the largest growth over the steps of a recurrence, or None."""
     found = []
     for site in sites:
-        if _is_layer(site) and isinstance(site.signal_out, tuple) and not site.stacked:
+        used = _is_layer(site) or site.kind == "scale"
+        if used and isinstance(site.signal_out, tuple) and not site.stacked:
             signal = np.asarray(site.signal_out, float)
             rms = np.asarray(site.rms_in, float)
             signal = np.sqrt(np.sum(np.square(signal.reshape(-1, signal.shape[-1])), 0))
@@ -192,7 +193,16 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
         rms = np.array([_usual(s.rms_in) for s in uses])
         found.append(_time(signal, rms, leaf))
     grown = [g for g in found if g is not None]
-    return max(grown, key=lambda g: max(g.back, g.forward), default=None)
+    if not grown:
+        return None
+
+    def size(g: Growth) -> float:
+        return max(g.back, g.forward)
+
+    most = max(grown, key=size)
+    # All that takes part in the steps sees the same growth.
+    alike = [g.leaves[0] for g in grown if size(g) > 0.9 * size(most)]
+    return most._replace(leaves=tuple(dict.fromkeys(alike)))
 
 
 def he_ratios(layers: list[Layer]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def lowered(before: float, after: float) -> float:
         return 0.0
     if not math.isfinite(before):
         return math.inf
-    return math.log10(max(before, 1e-30) / max(after, 1e-30))
+    return math.log10(max(before, 1e-30)) - math.log10(max(after, 1e-30))
 
 
 def _paths(layers: list[Layer]) -> tuple[str, ...]:
@@ -82,14 +82,19 @@ def recurrence(s: Signals) -> Candidate | None:
     which = "backward" if time.back >= time.forward else "forward"
     each = 10 ** (grown / (0.75 * time.count))
     bound = _clip_bound(s)
+    factor = min((s.scaled.get(leaf, 1.0) for leaf in time.leaves), default=1.0)
+    smaller, first = (), "Clip"
+    if factor < 1:
+        smaller = (Action("scale_weights", factor, time.leaves),)
+        first = f"Multiply the weights by about {factor:.2g}, clip"
     finding = Finding(
         "recurrence", time.leaves,
         f"The {which} signal grows by {10**grown:.3g} over {time.count} steps, "
         f"x{each:.3g} a step.",
-        f"Clip the gradient at {bound:.3g}, and use a gated cell (LSTM or GRU), an "
-        "orthogonal or identity initialization, or fewer steps at a time.",
+        f"{first} the gradient at {bound:.3g}, and use a gated cell (LSTM or GRU), "
+        "an orthogonal or identity initialization, or fewer steps at a time.",
         "high" if grown > 2 else "medium", "measured",
-        (Action("clip", bound), Action("gate"), Action("normalize")),
+        (*smaller, Action("clip", bound), Action("gate"), Action("normalize")),
     )  # fmt: skip
     return Candidate(finding, grown)
 
@@ -111,7 +116,7 @@ def initialization(s: Signals) -> Candidate | None:
     enough = drop > (LIMITS.mild_drop if kept else LIMITS.drop)
     if not s.scaled or not enough or _worse(s) or _by_depth(s):
         return None
-    if s.time is not None and set(s.scaled) <= set(s.time.leaves):
+    if s.time is not None and recurrence(s) and set(s.scaled) & set(s.time.leaves):
         return None  # the recurrence's own weights
     largest = max(s.he[leaf] for leaf in s.scaled)
     if largest < LIMITS.weights:
@@ -120,12 +125,12 @@ def initialization(s: Signals) -> Candidate | None:
     leaves = tuple(s.scaled)
     finding = Finding(
         "initialization", leaves,
-        f"The weights are up to {largest:.3g} times as large as He's initialization "
+        f"The weights are up to {largest:.3g} times as large as He initialization "
         f"makes them. With weights of that size the gradient's norm is "
         f"{s.scaled_norm:.3g}, not {s.norm:.3g}.",
-        f"Multiply these weights by about {factor:.2g}: He's initialization "
-        "(variance 2 / fan_in) for relu, Xavier's (1 / fan_in) for tanh. Or normalize "
-        "each layer.",
+        f"Multiply these weights by about {factor:.2g}: He initialization "
+        "(variance 2 / fan_in) for relu, Xavier's (2 / (fan_in + fan_out)) for tanh. "
+        "Or normalize each layer.",
         "high" if drop > 2 else "medium", "measured",
         (
             Action("scale_weights", factor, leaves), Action("normalize"),

@@ -18,10 +18,10 @@ def _is_weight(leaf: Any) -> bool:
 def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss(params, batch):
+    def loss(params, *args):
         # New variables at each call, which may change them.
         mine = jax.tree.map(lambda x: x, rest)
-        return loss_fn(nnx.merge(graph, params, mine), batch)
+        return loss_fn(nnx.merge(graph, params, mine), *args)
 
     return loss, params
 
@@ -49,9 +49,9 @@ def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
         treedef, [x if w else None for x, w in zip(leaves, weights, strict=True)]
     )
 
-    def loss(arrays, batch):
+    def loss(arrays, *args):
         mine = iter(jax.tree.leaves(arrays))
         every = [next(mine) if w else x for x, w in zip(leaves, weights, strict=True)]
-        return loss_fn(jax.tree.unflatten(treedef, every), batch)
+        return loss_fn(jax.tree.unflatten(treedef, every), *args)
 
     return loss, paths

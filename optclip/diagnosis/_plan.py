@@ -191,6 +191,15 @@ def _crossing(made: Made) -> Made:
     return made._replace(chain=made.chain._replace(before=LOST))
 
 
+# What the user wrote, for the name of a primitive.
+BETTER = {
+    "while": "jax.lax.while_loop",
+    "custom_vjp_call": "the custom derivative",
+    "custom_jvp_call": "the custom derivative",
+    "shard_map": "jax.shard_map",
+}
+
+
 def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, list[str]]:
     """Plans the programs in an equation; also returns why sites are out of reach."""
     name, plans = eqn.primitive.name, []
@@ -204,7 +213,9 @@ def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, list[str]]:
     if name in OPENED:
         step = Step(eqn, None, tuple(plans), any(p.sites for p in plans))
         return step, [words for p in plans for words in p.hidden]
-    reason = f"inside {_name_of(eqn)} ({name})"
+    called = _name_of(eqn)
+    reason = f"inside {BETTER.get(name, name)}"
+    reason += f" {called}" if called != name else ""
     count = sum(len(p.sites) + len(p.hidden) for p in plans)
     return Step(eqn, None, tuple(plans) if name in RULED else ()), [reason] * count
 

@@ -13,7 +13,7 @@ from optclip import norms
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
-__all__ = ["Batch", "Probe", "half_of"]
+__all__ = ["Batch", "Probe", "halves_of"]
 
 # A step's updates are tried at these parts of their size.
 PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
@@ -40,13 +40,15 @@ class Batch(NamedTuple):
         return bool(np.isfinite(self.loss) and np.isfinite(self.norm))
 
 
-def half_of(batch: Any, part: int) -> Any:
-    """Returns the first or second half of a batch along its leading axis, or None."""
-    sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or (size := sizes.pop()) < 2 or size % 2:
-        return None
-    half = size // 2
-    return jax.tree.map(lambda x: x[part * half : (part + 1) * half], batch)
+def halves_of(batch: Any, axis: int) -> list[Any]:
+    """Returns an even part of a batch along an axis, and its halves; or nothing."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    sizes = {shape[axis] if len(shape) > axis else 0 for shape in shapes}
+    if len(sizes) != 1 or (half := sizes.pop() // 2) < 1:
+        return []
+    kept = slice(0, 2 * half), slice(0, half), slice(half, 2 * half)
+    before = (slice(None),) * axis
+    return [jax.tree.map(lambda x, k=k: x[(*before, k)], batch) for k in kept]
 
 
 @dataclasses.dataclass

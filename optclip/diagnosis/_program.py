@@ -16,10 +16,11 @@ LINEAR = {
     "reduce_precision", "reshape", "sharding_constraint", "squeeze", "sub", "transpose",
 }  # fmt: skip
 ELEMENTWISE = LINEAR | {
-    "abs", "and", "atan2", "cbrt", "clamp", "cos", "div", "eq", "erf", "erf_inv",
-    "erfc", "exp", "exp2", "expm1", "ge", "gt", "integer_pow", "is_finite", "le",
-    "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow",
-    "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "tan",
+    "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "cbrt", "clamp", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow", "rsqrt",
+    "select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "tan",
     "tanh", "xor",
 }  # fmt: skip
 LOST = "in another program"

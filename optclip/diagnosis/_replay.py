@@ -14,6 +14,7 @@ from optclip.diagnosis._program import LOST, Plan, Step, closed
 
 __all__ = ["Change", "magnitude", "no_probes", "replay"]
 
+BEYOND = 1e9  # for a number that was too large for float16
 LOW = (jnp.float16, jnp.bfloat16)
 
 
@@ -210,14 +211,18 @@ def replay(
         The results, and for each site rms of input, output and parameters.
     """
     jaxpr = plan.jaxpr.jaxpr
-    env = dict(zip(jaxpr.constvars, plan.jaxpr.consts, strict=True))
+    consts = plan.jaxpr.consts
+    if change.wide:
+        consts = [_wide_constant(x) for x in consts]
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
     waiting: Iterator[Any] = iter(probes)
     seen: list[jax.Array] = []
 
     def read(atom: Any):
         if isinstance(atom, core.Literal):
-            return jnp.asarray(atom.val, jnp.result_type(atom.aval))
+            value = jnp.asarray(atom.val, jnp.result_type(atom.aval))
+            return _wide_constant(value) if change.wide else value
         return env[atom]
 
     for step in plan.steps:
@@ -246,6 +251,14 @@ def replay(
             outs = _bind(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars], seen
+
+
+def _wide_constant(value: Any) -> Any:
+    """Returns a constant in float32; one that left float16's range became infinite."""
+    if getattr(value, "dtype", None) not in LOW:
+        return value
+    value = value.astype(jnp.float32)
+    return jnp.where(jnp.isinf(value), jnp.copysign(BEYOND, value), value)
 
 
 def _has_program(eqn: Any) -> bool:

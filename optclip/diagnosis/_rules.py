@@ -69,14 +69,14 @@ def _bad_batch(s: Signals) -> Candidate | None:
 
 
 def _loss_sum(s: Signals) -> Candidate | None:
-    if not 1.8 < s.halves < 2.2:
+    if not LIMITS.twice[0] < s.halves < LIMITS.twice[1]:
         return None
     finding = Finding(
         "loss_sum", (),
         f"The loss of a batch is {s.halves:.3g} times the mean loss of its halves; a "
         "mean would give 1.",
-        f"Divide the loss by the number of examples, {s.size} in a batch, so that the "
-        "gradient does not grow with it.",
+        f"Divide the loss by the number of examples, or of examples and positions, "
+        f"{s.size} in a batch, so that the gradient does not grow with it.",
         "medium", "measured", (Action("divide_loss", float(s.size)),),
     )  # fmt: skip
     return Candidate(finding, math.log10(max(s.size, 1)))

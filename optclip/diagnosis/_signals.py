@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip.diagnosis import _growth
-from optclip.diagnosis._probe import Batch, Probe, half_of
+from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
 __all__ = ["LIMITS", "Limits", "Signals", "measure"]
@@ -40,6 +40,7 @@ class Limits:
         trust: Share of the predicted fall of the loss that comes true.
         mild_trust: The same, if steps of a tenth keep all of their promise.
         trust_after: The same with smaller steps.
+        twice: What counts as twice a loss.
         rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
         worse: Share of the first loss by which a rehearsal must end higher than one
             with smaller steps.
@@ -61,6 +62,7 @@ class Limits:
     trust: float = 0.25
     mild_trust: float = 0.4
     trust_after: float = 0.35
+    twice: tuple[float, float] = (1.8, 2.2)
     rise: float = 1.5
     worse: float = 0.1
 
@@ -89,7 +91,7 @@ class Signals:
         scaled_loss: The loss with these.
         scaled: The factor for each leaf that makes its size usual.
         halves: Loss over the mean of the losses of its halves; NaN if it can't be.
-        size: Examples in a batch; 0 if unknown.
+        size: Examples in a batch, or examples and positions, that the loss sums over.
         trust: Share of the predicted fall of the loss that comes true, by part.
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
@@ -173,17 +175,31 @@ def _scale(params: Any, factors: dict[str, float], paths: tuple[str, ...]) -> An
     return jax.tree.unflatten(treedef, scaled)
 
 
-def _halves(probe: Probe, params: Any, chosen: list[Any]) -> float:
+def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
     """Returns the median over some batches of the loss over that of its halves."""
     ratios = []
     for batch in chosen[:3]:
-        parts = [half_of(batch, i) for i in (0, 1)]
-        if parts[0] is None:
+        losses = [probe.loss(params, part) for part in halves_of(batch, axis)]
+        if not losses:
             return math.nan
-        whole = probe.loss(params, batch)
-        mean = (probe.loss(params, parts[0]) + probe.loss(params, parts[1])) / 2
+        whole, mean = losses[0], (losses[1] + losses[2]) / 2
         ratios.append(whole / mean if mean and np.isfinite(mean) else math.nan)
     return float(np.median(ratios)) if ratios else math.nan
+
+
+def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
+    """Returns whether the loss sums over examples, and over how many numbers."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(chosen[0])]
+    size = next((shape[0] for shape in shapes if shape), 0)
+    first = _halves(probe, params, chosen, 0)
+    if LIMITS.twice[0] < first < LIMITS.twice[1]:
+        try:  # positions in a sequence, perhaps
+            second = _halves(probe, params, chosen, 1)
+        except Exception:  # a program of its own, which may be of one length only
+            second = math.nan
+        if LIMITS.twice[0] < second < LIMITS.twice[1]:
+            size *= next(shape[1] for shape in shapes if len(shape) > 1)
+    return {"halves": first, "size": size}
 
 
 def _factors(signals: Signals) -> dict[str, float]:
@@ -217,7 +233,6 @@ def measure(
         _growth.depth_growth(layers) if len(layers) >= _growth.FEWEST else None,
         _growth.time_growth(this.sites), _growth.he_ratios(layers),
         _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
-        size=next((len(x) for x in jax.tree.leaves(batch) if np.ndim(x)), 0),
         begun=begun,
     )  # fmt: skip
     more: dict[str, Any] = {}
@@ -250,7 +265,7 @@ def measure(
 def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, Any]:
     """Measures what steps do, and whether the loss is a sum."""
     probe.show("halves of batches")
-    more: dict[str, Any] = {"halves": _halves(probe, params, fine)}
+    more: dict[str, Any] = _sums(probe, params, fine)
     probe.show("steps of several sizes")
     more["trust"] = probe.trust(params, opt_state, batch, grads, this.loss)
     run = [fine[i % len(fine)] for i in range(12)]

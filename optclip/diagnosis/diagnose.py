@@ -28,8 +28,10 @@ def _loud(words: str) -> None:
     print(f"optclip.diagnose: {words}", file=sys.stderr, flush=True)
 
 
-def _listed(signals: _signals.Signals) -> dict[str, Any]:
+def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
     """Returns the signals by name, as a report holds them."""
+    plan = probe.tapped and probe.tapped.plan
+    seen = len(plan.sites) if plan else 0
     depth, time = signals.depth, signals.time
     return {
         "batch_losses": tuple(b.loss for b in signals.batches),
@@ -49,6 +51,7 @@ def _listed(signals: _signals.Signals) -> dict[str, Any]:
         "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
         "limits": _signals.LIMITS,
         "sites": signals.first.sites,
+        **({"uses": (seen, seen + len(plan.hidden))} if plan else {}),
     }
 
 
@@ -76,8 +79,8 @@ def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> lis
         words.append("what a step does: the loss or its gradient is not finite")
     elif not np.isfinite(signals.halves):
         words.append(
-            "whether the loss is a sum: the batch has no common leading axis of even "
-            "length, or its halves have no loss"
+            "whether the loss is a sum: the batch has no common leading axis, or "
+            "its halves have no loss"
         )
     if more:
         words.append(f"batches after the first {len(signals.batches)}")
@@ -171,4 +174,4 @@ def diagnose(
     probe.read(params, given[0])
     signals = _signals.measure(probe, params, opt_state, given, begun)
     words = _not_seen(probe, signals, more)
-    return Report(_rules.judge(signals), _listed(signals), tuple(words))
+    return Report(_rules.judge(signals), _listed(probe, signals), tuple(words))

@@ -1,6 +1,7 @@
 """What a diagnosis says: findings with evidence and a remedy, and what was not seen."""
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,12 +76,14 @@ class Finding:
         where = ", ".join(self.where[:4])
         if len(self.where) > 4:
             where += f" and {len(self.where) - 4} more"
-        lines = [
-            f"{self.title} ({self.severity}; {self.confidence})",
-            *([f"  where:    {where}"] if where else []),
-            f"  evidence: {self.evidence}",
-            f"  remedy:   {self.remedy}",
-        ]
+        rows = {"where:": where, "evidence:": self.evidence, "remedy:": self.remedy}
+        lines = [f"{self.title} ({self.severity}; {self.confidence})"]
+        for name, words in rows.items():
+            begin = f"  {name:<10}"
+            wrapped = textwrap.fill(
+                words, 80, initial_indent=begin, subsequent_indent=" " * len(begin)
+            )
+            lines += [wrapped] if words else []
         return "\n".join(lines)
 
 
@@ -92,7 +95,7 @@ class Report:
         findings: The causes, the one whose remedy helps most first; empty if nothing
             was found wrong.
         signals: The measurements behind them by name: scalars, tuples of numbers, and
-            under "sites" the `Site`s of the program.
+            under "sites" each `Site` of the program.
         not_seen: What could not be looked at, and why, in words.
     """
 
@@ -112,5 +115,10 @@ class Report:
         else:
             numbered = enumerate(self.findings, 1)
             head = "\n\n".join(f"{n}. {finding}" for n, finding in numbered)
-        notes = "\n".join(f"Not seen: {words}" for words in self.not_seen)
-        return f"{head}\n\n{notes}" if notes else head
+        notes = [f"Not seen: {words}." for words in self.not_seen]
+        if "uses" in self.signals:
+            seen, total = self.signals["uses"]
+            batches = len(self.signals["batch_norms"])
+            looked = f"{batches} batches and {seen} of {total} uses of parameters"
+            notes = [f"Looked at {looked}.", *notes]
+        return "\n\n".join([head, "\n".join(notes)]) if notes else head

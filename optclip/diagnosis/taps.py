@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip import _trees
+from optclip.diagnosis import _models
 from optclip.diagnosis._plan import plan_program
 from optclip.diagnosis._program import Plan
 from optclip.diagnosis._replay import Change, no_probes, replay
@@ -235,8 +236,8 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
 
     Args:
         loss_fn: ``loss_fn(params, *args)`` returns a real scalar.
-        params: A tree of arrays. A Flax NNX model is split into a tree by
-            `flax.nnx.split`, an Equinox model by `equinox.partition`.
+        params: A tree of arrays, a Flax NNX model or an Equinox model. The model itself
+            is not changed; it is given to ``loss_fn`` as a copy.
         *args: The rest of its arguments: trees of arrays.
         has_aux: Whether it returns (loss, aux).
 
@@ -259,7 +260,7 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
         >>> taps.sites[-1].signal_out  # of 4 outputs, with a derivative of 1 each
         2.0
     """
-    loss_fn = scalar_loss(loss_fn, has_aux)
+    loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     jax.eval_shape(loss_fn, params, *args)  # the user's own errors come first
     try:
         seen = tapped(loss_fn, params, *args)
