@@ -47,7 +47,7 @@ def killed_after(process, line):
     return "".join(said)
 
 
-def finished(process, seconds=240):
+def finished(process, seconds=600):
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, out[-3000:]
     return out
