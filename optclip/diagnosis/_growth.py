@@ -71,11 +71,6 @@ def _log(values: np.ndarray | list[float]) -> np.ndarray:
     return np.where(np.isfinite(logs), logs, np.nan)
 
 
-def _mean(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if values.size else math.nan
-
-
 def _ends(logs: np.ndarray) -> float:
     """Returns the last quarter's mean less the first's, of the finite ones in order."""
     logs = logs[np.isfinite(logs)]

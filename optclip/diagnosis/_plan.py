@@ -114,7 +114,7 @@ KINDS = {
 }
 
 
-def _site(eqn: Any, mades: list[Made], place: _Place, number: int) -> SiteSpec | None:
+def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
     """Returns the site that an equation is, or None."""
     kind = KINDS.get(eqn.primitive.name)
     if kind is None:
@@ -138,7 +138,7 @@ def _site(eqn: Any, mades: list[Made], place: _Place, number: int) -> SiteSpec |
     chain = data.chain
     fan_in, fan_out = _fans(eqn, 1 - at)
     return SiteSpec(
-        kind, weight.leaves, number, fan_in, fan_out, at,
+        kind, weight.leaves, place.first, fan_in, fan_out, at,
         chain.functions if chain else (), chain.site if chain else None,
         chain.before if chain else None, place.lengths, weight.stacked,
         str(eqn.outvars[0].aval.dtype),
@@ -250,7 +250,7 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
     for eqn in jaxpr.eqns:
         made = [look(v) for v in eqn.invars]
         here = place._replace(first=place.first + len(sites))
-        site = _site(eqn, made, here, here.first)
+        site = _site(eqn, made, here)
         if site is not None:
             steps.append(Step(eqn, site))
             sites.append(site)

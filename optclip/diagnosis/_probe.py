@@ -84,7 +84,7 @@ class Probe:
         self._update = jax.jit(self.optimizer.update)
         self._changed = jax.jit(self._changed_norm, static_argnums=2)
 
-    def _gradients(self, params, batch, change=Change()):  # noqa: B008
+    def _gradients(self, params, batch):
         """Returns loss, gradients, their norms, and the figures of all sites."""
         if self.tapped is None:
             loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
@@ -93,7 +93,7 @@ class Probe:
             seen = self.tapped
 
             def loss_of(params, probes):
-                return seen.run(params, (batch,), probes, change)
+                return seen.run(params, (batch,), probes)
 
             both = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
             probes = no_probes(seen.plan)

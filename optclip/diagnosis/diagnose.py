@@ -139,8 +139,9 @@ def diagnose(
         A `Report`. Print it.
 
     Raises:
-        TypeError: If ``optimizer`` is no transformation, or there is no batch.
-        ValueError: If the loss is no real scalar.
+        TypeError: If ``optimizer`` is no transformation.
+        ValueError: If the loss is no real scalar, there is no batch, or ``params`` hold
+            no real or complex numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optclip

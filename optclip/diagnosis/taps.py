@@ -202,7 +202,7 @@ def scalar_loss(loss_fn: Callable, has_aux: bool) -> Callable:
 
 def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
     """Reads the program of ``loss_fn(params, *args)``, which returns a scalar."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
     program = jax.make_jaxpr(loss_fn)(params, *args)
     plan = plan_program(program, len(flat))
 
@@ -211,7 +211,6 @@ def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
         (loss,), figures = replay(plan, values, probes, change)
         return loss.astype(jnp.float32) if change.wide else loss, figures
 
-    del treedef
     paths = tuple(_trees.path_name(path) for path, _ in flat)
     return Tapped(plan, paths, tuple(int(np.size(x)) for _, x in flat), run)
 
