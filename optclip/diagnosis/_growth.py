@@ -21,7 +21,6 @@ class Layer(NamedTuple):
 
     Attributes:
         leaf: Path of its parameters.
-        order: The site's.
         back_in: Norm of the backward signal at its input, over all steps.
         back_out: The same at its output.
         rms_in: Of its input.
@@ -29,11 +28,9 @@ class Layer(NamedTuple):
         he: Root mean square of its weights over that of He's initialization.
         activation: Functions between the layer before and this one, or None.
         source: Place of that layer in the list, or None.
-        fan_in: Inputs that each output sums over.
     """
 
     leaf: str
-    order: int
     back_in: float
     back_out: float
     rms_in: float
@@ -41,7 +38,6 @@ class Layer(NamedTuple):
     he: float
     activation: str | None
     source: int | None
-    fan_in: int
 
 
 class Growth(NamedTuple):
@@ -138,8 +134,8 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
                 place[site.order] = len(found)
                 found.append(
                     Layer(
-                        site.leaf, site.order, back_in, back_out, rms_in, rms_out, he,
-                        site.activation, place.get(site.source), site.fan_in,
+                        site.leaf, back_in, back_out, rms_in, rms_out, he,
+                        site.activation, place.get(site.source),
                     )
                 )  # fmt: skip
     return found
