@@ -172,6 +172,12 @@ def transformation(**named: Any) -> optax.GradientTransformationExtraArgs:
             f"`{name}` must be a transformation, got `optax.MultiSteps`: pass what its "
             "method `gradient_transformation()` returns."
         )
+    inner = getattr(value, "tx", None)
+    if isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an Optax transformation, got {type(value).__name__}, "
+            "which holds one: pass its `tx`."
+        )
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"`{name}` must be an Optax transformation, such as `optax.adamw(1e-3)`, "

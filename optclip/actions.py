@@ -4,6 +4,8 @@ An action is a function ``(norm, limit) -> scale`` on arrays of norms. It must n
 depend on the unit of length: ``scale(c * norm, c * limit) == scale(norm, limit)``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

@@ -1,5 +1,7 @@
 """Which leaves went bad, and when."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import numpy as np

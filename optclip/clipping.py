@@ -6,6 +6,8 @@ It is the only place that deals with trees, non-finite values, state and mesh ax
 published method is a rule, a scope and an action handed to `clip`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

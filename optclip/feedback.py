@@ -1,5 +1,7 @@
 """Error feedback: what a clip cut off is not lost, but added to the next gradients."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """A transformation that changes nothing, and records norms by leaf."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

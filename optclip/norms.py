@@ -5,6 +5,8 @@ gradients (integers, booleans, float0, PRNG keys, None, `optax.MaskedNode`) coun
 nothing. Nothing here knows about Optax, thresholds or state.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Gradients that are clipped example by example, and then averaged."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 

@@ -4,6 +4,8 @@ A scope is made by one of the functions here and handed to `optclip.clip`. It kn
 shapes and paths only, never values, so it costs nothing at run time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +31,10 @@ class Scope(NamedTuple):
     layout: Callable[[Any, list[str], list[Any]], Layout]
     by_element: bool = False
     summary: bool = False
+
+    def __repr__(self) -> str:
+        """Returns how it is made, short enough for signatures."""
+        return f"scopes.{self.name}()"
 
 
 def _cut(

@@ -1,5 +1,7 @@
 """Leaving bad steps out: an optimizer whose state they never reach."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Clipping of singular values: the scale is a matrix function, not a number."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

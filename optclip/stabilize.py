@@ -1,5 +1,7 @@
 """The clip with nothing to pick: both halves around any optimizer."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

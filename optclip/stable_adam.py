@@ -1,5 +1,7 @@
 """Adam whose step is bounded where its second moment lags behind the gradient."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

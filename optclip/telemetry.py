@@ -4,6 +4,8 @@ Nothing here computes on gradients: all figures were measured by the clip itself
 are read from its state, inside or outside of jit, however deep it lies.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -241,6 +241,27 @@ def test_a_first_norm_of_any_size_locks_nothing(size):
     assert sum(skipped) <= 5
 
 
+def test_a_deviation_counts_for_a_millionth_at_least_unless_the_floor_is_zero():
+    norms = [*(1e-9 * (1 + 0.1 * (np.arange(100) % 3))), 1e-7, 1e-5]
+    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
+    assert np.flatnonzero(skipped).tolist() == [101]
+    rule = rules.window_sigma(6.0, unbiased=True, floor=0.0)
+    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=rule), norms)
+    assert np.flatnonzero(skipped).tolist() == [100, 101]
+
+
+def test_a_norm_beyond_float32_is_judged_as_the_largest_float32():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.finfo(jnp.float32).max)
+    longest = {"kernel": jnp.full((3, 2), 3e38), "bias": jnp.zeros(2)}
+    _, state = jax.jit(tx.update)(longest, tx.init(PARAMS), PARAMS)
+    assert optclip.metrics(state)["skip/skipped_steps"] == 0
+    tx = optclip.skip_steps(optax.sgd(1.0), when=1e38)
+    _, state = jax.jit(tx.update)(longest, tx.init(PARAMS), PARAMS)
+    figures = optclip.metrics(state)
+    assert figures["skip/spike_steps"] == 1
+    assert figures["skip/norm"] == jnp.finfo(jnp.float32).max
+
+
 def test_metrics_and_culprits_tell_of_the_last_bad_steps():
     tx = optclip.skip_steps(
         optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(1.0)),

@@ -141,7 +141,7 @@ def test_declines_when_more_than_a_quarter_is_not_finite():
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
-    suggestion = suggest_threshold(USUAL, report=found(cause))
+    suggestion = suggest_threshold(USUAL, diagnosis=found(cause))
     if cause in ("recurrence", "learning_rate"):
         assert suggestion.max_norm == 6.0
     else:
@@ -152,15 +152,15 @@ def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
 
 def test_what_is_only_worth_knowing_is_no_reason_to_decline():
     report = found("initialization", "low")
-    assert suggest_threshold(USUAL, report=report).max_norm == 6.0
-    assert suggest_threshold(USUAL, report=Report((), {})).max_norm == 6.0
+    assert suggest_threshold(USUAL, diagnosis=report).max_norm == 6.0
+    assert suggest_threshold(USUAL, diagnosis=Report((), {})).max_norm == 6.0
 
 
 def test_text():
     text = str(suggest_threshold([*USUAL, 1e6]))
     assert text.startswith("Clip at 6 (from 12 norms)\n  left out: 1 far above")
-    assert "decades between the 10% and the 90% quantile" in text
-    assert "drift:    +" in text
+    assert "from the 10% to the 90% quantile" in text
+    assert "drift:    a factor of " in text
     assert "warning:  Norms more than ten times the median" in text
     declined = str(suggest_threshold([1.0] * 3))
     assert declined.startswith("No threshold is suggested: 3 usable norms")
@@ -261,8 +261,8 @@ def test_wrong_norms(norms, error, message):
 def test_wrong_options():
     with pytest.raises(ValueError, match="`quantile` must be between 0 and 1, got 2"):
         suggest_threshold(USUAL, quantile=2.0)
-    with pytest.raises(TypeError, match="`report` must be a Report of"):
-        suggest_threshold(USUAL, report=[])
+    with pytest.raises(TypeError, match="`diagnosis` must be a Report of"):
+        suggest_threshold(USUAL, diagnosis=[])
 
 
 def test_traced_norms_are_refused():

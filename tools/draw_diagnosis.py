@@ -29,7 +29,7 @@ WIDTH, CLASSES = 32, 10
 
 
 def weights_of(depth, gain=1.0):
-    """Returns hidden layers, ``gain`` times He's initialization, and a last layer."""
+    """Returns hidden layers, ``gain`` times He initialization, and a last layer."""
     keys = jax.random.split(jax.random.key(0), depth + 1)
     size = gain * (2 / WIDTH) ** 0.5
     hidden = [size * jax.random.normal(k, (WIDTH, WIDTH)) for k in keys[:depth]]
@@ -140,7 +140,9 @@ def draw_tap():
 
 def draw_initialization():
     twice, usual = signal_of(weights_of(10, 2.0)), signal_of(weights_of(10))
-    return over_layers((twice, "twice\nas large", BAD), (usual, "He's\nweights", GOOD))
+    return over_layers(
+        (twice, "twice\nas large", BAD), (usual, "He\ninitialization", GOOD)
+    )
 
 
 def draw_depth():
@@ -266,6 +268,24 @@ def draw_vanishing():
     sigmoid = functools.partial(plain, act=jax.nn.sigmoid)
     usual, dying = signal_of(weights_of(12)), signal_of(weights_of(12), sigmoid)
     return over_layers((usual, "relu", GOOD), (dying, "sigmoid", BAD))
+
+
+def draw_uphill():
+    figure, axes = panels(("step", "loss"))
+    clip = optclip.clip_by_global_norm(1.0)
+    tails = {"clip, then sgd": (optax.sgd(0.3), GOOD), "clip alone": (None, BAD)}
+    for words, (tail, style) in tails.items():
+        optimizer = optax.chain(clip, tail) if tail else clip
+        params, losses = weights_of(4), []
+        state = optimizer.init(params)
+        for _ in range(13):
+            loss, grads = jax.value_and_grad(cross_entropy)(params, data())
+            updates, state = optimizer.update(grads, state)
+            params = optax.apply_updates(params, updates)
+            losses.append(loss)
+        curve(axes, np.arange(13), np.array(losses), words, style, marker="o")
+    axes.set_xticks(range(0, 13, 2))
+    return figure
 
 
 def draw_not_finite():

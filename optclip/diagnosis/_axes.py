@@ -45,13 +45,20 @@ def _power(value: float, _: Any = None) -> str:
     return f"$10^{{{exponent}}}$"
 
 
-def log_axis(axis: Any, values: np.ndarray) -> None:
-    """Makes an axis logarithmic, with ticks that suit the range of the values."""
+def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
+    """Makes an axis logarithmic, with ticks that suit the range of the values.
+
+    It spans ``least`` decades or more, so that what hardly changes looks level.
+    """
     low, high = float(np.min(values)), float(np.max(values))
+    if (lacking := 10 ** (least / 2) / math.sqrt(high / low)) > 1:
+        low, high = low / lacking, high * lacking
     decades = math.log10(high) - math.log10(low)
-    room = 10 ** max(0.06 * decades, 0.03)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.axes.set(**{f"{axis.axis_name}lim": (low / room, high * room)})
+    room = max(0.06 * decades, 0.03)
+    powers = max(math.log10(low) - room, -300), min(math.log10(high) + room, 307)
+    ends = tuple(10**power for power in powers)  # within what a float can be
+    axis.axes.set(**{f"{axis.axis_name}lim": ends})
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # the limits stay
     if decades < 0.7:
         axis.set_major_locator(MaxNLocator(4))
     else:

@@ -9,7 +9,12 @@ from optclip.attribution import Culprit
 from optclip.diagnosis.findings import Finding, Report
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
-from optclip.diagnosis.thresholds import FEWEST, Suggestion, suggest_threshold
+from optclip.diagnosis.thresholds import (
+    FEWEST,
+    Suggestion,
+    factor_of,
+    suggest_threshold,
+)
 
 __all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
 
@@ -111,8 +116,8 @@ def suggestion_of(run: Run, diagnosis: Report | None) -> Suggestion:
     """Returns a threshold from the norms of a run until it diverged."""
     place = diverged_at(run)
     if not place:
-        return suggest_threshold(run.norms, report=diagnosis)
-    found = suggest_threshold(run.norms[:place], report=diagnosis)
+        return suggest_threshold(run.norms, diagnosis=diagnosis)
+    found = suggest_threshold(run.norms[:place], diagnosis=diagnosis)
     note = f"Only steps before it diverged, at step {run.steps[place]}, count."
     if found.declined is None:
         return dataclasses.replace(found, warnings=(note, *found.warnings))
@@ -126,7 +131,7 @@ def _advice(suggestion: Suggestion) -> Section:
         lead = f"No threshold is suggested: {suggestion.declined}"
         return Section("Threshold", (Item(lead),))
     used = suggestion.samples - suggestion.outliers - suggestion.nonfinite
-    factor = _figure(10 ** (suggestion.spread or 0.0))
+    factor = factor_of(suggestion.spread or 0.0)
     why = (
         f"It is the median of {used:,} norms, of which the middle 80% spread over a "
         f"factor of {factor}."

@@ -25,7 +25,7 @@ class Layer(NamedTuple):
         back_out: The same at its output.
         rms_in: Of its input.
         rms_out: Of its output.
-        he: Root mean square of its weights over that of He's initialization.
+        he: Root mean square of its weights over that of He initialization.
         activation: Functions between the layer before and this one, or None.
         source: Place of that layer in the list, or None.
     """
@@ -197,7 +197,7 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
 
 
 def he_ratios(layers: list[Layer]) -> dict[str, float]:
-    """Returns how large the weights are beside He's initialization, by leaf."""
+    """Returns how large the weights are beside He initialization, by leaf."""
     ratios = collections.defaultdict(list)
     for layer in layers:
         ratios[layer.leaf].append(layer.he)

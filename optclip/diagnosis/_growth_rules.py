@@ -129,8 +129,8 @@ def initialization(s: Signals) -> Candidate | None:
         f"makes them. With weights of that size the gradient's norm is "
         f"{s.scaled_norm:.3g}, not {s.norm:.3g}.",
         f"Multiply these weights by about {factor:.2g}: He initialization "
-        "(variance 2 / fan_in) for relu, Xavier's (2 / (fan_in + fan_out)) for tanh. "
-        "Or normalize each layer.",
+        "(variance 2 / fan_in) for relu, Xavier initialization (2 / (fan_in + "
+        "fan_out)) for tanh. Or normalize each layer.",
         "high" if drop > 2 else "medium", "measured",
         (
             Action("scale_weights", factor, leaves), Action("normalize"),
@@ -170,11 +170,20 @@ def vanishing(s: Signals) -> Candidate | None:
         return None
     if s.depth.back > -LIMITS.shrink and s.norm > 0:
         return None
+    if s.norm == 0:
+        finding = Finding(
+            "vanishing", s.depth.leaves,
+            "The gradient is exactly 0, so no step changes anything.",
+            "Look whether these weights are all 0, whether a relu is never above 0, or "
+            "whether the loss is cut off by `jax.lax.stop_gradient`.",
+            "high", "measured", (Action("normalize"),),
+        )  # fmt: skip
+        return Candidate(finding, LIMITS.shrink)
     finding = Finding(
         "vanishing", s.depth.leaves[: max(len(s.depth.leaves) // 4, 1)],
         f"The backward signal shrinks by {10 ** abs(s.depth.back):.3g} over "
         f"{s.depth.count} layers, so the first hardly learn.",
-        "Use He's or Xavier's initialization, an activation that does not saturate "
+        "Use He or Xavier initialization, an activation that does not saturate "
         "(relu, gelu), normalization or residual connections. A clip does not help.",
         "medium", "measured",
         (Action("normalize"), Action("residual"), Action("change_activation")),

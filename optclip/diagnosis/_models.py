@@ -37,6 +37,7 @@ def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
     if nnx is not None and isinstance(params, nnx.Module):
         return _from_nnx(nnx, loss_fn, params)
     leaves, treedef = jax.tree.flatten(params)
+    leaves = [jnp.asarray(x) if type(x) in (float, complex) else x for x in leaves]
     weights = [_is_weight(x) for x in leaves]
     if not any(weights):
         raise ValueError(
@@ -44,7 +45,7 @@ def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
             "parameters, a Flax NNX model or an Equinox model."
         )
     if all(weights):
-        return loss_fn, params
+        return loss_fn, jax.tree.unflatten(treedef, leaves)
     paths = jax.tree.unflatten(
         treedef, [x if w else None for x, w in zip(leaves, weights, strict=True)]
     )

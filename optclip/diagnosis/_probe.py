@@ -13,10 +13,26 @@ from optclip import norms
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
-__all__ = ["Batch", "Probe", "halves_of"]
+__all__ = ["Batch", "Probe", "Step", "halves_of"]
 
 # A step's updates are tried at these parts of their size.
 PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+
+
+class Step(NamedTuple):
+    """What the next step of the optimizer would be.
+
+    Attributes:
+        finite: Whether its updates are.
+        zero: Whether they are all 0.
+        slope: By how much the gradient predicts the loss to change; below 0 downhill.
+        trust: How much of the predicted change comes true, by part of the updates.
+    """
+
+    finite: bool
+    zero: bool
+    slope: float
+    trust: dict[float, float]
 
 
 class Batch(NamedTuple):
@@ -51,6 +67,11 @@ def halves_of(batch: Any, axis: int) -> list[Any]:
     return [jax.tree.map(lambda x, k=k: x[(*before, k)], batch) for k in kept]
 
 
+def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(jnp.result_type(g, u), jnp.float32)
+    return jnp.vdot(g.astype(wide), u.astype(wide)).real
+
+
 @dataclasses.dataclass
 class Probe:
     """A model under diagnosis: its programs, and what it costs to ask them.
@@ -61,6 +82,7 @@ class Probe:
         show: Called with a few words before each stage.
         tapped: The program that was read, or None where that failed.
         why_not: Why it failed, in words.
+        no_steps: Why no steps can be tried, in words; "" if they can.
     """
 
     loss_fn: Callable[[Any, Any], jax.Array]
@@ -68,29 +90,52 @@ class Probe:
     show: Callable[[str], None]
     tapped: Tapped | None = None
     why_not: str = ""
+    no_steps: str = ""
 
     def read(self, params: Any, batch: Any) -> None:
         """Reads the program of the loss, if this version of JAX can be read."""
-        jax.eval_shape(self.loss_fn, params, batch)  # the user's own errors come first
-        try:
-            self.tapped = tapped(self.loss_fn, params, batch)
-            jax.eval_shape(self._gradients, params, batch)
-        except Exception as error:
-            self.tapped = None
-            self.why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        self._programs: dict[Any, Tapped | None] = {}
+        self.tapped = self._read(params, batch)
         self._gradient = jax.jit(self._gradients)
         self._loss = jax.jit(self.loss_fn)
         self._step = jax.jit(self._one_step)
-        self._update = jax.jit(self.optimizer.update)
+        self._update = jax.jit(self._updates)
         self._changed = jax.jit(self._changed_norm, static_argnums=2)
+
+    def try_steps(self, params: Any, opt_state: Any, batch: Any) -> None:
+        """Finds out whether the optimizer can be run, before it costs anything."""
+        try:
+            jax.eval_shape(self._one_step, params, opt_state, batch, 1.0)
+        except Exception as error:
+            self.no_steps = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+    def _read(self, params: Any, batch: Any) -> Tapped | None:
+        """Returns the program for batches of these shapes, None if it can't be read."""
+        key = (
+            jax.tree.structure(batch),
+            tuple(
+                (jnp.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(batch)
+            ),
+        )
+        if key not in self._programs:
+            # The user's own errors come first.
+            jax.eval_shape(self.loss_fn, params, batch)
+            try:
+                seen = tapped(self.loss_fn, params, batch)
+                self._programs[key] = seen
+                jax.eval_shape(self._gradients, params, batch)
+            except Exception as error:
+                self._programs[key] = None
+                self.why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return self._programs[key]
 
     def _gradients(self, params, batch):
         """Returns loss, gradients, their norms, and the figures of all sites."""
-        if self.tapped is None:
+        seen = self._read(params, batch)
+        if seen is None:
             loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
             figures, signals = [], []
         else:
-            seen = self.tapped
 
             def loss_of(params, probes):
                 return seen.run(params, (batch,), probes)
@@ -100,12 +145,15 @@ class Probe:
             (loss, figures), (grads, signals) = both(params, probes)
         fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
         norm = norms.global_norm(grads)
+        # Of complex parameters JAX gives the conjugate of what leads downhill.
+        grads = jax.tree.map(jnp.conj, grads)
         return (loss, norm, jnp.stack(fine), figures, signals), grads
 
     def _changed_norm(self, params, batch, change):
         """Returns loss and norm of the gradient of the program with a change."""
-        assert self.tapped is not None
-        run = self.tapped.run
+        seen = self._read(params, batch)
+        assert seen is not None
+        run = seen.run
         loss, grads = jax.value_and_grad(lambda p: run(p, (batch,), (), change)[0])(
             params
         )
@@ -113,16 +161,25 @@ class Probe:
 
     def _one_step(self, params, opt_state, batch, part):
         loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
-        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        grads = jax.tree.map(jnp.conj, grads)
+        updates, opt_state = self._updates(grads, opt_state, params, batch, loss)
         updates = jax.tree.map(lambda u: part * u, updates)
         return optax.apply_updates(params, updates), opt_state, loss
+
+    def _updates(self, grads, opt_state, params, batch, loss):
+        """Returns the updates, with all that optimizers of Optax may ask for."""
+        more = {
+            "value": loss, "grad": grads, "value_fn": lambda p: self.loss_fn(p, batch),
+        }  # fmt: skip
+        return self.optimizer.update(grads, opt_state, params, **more)
 
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns what one batch gives, and its gradients."""
         (loss, norm, fine, figures, signals), grads = self._gradient(params, batch)
-        paths = self.tapped.paths if self.tapped else ()
+        seen = self._read(params, batch)
+        paths = seen.paths if seen else ()
         flags = zip(paths, np.asarray(fine), strict=False)
-        sites = self.tapped.sites(figures, signals) if self.tapped else ()
+        sites = seen.sites(figures, signals) if seen else ()
         bad = tuple(path for path, good in flags if not good)
         return Batch(float(loss), float(norm), bad, sites), grads
 
@@ -140,27 +197,23 @@ class Probe:
         """Returns the loss of one batch."""
         return float(self._loss(params, batch))
 
-    def trust(
+    def step(
         self, params: Any, opt_state: Any, batch: Any, grads: Any, loss: float
-    ) -> dict[float, float]:
-        """Returns how much of the predicted fall of the loss comes true, by part."""
-        updates, _ = self._update(grads, opt_state, params)
-        slope = float(
-            sum(
-                jnp.vdot(g.astype(jnp.float32), u.astype(jnp.float32)).real
-                for g, u in zip(
-                    jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True
-                )
-            )
-        )
+    ) -> Step:
+        """Returns what the next step would be, and how much of it comes true."""
+        value = jnp.asarray(loss, jnp.float32)
+        updates, _ = self._update(grads, opt_state, params, batch, value)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True)
+        slope = float(sum(_inner(g, u) for g, u in pairs))
+        size = float(norms.global_norm(updates))
         found = {}
-        for part in PARTS:
+        for part in PARTS if np.isfinite(size) else ():
             # A change below rounding says nothing.
             if not abs(part * slope) > 1e-5 * abs(loss):
                 continue
             moved = self._moved(params, updates, part)
             found[part] = (self.loss(moved, batch) - loss) / (part * slope)
-        return found
+        return Step(bool(np.isfinite(size)), size == 0, slope, found)
 
     def _moved(self, params: Any, updates: Any, part: float) -> Any:
         smaller = jax.tree.map(lambda u: part * u, updates)

@@ -92,15 +92,35 @@ def _promise(trust: float, smaller: float, part: float) -> str:
     """Returns how much of the predicted fall of the loss comes true, in words."""
     if not (math.isfinite(trust) and math.isfinite(smaller)):
         return ""
-    kept = f"brings {trust:.0%} of it" if trust > 0 else "makes the loss rise"
+
+    def brings(share: float) -> str:
+        return f"brings {share:.0%} of it" if share > 0.005 else "makes the loss rise"
+
     return (
-        f"The gradient predicts a fall of the loss; a step {kept}, one with {part:g} "
-        f"of its size brings {smaller:.0%}. "
+        f"The gradient predicts a fall of the loss; a step {brings(trust)}, one with "
+        f"{part:g} of its size {brings(smaller)}. "
     )
 
 
+def _uphill(s: Signals) -> Candidate | None:
+    # The momentum of a run that has begun may well lead uphill for a step.
+    if s.begun or not s.slope > 1e-5 * abs(s.first.loss):
+        return None
+    finding = Finding(
+        "uphill", (),
+        f"The gradient predicts that the next step raises the loss by {s.slope:.3g}. "
+        "An optimizer's updates are added to the parameters, so they must point down "
+        "the gradient.",
+        "Look whether the chain ends with a negative learning rate, as in "
+        "`optax.sgd(0.1)` or `optax.scale(-0.1)`: a clip alone hands the gradient on "
+        "as it is, and so does `optax.masked` where it does not apply.",
+        "high", "measured",
+    )  # fmt: skip
+    return Candidate(finding, math.inf)
+
+
 def _learning_rate(s: Signals) -> Candidate | None:
-    if not s.rehearsals:
+    if not s.rehearsals or _uphill(s):
         return None
     whole, tenth = (s.rehearsals[part] for part in (1.0, 0.1))
     start = float(np.mean(s.starts[-4:]))
@@ -115,14 +135,21 @@ def _learning_rate(s: Signals) -> Candidate | None:
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
     hopeless = math.isinf(end) and math.isinf(slow)
+    leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
     early = mild or diverged or (distrusted and better)
     if s.begun:  # a run settles where a step brings little, and trains there
         early = better and end > LIMITS.rise * abs(start)
-    if not (hopeless or early):
+    else:
+        # Nothing but far smaller steps could be right: all that were tried are wrong.
+        wrong = s.trust and min(s.trust) <= 0.01 and max(s.trust.values()) < 0
+        early = early or (wrong and end > start + margin and slow > start + margin)
+    if not (hopeless or leaped or early):
         return None
     part = max([p for p in good if p <= 0.3], default=0.01 if hopeless else 0.1)
     if slow > start + margin:
         part = min(part, 0.01)
+    if (leaped or early) and not good and s.trust:
+        part = min(s.trust)
     words = _promise(trust, s.trust.get(part, math.nan), part)
     finish, slowly = (
         f"{x:.3g}" if math.isfinite(x) else "a value that is not finite"
@@ -130,7 +157,8 @@ def _learning_rate(s: Signals) -> Candidate | None:
     )
     finding = Finding(
         "learning_rate", (),
-        f"{words}In a rehearsal of 12 steps the loss goes from {start:.3g} to "
+        f"{words}In a rehearsal of 12 steps the loss goes from {start:.3g}"
+        f"{f' over {max(whole):.3g}' if leaped and math.isfinite(end) else ''} to "
         f"{finish}; with a tenth of the learning rate, to {slowly}.",
         f"Multiply the learning rate by about {part:g}, or warm it up; an adaptive "
         "optimizer such as AdamW stands more.",
@@ -142,6 +170,50 @@ def _learning_rate(s: Signals) -> Candidate | None:
     relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
     relative = 0.0 if hopeless else max(relative, 0.0)
     return Candidate(finding, min(math.log10(1 + relative), 0.9))
+
+
+BROKEN = {
+    "parameters": (
+        "These parameters hold numbers that are not finite, so every loss is too.",
+        "Go back to a checkpoint from before. `optclip.skip_steps` keeps steps that "
+        "are not finite out of the parameters, and `optclip.culprits` names the leaf "
+        "where it began.",
+    ),
+    "optimizer": (
+        "The optimizer's state holds numbers that are not finite, so every update is.",
+        "Go back to a checkpoint from before, or begin with `optimizer.init(params)`. "
+        "`optclip.skip_steps` keeps steps that are not finite out of the state.",
+    ),
+    "batches": (
+        "All of these batches hold numbers that are not finite, in the data itself.",
+        "Look where the data come from: a division by a deviation of 0, a missing "
+        "value, a file that was read wrongly.",
+    ),
+    "empty": (
+        "These batches hold no numbers: the mean over no examples is not finite.",
+        "Leave empty batches out.",
+    ),
+}  # fmt: skip
+
+
+def _given(s: Signals) -> Finding | None:
+    """Returns the finding for what was not finite before anything was computed."""
+    for name, (evidence, remedy) in BROKEN.items():
+        where = s.broken.get(name, ())
+        all_of = name in ("parameters", "optimizer") or len(where) == len(s.batches)
+        if where and all_of:
+            if name in ("batches", "empty"):
+                where = tuple(f"batch {i}" for i in where)
+            return Finding("not_finite", where, evidence, remedy, "high", "measured")
+    if s.bad_updates:
+        return Finding(
+            "not_finite", (),
+            "The gradient is finite, and the optimizer's updates are not.",
+            "Look at the optimizer's numbers: a learning rate that is not finite, or a "
+            "division by a root mean square of 0 with an `eps` of 0.",
+            "high", "measured",
+        )  # fmt: skip
+    return None
 
 
 def _not_finite(s: Signals) -> Finding:
@@ -167,7 +239,7 @@ def _not_finite(s: Signals) -> Finding:
 
 RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
     _overflow, _bad_batch, activation, recurrence, initialization, depth,
-    _loss_sum, _learning_rate, vanishing,
+    _loss_sum, _uphill, _learning_rate, vanishing,
 )  # fmt: skip
 # What explains the growth of a signal; of several, the one whose remedy helps most.
 GROWTH = {"activation", "recurrence", "initialization", "depth"}
@@ -175,6 +247,8 @@ GROWTH = {"activation", "recurrence", "initialization", "depth"}
 
 def judge(signals: Signals) -> tuple[Finding, ...]:
     """Returns the causes, the one whose remedy helps most first."""
+    if (given := _given(signals)) is not None:
+        return (given,)
     found = [c for rule in RULES if (c := rule(signals)) is not None]
     causes = {c.finding.cause for c in found}
     if causes & {"activation", "initialization"}:  # these explain growth over layers

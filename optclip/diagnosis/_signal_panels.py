@@ -18,6 +18,7 @@ from optclip.diagnosis._axes import (
     log_axis,
     tidy,
 )
+from optclip.diagnosis.records import printable
 
 __all__ = ["signal_panels"]
 
@@ -28,7 +29,8 @@ _ROWS, _COLUMNS, _NAMES = len(_LINES), 96, 10
 
 
 def _short(path: str) -> str:
-    return path if len(path) <= 20 else "\u2026" + path[-19:]
+    path = printable(path)
+    return (path if len(path) <= 20 else "\u2026" + path[-19:]).replace("$", r"\$")
 
 
 def _lost(axes: Any, places: np.ndarray) -> None:
@@ -46,7 +48,7 @@ def _draw_depth(sites: Sequence[Any], figure: Any) -> None:
     places, shown = np.arange(len(sites)), drawable(values)
     marker = "o" if len(sites) <= FEW else None
     axes.plot(places, shown, color=BLUE, marker=marker, markersize=5)
-    log_axis(axes.yaxis, shown[np.isfinite(shown)])
+    log_axis(axes.yaxis, shown[np.isfinite(shown)], least=1.5)
     _lost(axes, places[~np.isfinite(values)])
     tidy(axes)
     axes.set_ylabel("backward signal (norm)")
@@ -106,7 +108,7 @@ def _draw_time(sites: Sequence[Any], figure: Any) -> None:
         marker = "o" if len(row) <= FEW // 2 else None
         style = {"color": colour, "marker": marker, "markersize": 4}
         axes.plot(row, label=_short(site.leaf), **style)
-    log_axis(axes.yaxis, table[np.isfinite(table)])
+    log_axis(axes.yaxis, table[np.isfinite(table)], least=1.5)
     axes.legend(frameon=False)
     axes.set_ylabel("backward signal (norm)")
     tidy(axes)

@@ -10,64 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip.diagnosis import _growth
+from optclip.diagnosis._inputs import not_finite_leaves
+from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
-__all__ = ["LIMITS", "Limits", "Signals", "measure"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Where a signal begins to count; `diagnose` shows them in its signals.
-
-    Attributes:
-        growth: Decades over the layers of a network.
-        mild_growth: The same where there are ``many`` layers, and evening it out lowers
-            the norm.
-        many: Layers.
-        time_growth: Decades over the earlier half of the steps of a recurrence. A sum
-            of equal contributions makes 0.3 there.
-        shrink: Decades over the layers by which a signal dies out.
-        drop: Decades by which a remedy must lower the norm.
-        mild_drop: The same if it also makes a step keep its promise.
-        weights: Weights beside He's initialization.
-        layer: Growth of each layer from which on it is the weights' fault and not the
-            depth's.
-        activation: Gain of an activation.
-        outlier: Decades by which a bad batch stands out.
-        outlier_z: The same in robust standard deviations.
-        few: The largest share of batches that can be bad ones.
-        trust: Share of the predicted fall of the loss that comes true.
-        mild_trust: The same, if steps of a tenth keep all of their promise.
-        trust_after: The same with smaller steps.
-        twice: What counts as twice a loss.
-        rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
-        worse: Share of the first loss by which a rehearsal must end higher than one
-            with smaller steps.
-    """
-
-    growth: float = 2.0
-    mild_growth: float = 0.8
-    many: int = 16
-    time_growth: float = 0.5
-    shrink: float = 3.0
-    drop: float = 1.0
-    mild_drop: float = 0.5
-    weights: float = 1.2
-    layer: float = 1.3
-    activation: float = 1.2
-    outlier: float = 1.0
-    outlier_z: float = 5.0
-    few: float = 0.25
-    trust: float = 0.25
-    mild_trust: float = 0.4
-    trust_after: float = 0.35
-    twice: tuple[float, float] = (1.8, 2.2)
-    rise: float = 1.5
-    worse: float = 0.1
-
-
-LIMITS = Limits()
+__all__ = ["LIMITS", "Signals", "measure"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +29,7 @@ class Signals:
         layers: The layers of the program, in the order of depth.
         depth: Growth over them, or None.
         time: Growth over the steps of a recurrence, or None.
-        he: Size of the weights beside He's initialization, by leaf.
+        he: Size of the weights beside He initialization, by leaf.
         gains: Backward and forward gains of activations.
         relu_norm: Norm of the gradient with relu for every activation; NaN if not
             asked.
@@ -92,7 +40,15 @@ class Signals:
         scaled: The factor for each leaf that makes its size usual.
         halves: Loss over the mean of the losses of its halves; NaN if it can't be.
         size: Examples in a batch, or examples and positions, that the loss sums over.
-        trust: Share of the predicted fall of the loss that comes true, by part.
+        trust: Share of the predicted change of the loss that comes true, by part.
+        slope: By how much the gradient predicts the loss to change in a step.
+        still: Whether the next step is known to change nothing.
+        bad_updates: Whether the next step's updates are not finite, though the
+            gradient is.
+        no_steps: Why no steps could be tried; "" if they could.
+        broken: Where there are numbers that are not finite from the outset: paths of
+            leaves or numbers of batches, by "parameters", "batches" and "optimizer"
+            (its state); and under "empty" the batches that hold no numbers.
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
@@ -116,6 +72,11 @@ class Signals:
     halves: float = math.nan
     size: int = 0
     trust: dict[float, float] = dataclasses.field(default_factory=dict)
+    slope: float = math.nan
+    still: bool = False
+    bad_updates: bool = False
+    no_steps: str = ""
+    broken: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     scaled_trust: float = math.nan
     rehearsals: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     starts: list[float] = dataclasses.field(default_factory=list)
@@ -179,7 +140,10 @@ def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
     """Returns the median over some batches of the loss over that of its halves."""
     ratios = []
     for batch in chosen[:3]:
-        losses = [probe.loss(params, part) for part in halves_of(batch, axis)]
+        try:
+            losses = [probe.loss(params, part) for part in halves_of(batch, axis)]
+        except Exception:  # a program for batches of one size only, or a graph
+            return math.nan
         if not losses:
             return math.nan
         whole, mean = losses[0], (losses[1] + losses[2]) / 2
@@ -193,10 +157,7 @@ def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
     size = next((shape[0] for shape in shapes if shape), 0)
     first = _halves(probe, params, chosen, 0)
     if LIMITS.twice[0] < first < LIMITS.twice[1]:
-        try:  # positions in a sequence, perhaps
-            second = _halves(probe, params, chosen, 1)
-        except Exception:  # a program of its own, which may be of one length only
-            second = math.nan
+        second = _halves(probe, params, chosen, 1)  # positions, perhaps
         if LIMITS.twice[0] < second < LIMITS.twice[1]:
             size *= next(shape[1] for shape in shapes if len(shape) > 1)
     return {"halves": first, "size": size}
@@ -205,8 +166,8 @@ def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
 def _factors(signals: Signals) -> dict[str, float]:
     """Returns the factors that would make the weights of a usual size, if they help.
 
-    Weights above He's size get that; else, where the signal grows over many layers,
-    each gets the factor that would keep it level.
+    Weights above the size of He initialization get that; else, where the signal grows
+    over many layers, each gets the factor that would keep it level.
     """
     he, depth = signals.he, signals.depth
     large = {leaf: round(1 / x, 4) for leaf, x in he.items() if x > LIMITS.weights}
@@ -217,12 +178,35 @@ def _factors(signals: Signals) -> dict[str, float]:
     return dict.fromkeys(depth.leaves, round(1 / depth.each, 4))
 
 
+def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
+    try:
+        return probe.batch(params, batch)[0]
+    except Exception as error:
+        error.add_note(f"This came of batch {number}, the first being number 0.")
+        raise
+
+
+def _broken(params: Any, opt_state: Any, batches: list[Any]) -> dict[str, Any]:
+    """Returns where there are numbers that are not finite, before any step."""
+    bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
+    empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
+    found = {
+        "parameters": not_finite_leaves(params), "batches": tuple(bad),
+        "empty": tuple(empty), "optimizer": not_finite_leaves(opt_state),
+    }  # fmt: skip
+    return {name: where for name, where in found.items() if where}
+
+
+def _is_empty(batch: Any) -> bool:
+    return any(np.size(x) == 0 for x in jax.tree.leaves(batch))
+
+
 def measure(
     probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
 ) -> Signals:
     """Measures everything; a stage that has nothing to look at is left out."""
     probe.show(f"gradients of {len(batches)} batches")
-    seen = [probe.batch(params, b)[0] for b in batches]
+    seen = [_seen(probe, params, b, number) for number, b in enumerate(batches)]
     outliers = outliers_of(seen)
     usual = _usual(seen, outliers)
     batch, this = batches[usual], seen[usual]
@@ -235,7 +219,7 @@ def measure(
         _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
         begun=begun,
     )  # fmt: skip
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"broken": _broken(params, opt_state, batches)}
     gained = [max(b, f) for _, b, f in signals.gains if np.isfinite(max(b, f))]
     if signals.gains and (
         not this.finite or max(gained, default=0) > LIMITS.activation
@@ -253,9 +237,9 @@ def measure(
         more |= {
             "scaled_norm": after.norm, "scaled_loss": after.loss, "scaled": large,
         }  # fmt: skip
-        if after.finite:
-            trust = probe.trust(scaled, opt_state, batch, after_grads, after.loss)
-            more["scaled_trust"] = trust.get(1.0, math.nan)
+        if after.finite and not probe.no_steps:
+            step = probe.step(scaled, opt_state, batch, after_grads, after.loss)
+            more["scaled_trust"] = step.trust.get(1.0, math.nan)
     if this.finite:
         fine = [b for i, b in enumerate(batches) if i not in outliers]
         more |= _training(probe, params, opt_state, fine, batch, grads, this)
@@ -266,8 +250,13 @@ def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, A
     """Measures what steps do, and whether the loss is a sum."""
     probe.show("halves of batches")
     more: dict[str, Any] = _sums(probe, params, fine)
+    if probe.no_steps:
+        return {**more, "no_steps": probe.no_steps}
     probe.show("steps of several sizes")
-    more["trust"] = probe.trust(params, opt_state, batch, grads, this.loss)
+    step = probe.step(params, opt_state, batch, grads, this.loss)
+    more |= {"trust": step.trust, "slope": step.slope, "still": step.zero}
+    if not step.finite:
+        return {**more, "bad_updates": True}
     run = [fine[i % len(fine)] for i in range(12)]
     more["starts"] = [probe.loss(params, b) for b in run]
     more["rehearsals"] = {

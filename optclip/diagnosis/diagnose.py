@@ -1,17 +1,18 @@
 """Why gradients explode: the measurements, the rules, and the report."""
 
-import itertools
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optclip import _checks
 from optclip.diagnosis import _models, _probe, _rules, _signals
+from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
 from optclip.diagnosis.findings import Report
 from optclip.diagnosis.taps import scalar_loss
 
@@ -72,15 +73,33 @@ def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> lis
                 f"{len(hidden)} of {seen + len(hidden)} uses of parameters: {why}"
             )
         if not seen + len(hidden):
-            words.append("any use of the parameters: the loss does not depend on them")
+            words.append(
+                "where the signal grows: the loss has no matrix product, convolution, "
+                "lookup or scale with the parameters"
+            )
+    if all(b.norm == 0 for b in signals.batches):
+        words.append(
+            "anything of the gradient: it is 0 in all batches, as if the loss did not "
+            "depend on the parameters"
+        )
     if len(signals.batches) < 4:
         words.append("bad batches: it takes 4 batches or more to compare them")
     if not signals.first.finite:
         words.append("what a step does: the loss or its gradient is not finite")
-    elif not np.isfinite(signals.halves):
+    elif signals.no_steps:
         words.append(
-            "whether the loss is a sum: the batch has no common leading axis, or "
-            "its halves have no loss"
+            f"what a step does: the optimizer could not be run ({signals.no_steps})"
+        )
+    elif signals.still:
+        words.append(
+            "what a step does: the next one changes nothing, as in a warm-up that "
+            "begins at 0 or while gradients are accumulated. Give the `opt_state` of a "
+            "later step, or the optimizer without these"
+        )
+    if signals.first.finite and not np.isfinite(signals.halves):
+        words.append(
+            "whether the loss is a sum: the arrays of a batch have no common leading "
+            "axis, or a half of it can't be given to the loss"
         )
     if more:
         words.append(f"batches after the first {len(signals.batches)}")
@@ -107,7 +126,7 @@ def diagnose(
 
     | cause            | what is measured                                        |
     | ---------------- | ------------------------------------------------------- |
-    | `initialization` | weights beside He's; the gradient with weights like his |
+    | `initialization` | weights beside He initialization; the gradient with those |
     | `depth`          | growth of the signal over the layers                    |
     | `recurrence`     | growth of the signal over the steps of a scan           |
     | `activation`     | gain of each activation; the gradient with relu         |
@@ -116,6 +135,7 @@ def diagnose(
     | `overflow`       | the same program in float32                             |
     | `loss_sum`       | loss of a batch beside that of its halves               |
     | `vanishing`      | the opposite of growth                                  |
+    | `uphill`         | the change of the loss that the gradient predicts       |
 
     Nothing that is not finite is called healthy. It costs about 60 training steps and
     compiles five programs or so: run it when a run goes wrong, or before a long one.
@@ -139,9 +159,9 @@ def diagnose(
         A `Report`. Print it.
 
     Raises:
-        TypeError: If ``optimizer`` is no transformation.
-        ValueError: If the loss is no real scalar, there is no batch, or ``params`` hold
-            no real or complex numbers.
+        TypeError: If ``optimizer`` is no transformation, or ``batches`` are no batches.
+        ValueError: If the loss is no real scalar, there is no batch, ``params`` hold no
+            real or complex numbers, or ``opt_state`` does not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optclip
@@ -161,18 +181,17 @@ def diagnose(
     _checks.transformation(optimizer=optimizer)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
-    given = list(
-        itertools.islice(batches, _checks.size("max_batches", max_batches) + 1)
-    )
-    if not given:
-        raise ValueError("`batches` is empty: give at least one batch.")
-    more, given = len(given) > max_batches, given[:max_batches]
-    given = [jax.tree.map(jnp.asarray, batch) for batch in given]
+    given, more = batches_of(batches, _checks.size("max_batches", max_batches))
     begun = opt_state is not None
-    opt_state = opt_state if begun else wrapped.init(params)
+    if begun:
+        opt_state = fitted(params, opt_state, jax.eval_shape(wrapped.init, params))
+    else:
+        outside_jit("diagnose", params)
+        opt_state = wrapped.init(params)
     probe = _probe.Probe(loss_fn, wrapped, _loud if progress else _quiet)
     probe.show("reading the program")
     probe.read(params, given[0])
+    probe.try_steps(params, opt_state, given[0])
     signals = _signals.measure(probe, params, opt_state, given, begun)
     words = _not_seen(probe, signals, more)
     return Report(_rules.judge(signals), _listed(probe, signals), tuple(words))

@@ -18,7 +18,8 @@ CAUSES = {
     "overflow": "Numbers leave the range of their dtype",
     "loss_sum": "The loss sums over the batch",
     "vanishing": "The signal dies out from layer to layer",
-    "not_finite": "Not finite, for a reason that was not found",
+    "uphill": "The updates point up the gradient",
+    "not_finite": "Numbers are not finite",
 }
 
 
@@ -74,6 +75,8 @@ class Finding:
     def __str__(self) -> str:
         """Returns the finding as a few lines of text."""
         where = ", ".join(self.where[:4])
+        if where[:1].isdigit():  # of a list, whose leaves have numbers only
+            where = f"leaves {where}"
         if len(self.where) > 4:
             where += f" and {len(self.where) - 4} more"
         rows = {"where:": where, "evidence:": self.evidence, "remedy:": self.remedy}

@@ -1,5 +1,7 @@
 """The report of a run: one picture, and one page for a browser."""
 
+from __future__ import annotations
+
 import html
 import re
 from collections.abc import Sequence
@@ -33,6 +35,10 @@ footer { margin-top: 2.5rem; color: #555; font-size: 0.9rem; }
 """
 
 
+# What no page may hold, not even written as a number.
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
 def _words(text: str) -> str:
     """Returns text for the page; what stands in backticks is code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
@@ -63,7 +69,7 @@ def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
     parts = [_panel(*named) for named in svgs]
     parts += [_section(section) for section in contents.sections]
     body = "\n".join(parts)
-    return f"""<!DOCTYPE html>
+    page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8"/>
@@ -79,6 +85,7 @@ def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
 </body>
 </html>
 """
+    return _NOT_XML.sub("\ufffd", page)
 
 
 def _folder(output: Any) -> Path:
@@ -164,6 +171,11 @@ def report(
     folder = _folder(output)
     contents = contents_of(run, diagnosis, culprits)
     png, page = folder / "report.png", folder / "report.html"
-    pictures.save_png(png, contents)
-    page.write_text(_page(contents, pictures.svgs_of(contents)), encoding="utf-8")
+    text = _page(contents, pictures.svgs_of(contents))
+    # In one move each: no half a file, and nothing through a link to elsewhere.
+    drawn, written = folder / "report.png.new", folder / "report.html.new"
+    pictures.save_png(drawn, contents)
+    written.write_text(text, encoding="utf-8")
+    drawn.replace(png)
+    written.replace(page)
     return png, page

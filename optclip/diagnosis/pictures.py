@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from optclip.diagnosis._contents import Contents, Section
 from optclip.diagnosis._panels import Panel, panels_of
+from optclip.diagnosis.records import printable
 
 __all__ = ["save_png", "svgs_of"]
 
@@ -63,7 +64,7 @@ def _write(figure: Any, lines: list[tuple[str, bool]], inches: float) -> None:
     for number, (line, bold) in enumerate(lines):
         weight = "bold" if bold else "normal"
         height = 1 - (number + 0.7) * _LINE / inches
-        figure.text(0.02, height, line.replace("$", r"\$"), weight=weight,
+        figure.text(0.02, height, printable(line).replace("$", r"\$"), weight=weight,
                     va="center")  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def save_png(path: Path, contents: Contents) -> None:
             for panel, place in zip(row, places[0], strict=True):
                 _place(panel, place)
         _write(parts[-1], foot, heights[-1])
-        figure.savefig(path, metadata={"Software": None})
+        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 # --- panels alone ---------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 
 from optclip.diagnosis._logs import Row, rows_in
 
-__all__ = ["Run", "read_run"]
+__all__ = ["Run", "printable", "read_run"]
 
 _LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
 
@@ -47,7 +47,13 @@ class Run:
     def title(self) -> str:
         """Name and seed, as a reader may see them; "" if it has neither."""
         seed = f"seed {self.seed}" if self.seed else ""
-        return ", ".join(word for word in (self.name, seed) if word)
+        title = ", ".join(word for word in (self.name, seed) if word)
+        return printable(title)
+
+
+def printable(text: str) -> str:
+    """Returns the text with what can't be shown, as codes for a terminal, replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _number(value: Any, key: str, origin: str) -> float:
@@ -56,6 +62,8 @@ def _number(value: Any, key: str, origin: str) -> float:
         return math.nan
     try:
         return float(value)
+    except OverflowError:  # a whole number beyond float64
+        return math.inf
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{origin}: {key!r} must be a number, got {value!r}."
@@ -133,6 +141,7 @@ def _steps_of(columns: _Columns, clip: str, number: int) -> np.ndarray:
         counts = columns.values("skip/steps", f"{clip}steps", "monitor/steps")
         steps = np.arange(number) if counts is None else counts - 1
     known = np.isfinite(steps)
+    known &= np.abs(np.where(known, steps, 0)) < 2**62  # beyond, they are no numbers
     return np.where(known, steps, np.arange(number)).astype(np.int64)
 
 
@@ -183,6 +192,11 @@ def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
     clip = _clip_of(everything.keys)
     columns, key = everything.with_norm(clip)
     norms: Any = columns.values(key)
+    if (norms < 0).any():
+        raise ValueError(
+            f"{origin}: {key!r} must be a norm, which is never below 0, got "
+            f"{norms[norms < 0][0]:g}."
+        )
     thresholds = columns.values(f"{clip}threshold", "threshold", "skip/threshold")
     if thresholds is not None:
         usable = np.isfinite(thresholds) & (thresholds > 0)

@@ -1,5 +1,7 @@
 """What a program does with its parameters, seen at each use, in any model."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ import numpy as np
 
 from optclip import _trees
 from optclip.diagnosis import _models
+from optclip.diagnosis._inputs import outside_jit
 from optclip.diagnosis._plan import plan_program
 from optclip.diagnosis._program import Plan
 from optclip.diagnosis._replay import Change, no_probes, replay
@@ -173,17 +176,24 @@ def _nested(values: np.ndarray) -> Number:
 
 
 def _loss_of(value: Any) -> jax.Array:
-    loss = jnp.asarray(value)
+    try:
+        loss = jnp.asarray(None if isinstance(value, str) else value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`loss_fn` must return a real scalar, got {type(value).__name__}."
+        ) from error
     if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
             f"`loss_fn` must return a real scalar, got {loss.dtype} of shape "
-            f"{loss.shape}. If it returns (loss, aux), give `has_aux=True`."
+            f"{loss.shape}."
         )
     return loss
 
 
 def scalar_loss(loss_fn: Callable, has_aux: bool) -> Callable:
     """Returns the loss function with its auxiliary output left out, checked."""
+    if not callable(loss_fn):
+        raise TypeError(f"`loss_fn` must be a function, got {type(loss_fn).__name__}.")
 
     def loss(*args):
         out = loss_fn(*args)
@@ -244,7 +254,8 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
         `Taps`, with a `Site` for each use. Print it for a table.
 
     Raises:
-        ValueError: If the loss is no real scalar.
+        TypeError: If ``loss_fn`` is no function.
+        ValueError: If the loss is no real scalar, or it is called inside of jit.
         NotImplementedError: If this version of JAX writes its programs in a way that is
             not known here.
 
@@ -259,6 +270,7 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
         >>> taps.sites[-1].signal_out  # of 4 outputs, with a derivative of 1 each
         2.0
     """
+    outside_jit("tap", params, args)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     jax.eval_shape(loss_fn, params, *args)  # the user's own errors come first
     try:
@@ -267,13 +279,15 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
         def loss_of(probes):
             return seen.run(params, args, probes)
 
+        probes = no_probes(seen.plan)
         measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-        (loss, figures), signals = measure(no_probes(seen.plan))
+        jax.eval_shape(measure, probes)
     except (AttributeError, KeyError, TypeError, AssertionError) as error:
         raise NotImplementedError(
             f"`tap` can't read the programs of JAX {jax.__version__}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    (loss, figures), signals = measure(probes)
     hidden = seen.plan.hidden
     sites = seen.sites(figures, signals)
     return Taps(sites, float(loss), len(sites) + len(hidden), hidden)

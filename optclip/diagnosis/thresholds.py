@@ -1,5 +1,7 @@
 """A threshold from recorded gradient norms, or the reason why there is none."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -30,6 +32,7 @@ _FIRST = {
     "bad_batch",
     "loss_sum",
     "vanishing",
+    "uphill",
     "not_finite",
 }
 
@@ -71,13 +74,18 @@ class Suggestion:
                 f"{self.nonfinite} not finite"
             )
         if self.spread is not None:
-            between = "between the 10% and the 90% quantile"
-            lines.append(f"  spread:   {self.spread:.2f} decades {between}")
+            between = "from the 10% to the 90% quantile"
+            lines.append(f"  spread:   a factor of {factor_of(self.spread)} {between}")
         if self.drift is not None:
             way = "from the first norms to the last"
-            lines.append(f"  drift:    {self.drift:+.2f} decades {way}")
+            lines.append(f"  drift:    a factor of {factor_of(self.drift)} {way}")
         lines += [f"  warning:  {words}" for words in self.warnings]
         return "\n".join(lines)
+
+
+def factor_of(decades: float) -> str:
+    """Returns ten to this power in words, also where it is no float64."""
+    return f"{10**decades:.3g}" if abs(decades) < 300 else f"1e{decades:+.0f}"
 
 
 def _outliers(logs: np.ndarray) -> np.ndarray:
@@ -93,9 +101,9 @@ def _drift(logs: np.ndarray) -> float:
     return float(np.median(logs[-part:]) - np.median(logs[:part]))
 
 
-def _open_cause(report: Report | None) -> str | None:
+def _open_cause(diagnosis: Report | None) -> str | None:
     """Returns why the report speaks against a threshold, if it does."""
-    for finding in () if report is None else report.findings:
+    for finding in () if diagnosis is None else diagnosis.findings:
         if finding.cause in _FIRST and finding.severity != "low":
             return (
                 f"the diagnosis has an open finding ({finding.title}), whose remedy "
@@ -104,9 +112,11 @@ def _open_cause(report: Report | None) -> str | None:
     return None
 
 
-def _reason(history: History, usual: np.ndarray, report: Report | None) -> str | None:
+def _reason(
+    history: History, usual: np.ndarray, diagnosis: Report | None
+) -> str | None:
     """Returns why no threshold can be suggested, or None."""
-    cause = _open_cause(report)
+    cause = _open_cause(diagnosis)
     if cause:
         return cause
     if history.nonfinite > SHARE * history.steps:
@@ -142,7 +152,7 @@ def _warnings(
         )
     if spread > WIDE:
         words.append(
-            f"The norms spread over a factor of {10**spread:.3g}: one number will "
+            f"The norms spread over a factor of {factor_of(spread)}: one number will "
             "shorten some steps much, or others not at all."
         )
     if drift is not None and abs(drift) > DRIFTED:
@@ -158,7 +168,7 @@ def suggest_threshold(
     norms_or_state: Any,
     *,
     quantile: float = 0.5,
-    report: Report | None = None,
+    diagnosis: Report | None = None,
 ) -> Suggestion:
     """Suggests a threshold for `clip_by_global_norm` from norms that were recorded.
 
@@ -170,7 +180,7 @@ def suggest_threshold(
     | ------------------------------------------ | ----------------------- |
     | fewer than 10 that count                   | declined                |
     | more than a quarter not finite             | declined                |
-    | an open cause in ``report``                | declined                |
+    | an open cause in ``diagnosis``             | declined                |
     | spread or drift of more than half a decade | a warning               |
     | more than a quarter far above              | no outliers: they count |
 
@@ -185,7 +195,7 @@ def suggest_threshold(
             keeps norms: `autoclip`, `percentile_clip` in tree scope,
             `rolling_sigma_clip`. A rule that records clipped norms gives those.
         quantile: Which quantile, between 0 and 1.
-        report: What `diagnose` found, if it was asked.
+        diagnosis: What `diagnose` found, if it was asked.
 
     Returns:
         A `Suggestion`; print it, or read its ``max_norm``, which is None where it
@@ -193,7 +203,7 @@ def suggest_threshold(
 
     Raises:
         TypeError: If ``norms_or_state`` is neither norms nor a state of optclip, or
-            ``report`` is none.
+            ``diagnosis`` is none.
         ValueError: If there are no norms, one is negative, they have several axes or
             are traced, the state is a batch of states, or ``quantile`` is out of range.
 
@@ -205,8 +215,8 @@ def suggest_threshold(
         (1.0, 1)
     """
     _checks.fraction(quantile=quantile)
-    if report is not None:
-        _checks.instance("report", report, Report, "of `optclip.diagnose`")
+    if diagnosis is not None:
+        _checks.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
     history = history_of(norms_or_state)
     positive = history.norms[np.isfinite(history.norms) & (history.norms > 0)]
     zeros = int(np.sum(history.norms == 0))
@@ -221,7 +231,7 @@ def suggest_threshold(
         spread = float(high - low)
         drift = _drift(logs[~far]) if history.ordered else None
         words = _warnings(history, spread, drift, outliers, zeros)
-    declined = _reason(history, usual, report)
+    declined = _reason(history, usual, diagnosis)
     max_norm = None if declined else float(np.quantile(usual, quantile))
     return Suggestion(
         max_norm,

@@ -1,5 +1,7 @@
 """Clips by their published names; each is a few lines over `optclip.clip`."""
 
+from __future__ import annotations
+
 from optclip.methods._fixed import (
     clip_by_global_norm,
     clip_by_leaf_norm,

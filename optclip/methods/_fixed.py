@@ -4,6 +4,8 @@ All take the engine's common options, which `optclip.clip` explains: ``nonfinite
 ``axis_name`` and ``update_dtype``. Thresholds that are 0 give zeros, inf the updates.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias

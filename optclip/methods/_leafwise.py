@@ -1,5 +1,7 @@
 """Clips of each leaf by its own past, by published name."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Clips of entries by their own size so far, by published name."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -105,7 +107,7 @@ def adamw_clip(
         >>> tx = optclip.adamw_clip(3.0)
 
     Reference:
-        The package adamwclip 0.1.4, https://pypi.org/project/adamwclip
+        The package adamwclip, version 0.1.4.
     """
     rule = rules.second_moment(
         ratio, decay=decay, floor=floor, debias=True, pass_unseen=not original

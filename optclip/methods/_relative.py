@@ -1,5 +1,7 @@
 """Clips whose threshold is found in the parameters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

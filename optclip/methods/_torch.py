@@ -1,5 +1,7 @@
 """Pure functions with the names and numbers of ``torch.nn.utils``."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Clips of units and blocks, and the actions other than hard clipping, by name."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

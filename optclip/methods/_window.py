@@ -1,5 +1,7 @@
 """Clips whose threshold is found in the history of the norm, by published name."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

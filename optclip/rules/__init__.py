@@ -15,6 +15,8 @@ sharding nor Optax, so one rule works in every scope. Write your own:
         return Rule(init, update)
 """
 
+from __future__ import annotations
+
 from optclip.rules._base import Context, Limit, Rule
 from optclip.rules._fixed import (
     as_rule,

@@ -1,5 +1,7 @@
 """Rules without memory: thresholds given by the user, or by the parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

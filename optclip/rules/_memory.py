@@ -1,5 +1,7 @@
 """What all rules with memory share: what is recorded, and the way out of a lock."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any

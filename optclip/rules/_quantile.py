@@ -1,5 +1,7 @@
 """Rules that follow a quantile of the norms without keeping them."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 

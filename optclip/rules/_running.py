@@ -1,5 +1,7 @@
 """Rules that follow the norm with running averages."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Rules that compare the norm with a running mean and standard deviation."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

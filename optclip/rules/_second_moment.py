@@ -1,5 +1,7 @@
 """Rules for entries: bounds by their own second moment, or by their leaf's maximum."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

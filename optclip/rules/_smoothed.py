@@ -1,5 +1,7 @@
 """The rule that gives a group the norm that Adam would make of its norm."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Rules that keep the last norms: percentiles, and mean plus deviations."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,0 +1,61 @@
+"""The limits from which on a signal counts."""
+
+import dataclasses
+
+__all__ = ["LIMITS", "Limits"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where a signal begins to count; `diagnose` shows them in its signals.
+
+    Attributes:
+        growth: Decades over the layers of a network.
+        mild_growth: The same where there are ``many`` layers, and evening it out lowers
+            the norm.
+        many: Layers.
+        time_growth: Decades over the earlier half of the steps of a recurrence. A sum
+            of equal contributions makes 0.3 there.
+        shrink: Decades over the layers by which a signal dies out.
+        drop: Decades by which a remedy must lower the norm.
+        mild_drop: The same if it also makes a step keep its promise.
+        weights: Weights beside He initialization.
+        layer: Growth of each layer from which on it is the weights' fault and not the
+            depth's.
+        activation: Gain of an activation.
+        outlier: Decades by which a bad batch stands out.
+        outlier_z: The same in robust standard deviations.
+        few: The largest share of batches that can be bad ones.
+        trust: Share of the predicted fall of the loss that comes true.
+        mild_trust: The same, if steps of a tenth keep all of their promise.
+        trust_after: The same with smaller steps.
+        twice: What counts as twice a loss.
+        rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
+        leap: The same at any step of a rehearsal, for any run.
+        worse: Share of the first loss by which a rehearsal must end higher than one
+            with smaller steps.
+    """
+
+    growth: float = 2.0
+    mild_growth: float = 0.8
+    many: int = 16
+    time_growth: float = 0.5
+    shrink: float = 3.0
+    drop: float = 1.0
+    mild_drop: float = 0.5
+    weights: float = 1.2
+    layer: float = 1.3
+    activation: float = 1.2
+    outlier: float = 1.0
+    outlier_z: float = 5.0
+    few: float = 0.25
+    trust: float = 0.25
+    mild_trust: float = 0.4
+    trust_after: float = 0.35
+    twice: tuple[float, float] = (1.8, 2.2)
+    rise: float = 1.5
+    leap: float = 100.0
+    worse: float = 0.1
+
+
+LIMITS = Limits()
