@@ -4,10 +4,14 @@ import os
 import pathlib
 import re
 import shutil
-
-import optclip
+import sys
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import methods_table  # noqa: E402
+
+import optclip  # noqa: E402
 
 project = "optclip"
 author = "The optclip authors"
@@ -15,7 +19,7 @@ copyright = author
 version = release = optclip.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 nitpicky = False
 default_role = "py:obj"
 
@@ -24,7 +28,11 @@ html_title = "optclip"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_show_copyright = False
 html_show_sphinx = False
-html_theme_options = {"show_navbar_depth": 2, "use_download_button": False}
+html_theme_options = {
+    "show_navbar_depth": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],
+}
 
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
@@ -49,6 +57,11 @@ if os.environ.get("READTHEDOCS"):
         "jax": ("https://docs.jax.dev/en/latest", None),
         "optax": ("https://optax.readthedocs.io/en/latest", None),
     }
+
+
+def write_tables(app, config):
+    """Writes what is made from the code."""
+    methods_table.write(HERE / "_generated")
 
 
 def copy_notebooks(app, config):
@@ -102,6 +115,7 @@ def translate_docstring(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    """Registers the two steps above; docstrings are translated before napoleon."""
+    """Registers the steps above; docstrings are translated before napoleon."""
+    app.connect("config-inited", write_tables)
     app.connect("config-inited", copy_notebooks)
     app.connect("autodoc-process-docstring", translate_docstring, priority=400)

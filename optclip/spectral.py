@@ -176,7 +176,7 @@ def spectral_clip(
         [[1.0, 0.0], [0.0, 0.5]]
 
     Reference:
-        Jiang, Semenov and Stich, SPECTRA, 2026, https://arxiv.org/abs/2603.14315
+        Jiang et al., SPECTRA, 2026, https://arxiv.org/abs/2603.14315
         ("soft"); Newhouse et al., Training Transformers with Enforced Lipschitz
         Constants, 2025, https://arxiv.org/abs/2507.13338 ("hardcap")
     """

@@ -1,14 +1,16 @@
 """The code in README.md and docs/*.md runs, block by block, as a reader would run it.
 
 A block is fenced as ```` ```python ````; all blocks of a file share one namespace.
-``no-run`` in the info string (```` ```python no-run ````) leaves a block out. A block
-fenced as ```` ```text ```` right below is what the code prints, but for numbers and
-spaces.
+``no-run`` in the info string (```` ```python no-run ````) leaves a block out, and
+``needs-wandb`` does so where there is no package of that name. A block fenced as
+```` ```text ```` right below is what the code prints, but for numbers and spaces.
 """
 
+import importlib.util
 import pathlib
 import re
 
+import jax
 import pytest
 
 import optclip
@@ -20,12 +22,18 @@ FENCE = re.compile(
 )
 
 
+def left_out(word):
+    """Returns whether this word of an info string says not to run the block."""
+    needs = word.removeprefix("needs-")
+    return word == "no-run" or (needs != word and not importlib.util.find_spec(needs))
+
+
 def blocks(text):
     """Returns (line of the fence, code, what is shown below) of each block to run."""
     found, fences = [], [*FENCE.finditer(text)]
-    for match, after in zip(fences, [*fences[1:], None], strict=True):
+    for match, after in zip(fences, [*fences, None][1:], strict=True):
         info = match["info"].split()
-        if info[:1] == ["python"] and "no-run" not in info:
+        if info[:1] == ["python"] and not any(map(left_out, info)):
             below = after and not text[match.end() : after.start()].strip()
             shown = after["code"] if below and after["info"] == "text" else None
             found.append((text.count("\n", 0, match.start()) + 1, match["code"], shown))
@@ -47,15 +55,19 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     for line, code, shown in blocks(page.read_text(encoding="utf-8")):
         capsys.readouterr()
         # Blank lines before the code make tracebacks show the line of the page.
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        with jax.numpy_rank_promotion("allow"):  # as readers have it
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
         if shown is not None:
             assert words(capsys.readouterr().out) == words(shown), f"line {line}"
 
 
 def test_blocks_are_found_with_their_lines_and_no_run_is_left_out():
-    left_out = "```python no-run\n1 / 0\n```\n```console\n$ ls\n```\n"
-    text = f"a\n```python\nx = 1\n```\n{left_out}"
-    assert blocks(text) == [(2, "x = 1\n", None)]
+    none = "```python no-run\n1 / 0\n```\n```console\n$ ls\n```\n"
+    lacking = "```python needs-no_such_package\nimport no_such_package\n```\n"
+    here = "```python needs-optax\nimport optax\n```\n"
+    text = f"a\n```python\nx = 1\n```\n{none}{lacking}{here}"
+    assert [code for _, code, _ in blocks(text)] == ["x = 1\n", "import optax\n"]
+    assert blocks(text)[0] == (2, "x = 1\n", None)
 
 
 def test_what_is_shown_below_a_block_is_found_and_compared_without_numbers():
@@ -79,3 +91,17 @@ def test_every_public_name_is_on_the_api_page(module):
     names = {f"{module.__name__}.{name}" for name in module.__all__} - modules
     described = set(re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)", page, re.M))
     assert names <= described, f"not in docs/api.md: {sorted(names - described)}"
+
+
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_pages_link_to_exist(page):
+    """Sphinx checks links between pages; these are those of the repository as well."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        # The notebooks are copied beside the pages when the site is built.
+        made = page.parent / target
+        source = ROOT / target.removeprefix("docs/")
+        assert made.exists() or source.exists(), f"{page.name} links to {target}"

@@ -98,7 +98,7 @@ def _culprit(culprit: Culprit) -> Item:
     words = [f"entries: {entries}"] if entries else []
     if culprit.norm is not None:
         words.append(f"gradient norm {_figure(culprit.norm)}")
-    if culprit.loss is not None:
+    if culprit.loss:  # 0 where none was given
         words.append(f"loss {_figure(culprit.loss)}")
     lead = "the loss" if culprit.path is None else culprit.path
     return Item(lead, ((f"Step {culprit.step}", "; ".join(words)),))

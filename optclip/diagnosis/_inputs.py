@@ -108,6 +108,11 @@ def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
     Raises:
         ValueError: If it does not fit, or if arrays were deleted.
     """
+    if hasattr(opt_state, "tx") and hasattr(opt_state, "opt_state"):
+        raise ValueError(
+            f"`opt_state` is a {type(opt_state).__name__}, which holds the state of an "
+            "optimizer: pass its `opt_state`."
+        )
     _lost("The parameter", params)
     _lost("`opt_state` at", opt_state)
     outside_jit("diagnose", params, opt_state)

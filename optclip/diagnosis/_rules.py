@@ -160,8 +160,8 @@ def _learning_rate(s: Signals) -> Candidate | None:
         f"{words}In a rehearsal of 12 steps the loss goes from {start:.3g}"
         f"{f' over {max(whole):.3g}' if leaped and math.isfinite(end) else ''} to "
         f"{finish}; with a tenth of the learning rate, to {slowly}.",
-        f"Multiply the learning rate by about {part:g}, or warm it up; an adaptive "
-        "optimizer such as AdamW stands more.",
+        f"Multiply the learning rate by about {part:g}, or warm it up. An adaptive "
+        "optimizer such as AdamW stands more than plain SGD.",
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
         "by elimination" if hopeless else "measured",
         (Action("scale_learning_rate", part),),

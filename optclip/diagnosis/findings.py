@@ -118,6 +118,8 @@ class Report:
         else:
             numbered = enumerate(self.findings, 1)
             head = "\n\n".join(f"{n}. {finding}" for n, finding in numbered)
+            if len(self.findings) > 1:
+                head += "\n\nDo the first, then ask again: others may go away with it."
         notes = [f"Not seen: {words}." for words in self.not_seen]
         if "uses" in self.signals:
             seen, total = self.signals["uses"]

@@ -88,16 +88,16 @@ class Taps:
 
     def __str__(self) -> str:
         """Returns a table of the sites, and how many were seen."""
-        lines = [
-            f"{'use':<11}{'signal back':>12}{'rms in':>10}{'rms out':>10}"
-            f"{'fan in':>8}  leaf"
-        ]
-        for site in self.sites:
-            lines.append(
-                f"{site.kind:<11}{_brief(site.signal_out):>12}"
-                f"{_brief(site.rms_in):>10}{_brief(site.rms_out):>10}"
-                f"{site.fan_in:>8}  {site.leaf}"
-            )
+        rows = [("use", "signal back", "rms in", "rms out", "fan in", "leaf")]
+        for x in self.sites:
+            figures = map(_brief, (x.signal_out, x.rms_in, x.rms_out))
+            rows.append((x.kind, *figures, str(x.fan_in), x.leaf))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for kind, *figures, leaf in rows:
+            cells = zip(figures, widths[1:], strict=False)
+            right = "".join(f"  {cell:>{width}}" for cell, width in cells)
+            lines.append(f"{kind:<{widths[0]}}{right}  {leaf}")
         lines.append(f"Seen {len(self.sites)} of {self.total} uses of parameters.")
         lines += [f"Not seen: {reason}." for reason in self.not_seen]
         return "\n".join(lines)

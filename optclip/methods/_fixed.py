@@ -142,7 +142,7 @@ def clip_by_global_norm(
         (0.6, 0.8)
 
     Reference:
-        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
+        Pascanu et al., On the difficulty of training recurrent neural
         networks, 2013, https://arxiv.org/abs/1211.5063
     """
     return clip(

@@ -115,7 +115,7 @@ def cap_update(
         >>> tx = optax.chain(optax.adam(1e-3), optclip.cap_update(0.02))
 
     Reference:
-        You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, 2017,
+        You et al., Large Batch Training of Convolutional Networks, 2017,
         https://arxiv.org/abs/1708.03888 (LARS, whose ratio this bounds)
     """
     rule = rules.relative_to_params(ratio, floor=floor)

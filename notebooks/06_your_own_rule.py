@@ -1,0 +1,343 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How do I write my own rule in ten lines?
+#
+# A *rule* says how the threshold of a clip is found. It is two pure functions on one
+# array of norms. The one below takes nine lines, and works as it is in tree, leaf and
+# unit scope and as the judge of `optclip.skip_steps`. NaN, trees, state and telemetry
+# are the engine's business. What stays with you are norms of zero and the shape of the
+# rule's memory.
+
+# %%
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import optclip
+from optclip.rules import Limit, Rule
+
+plt.style.use("tableau-colorblind10")
+plt.rcParams.update({
+    "font.size": 12, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.35,
+    "axes.spines.top": False, "axes.spines.right": False,
+})  # fmt: skip
+BLUE, ORANGE, GREY, BROWN = "#006BA4", "#FF800E", "#8C8C8C", "#C85200"
+
+# %% [markdown]
+# ## The rule
+#
+# optclip has no rule that clips at a multiple of the *median* of the last few norms. A
+# median hardly moves when one of nine numbers is wild, so it looks like a good guess of
+# the usual norm.
+#
+# `init` gets the norms as zeros, for their shape and dtype. It returns the memory: here
+# a row of the last `window` norms for each group. `update` gets the norms, the memory
+# and a context (the step number and more). It returns the limit and the new memory. A
+# threshold of `inf` clips nothing, which is right while most of the memory is empty.
+
+
+# %%
+def times_median(factor, window=9):
+    def init(norm):
+        return jnp.zeros((*norm.shape, window), norm.dtype)
+
+    def update(norm, last, context):
+        median = jnp.median(last, axis=-1)
+        threshold = jnp.where(median > 0, factor * median, jnp.inf)
+        last = jnp.concatenate([last[..., 1:], norm[..., None]], axis=-1)
+        return Limit(threshold, threshold), last
+
+    return Rule(init, update, "times_median")
+
+
+# %% [markdown]
+# ## A run that is made up
+#
+# The clip sees one parameter whose gradient has the norm that we choose: about 1 with
+# some noise, a spike at step 70, a NaN at step 100 (drawn near the top, for it has no
+# norm), and from step 150 on eight times as much. That last one is a lasting shift, as
+# after a change of data. Two clips of the library see the same: a fixed threshold, and
+# [ZClip](https://arxiv.org/abs/2504.02507), which follows the mean and the deviation.
+
+
+# %%
+def norms_of_a_run(steps=280):
+    norms = jnp.exp(0.2 * jax.random.normal(jax.random.key(0), (steps,)))
+    norms = norms.at[70].multiply(40.0).at[100].set(jnp.nan)
+    return norms.at[150:].multiply(8.0)
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def play(optimizer, norms):
+    def step(state, norm):
+        _, state = optimizer.update({"w": norm[None]}, state)
+        return state, optclip.metrics(state)
+
+    return jax.lax.scan(step, optimizer.init({"w": jnp.zeros(1)}), norms)
+
+
+norms = norms_of_a_run()
+clips = {
+    "times_median(3.0)": optclip.clip(times_median(3.0)),
+    "clip_by_global_norm(3.0)": optclip.clip_by_global_norm(3.0),
+    "zclip(max_grad_norm=None)": optclip.zclip(max_grad_norm=None),
+}
+states, records = {}, {}
+for name, clip in clips.items():
+    states[name], records[name] = jax.device_get(play(clip, norms))
+looks = [(BLUE, "-"), (ORANGE, "--"), ("k", ":")]
+
+figure, (top, bottom) = plt.subplots(
+    2, 1, figsize=(8.5, 5.6), sharex=True, height_ratios=[3.2, 1]
+)
+top.semilogy(norms, ".", color=GREY, markersize=5, label="norm of the gradients")
+for (name, record), (color, line) in zip(records.items(), looks, strict=True):
+    top.plot(record["clip/threshold"], line, color=color, linewidth=2, label=name)
+top.plot(100, 60, "x", color="k", markersize=8)
+top.annotate("spike", (70, norms[70]), (65, norms[70]), va="center", ha="right")
+top.annotate("NaN", (100, 60), (105, 60), va="center")
+top.annotate("lasting shift", (150, 60), (154, 60), va="center")
+top.axvline(150, color=GREY, linewidth=1)
+top.set(ylabel="norm and thresholds", ylim=(0.4, 120))
+top.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+for row, (record, (color, _)) in enumerate(zip(records.values(), looks, strict=True)):
+    spans = [(step - 0.5, 1.01) for step in np.flatnonzero(record["clip/clipped"])]
+    bottom.broken_barh(spans, (row - 0.35, 0.7), color=color)
+bottom.set(xlabel="step", yticks=range(3), ylim=(2.6, -0.6))
+bottom.set(yticklabels=[name.split("(")[0] for name in records])
+bottom.set_title("steps that were clipped", fontsize=12, loc="left")
+bottom.grid(axis="y", visible=False)
+figure.tight_layout()
+plt.show()
+
+for name, state in states.items():
+    totals = optclip.metrics(state)
+    print(f"{name:26}", end="")
+    for key in ("steps", "clipped_steps", "nonfinite_steps"):
+        print(f" {key} {int(totals['clip/' + key])}", end=" ")
+    print()
+optclip.culprits(states["times_median(3.0)"], {"w": jnp.zeros(1)})
+
+# %% [markdown]
+# The state of a clip tells what it did, whatever its rule. All three catch the spike.
+# All count the NaN, name the leaf that held it and hand it on, for no clip mends one
+# (`nonfinite="skip"` makes zeros of it; see [Bad steps](../bad-steps.md)). After the
+# shift the median is at the new level within five steps, more than half of nine. The
+# fixed threshold clips every step from then on. ZClip takes the shift for a run of
+# spikes for 50 steps, then begins anew, and has no threshold for about 25 more.
+#
+# Quick is not the same as good. A burst of ten bad steps looks just like a shift at
+# first: the median rule clips five of them, the other two all ten. How long to wait is
+# a choice, and here it is yours: `window=`.
+#
+# ## Other scopes, the same rule
+#
+# A *scope* says which entries share one norm. The rule sees norms only, as a number, a
+# vector or a matrix, and works along the last axis of its memory, so nothing changes.
+# Here twelve usual gradients come first; in the thirteenth, one column of `w` (one
+# unit) is 200 times too large.
+
+# %%
+SCOPES = {
+    "tree": optclip.scopes.tree(),
+    "leaf": optclip.scopes.leaf(),
+    "unit": optclip.scopes.unit(),
+}
+gradients = {
+    "w": jax.random.normal(jax.random.key(1), (13, 6, 8)).at[12, :, 2].multiply(200.0),
+    "b": jnp.ones((13, 8)),
+}
+
+
+@functools.partial(jax.jit, static_argnames="clip")
+def clip_all(clip, gradients):
+    def step(state, grads):
+        updates, state = clip.update(grads, state)
+        return state, jax.tree.map(jnp.divide, updates, grads)
+
+    start = clip.init(jax.tree.map(lambda x: x[0], gradients))
+    return jax.lax.scan(step, start, gradients)
+
+
+factors, memories = {}, {}
+for name, scope in SCOPES.items():
+    clip = optclip.clip(times_median(3.0), scope=scope)
+    state, kept = clip_all(clip, gradients)
+    factors[name] = jax.tree.map(lambda x: x[-1], kept)
+    memories[name] = [x.shape for x in state.rule_state]
+
+figure, axes = plt.subplots(1, 3, figsize=(8.5, 3.7), sharey=True, layout="constrained")
+for axis, (name, factor) in zip(axes, factors.items(), strict=True):
+    rows = jnp.vstack([factor["w"], jnp.full((1, 8), jnp.nan), factor["b"]])
+    mesh = axis.pcolormesh(
+        rows, cmap="viridis", vmin=0, vmax=1, edgecolor="w", linewidth=1.5
+    )
+    least = float(min(factor["w"].min(), factor["b"].min()))
+    axis.set(title=f"{name} scope: least {least:.2f}", xlabel="unit")
+    axis.set(xticks=np.arange(8) + 0.5, xticklabels=range(8))
+    axis.set(yticks=[3, 7.5], yticklabels=["w", "b"])
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+figure.colorbar(mesh, ax=axes, label="factor of each entry")
+plt.show()
+
+for name, shapes in memories.items():
+    print(f"{name}: the rule's memory has the shape", *shapes)
+
+# %% [markdown]
+# In tree scope the whole update pays for the one unit. In leaf scope `b` is spared, and
+# in unit scope all but the unit itself. The price is memory: nine numbers a group. (In
+# unit scope there is one array for each shape of leaf: `b` is one unit, `w` has eight.)
+#
+# ## What can go wrong, and a test
+#
+# - **Zeros.** In the first steps the memory is empty, and a frozen layer has a norm of
+#   zero for as long as it is frozen. Without the line `jnp.where(median > 0, ...)` the
+#   threshold is 0 then, and a good gradient is clipped to nothing.
+# - **NaN.** Nothing to do. A group that is not finite is handed to the rule as 0, and
+#   what the rule returns for it is not kept.
+# - **Shapes.** Each array in the memory begins with the shape of the norms. A memory of
+#   one number for all groups works in tree scope and nowhere else; the engine says so.
+
+
+# %%
+def without_the_line_for_zero(factor, window=9):
+    rule = times_median(factor, window)
+
+    def update(norm, last, context):
+        threshold = factor * jnp.median(last, axis=-1)
+        return Limit(threshold, threshold), rule.update(norm, last, context)[1]
+
+    return rule._replace(update=update)
+
+
+def one_average_for_all(factor):
+    def update(norm, average, context):
+        return Limit(factor * average, factor * average), 0.9 * average + 0.1 * norm
+
+    return Rule(lambda norm: jnp.zeros(()), update, "one_average_for_all")
+
+
+usual, wild = jnp.ones(10), jnp.ones(10).at[9].set(100.0)
+
+_, careless = play(optclip.clip(without_the_line_for_zero(3.0)), usual)
+print("norm after the careless clip:", *careless["clip/norm_after"].astype(int))
+
+state, _ = play(clips["times_median(3.0)"], usual.at[5].set(jnp.nan))
+print("memory of times_median after a NaN:", *state.rule_state[0].astype(int))
+
+clip = optclip.clip(one_average_for_all(3.0), scope=optclip.scopes.leaf())
+params = {"w": jnp.zeros((6, 8)), "b": jnp.zeros(8)}
+try:
+    jax.eval_shape(clip.update, params, clip.init(params))
+except ValueError as error:
+    print(error)
+
+# A test of the rule in three lines: nine usual norms, then one that is far too long.
+_, record = play(clips["times_median(3.0)"], wild)
+assert (record["clip/clipped"][:9] == 0).all()
+assert jnp.isclose(record["clip/norm_after"][9], 3.0)
+
+# %% [markdown]
+# ## The same rule decides which steps to leave out
+#
+# `optclip.skip_steps` wraps an optimizer and leaves a bad step out whole, so that the
+# optimizer never sees it. `when=` is the rule that says what is bad. It takes ours too.
+
+# %%
+skipping = optclip.skip_steps(optax.sgd(1.0), when=times_median(3.0))
+_, kept = jax.device_get(play(skipping, norms))
+left_out = kept["skip/in_a_row"] > 0
+crosses = jnp.where(jnp.isnan(norms), 60.0, norms)
+
+figure, axis = plt.subplots(figsize=(8.5, 3.8))
+axis.semilogy(kept["skip/threshold"], color=BLUE, linewidth=2, label="threshold")
+axis.semilogy(
+    np.where(left_out, np.nan, norms), ".", color=GREY, markersize=5, label="taken"
+)
+axis.semilogy(
+    np.where(left_out, crosses, np.nan), "x", color=BROWN, markersize=7,
+    label="left out",
+)  # fmt: skip
+axis.annotate("spike", (70, norms[70]), (65, norms[70]), va="center", ha="right")
+axis.annotate("NaN", (100, 60), (105, 60), va="center")
+axis.annotate("lasting shift", (150, 60), (154, 60), va="center")
+axis.axvline(150, color=GREY, linewidth=1)
+axis.set(xlabel="step", ylabel="norm", ylim=(0.4, 120))
+axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+figure.tight_layout()
+plt.show()
+print("left out:", *np.flatnonzero(left_out))
+
+# %% [markdown]
+# Now the NaN is left out too. There is one difference: `skip_steps` does not tell the
+# rule of a step that it leaves out, so after the shift the median would never move. Its
+# way out is the same for every rule: after ten spikes in a row (`max_consecutive=10`)
+# the memory is emptied and the next step is taken. The rule then needs five norms
+# before it has a threshold again.
+#
+# The same as assertions, so that this notebook is a test as well:
+
+# %%
+mine, fixed, zclip = (np.flatnonzero(r["clip/clipped"]) for r in records.values())
+assert mine.tolist() == [70, *range(150, 155)]
+assert fixed.tolist() == [70, *range(150, 280)]
+assert 70 in zclip
+assert set(range(150, 200)) <= set(zclip)
+assert not set(range(200, 220)) & set(zclip)
+threshold = records["zclip(max_grad_norm=None)"]["clip/threshold"]
+assert np.isinf(threshold[200:220]).all()
+assert np.isfinite(threshold[230:]).all()
+for state in states.values():
+    assert optclip.metrics(state)["clip/nonfinite_steps"] == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.rule_state))
+
+burst = norms.at[150:].divide(8.0).at[160:170].multiply(40.0)
+clipped_in_burst = {
+    name: int(play(clip, burst)[1]["clip/clipped"][160:170].sum())
+    for name, clip in clips.items()
+}
+assert list(clipped_in_burst.values()) == [5, 10, 10]
+
+others = jnp.arange(8) != 2
+tree, leaf, unit = factors.values()
+assert tree["w"].max() < 0.2
+assert jnp.isclose(tree["w"].max(), tree["b"].min())
+assert leaf["w"].max() < 0.2
+assert (leaf["b"] == 1).all()
+assert unit["w"][:, 2].max() < 0.2
+assert (unit["w"][:, others] == 1).all()
+assert (unit["b"] == 1).all()
+
+assert careless["clip/norm_after"].tolist() == [0] * 5 + [1] * 5
+assert np.flatnonzero(left_out).tolist() == [70, 100, *range(150, 160)]
+
+# %% [markdown]
+# ## What to take away
+#
+# - A rule is two functions on one array of norms: `jnp.where` instead of `if`, a memory
+#   that begins with the shape of the norms, and `inf` as long as nothing is known.
+# - What you get for it: every scope, any tree, NaN kept out, `optclip.metrics` and
+#   `optclip.culprits`, and the judge of `optclip.skip_steps`.
+# - Look at a rule on a made-up run before you train with it: a spike, a burst, a
+#   lasting shift, a NaN, and zeros.
+#
+# More: [Writing a rule](../writing-a-rule.md), and the words used here in
+# [Concepts](../concepts.md).
