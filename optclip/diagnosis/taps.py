@@ -88,7 +88,8 @@ class Taps:
 
     def __str__(self) -> str:
         """Returns a table of the sites, and how many were seen."""
-        rows = [("use", "signal back", "rms in", "rms out", "fan in", "leaf")]
+        head = ("use", "signal back", "rms in", "rms out", "fan in", "leaf")
+        rows: list[tuple[str, ...]] = [head]
         for x in self.sites:
             figures = map(_brief, (x.signal_out, x.rms_in, x.rms_out))
             rows.append((x.kind, *figures, str(x.fan_in), x.leaf))
