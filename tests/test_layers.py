@@ -109,6 +109,7 @@ PICTURES = {f"diagnosis/{name}.py" for name in NAMES}
 @pytest.mark.parametrize("path", [p for p in FILES if room(p) != "demo"])
 def test_only_jax_optax_and_numpy_are_needed(path):
     allowed = {
+        "__future__",
         "collections",
         "functools",
         "itertools",
