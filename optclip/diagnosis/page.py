@@ -12,7 +12,7 @@ from optclip import _checks
 from optclip.attribution import Culprit
 from optclip.diagnosis._contents import Contents, Item, Section, contents_of
 from optclip.diagnosis.findings import Report
-from optclip.diagnosis.records import Run, read_run
+from optclip.diagnosis.records import Run, printable, read_run
 from optclip.diagnosis.summary import pick
 
 __all__ = ["report"]
@@ -35,13 +35,14 @@ footer { margin-top: 2.5rem; color: #555; font-size: 0.9rem; }
 """
 
 
-# What no page may hold, not even written as a number.
-_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+def _text(text: str) -> str:
+    """Returns text as a page can hold it."""
+    return html.escape(printable(text))
 
 
 def _words(text: str) -> str:
     """Returns text for the page; what stands in backticks is code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(text))
 
 
 def _item(item: Item) -> str:
@@ -56,20 +57,20 @@ def _item(item: Item) -> str:
 
 def _section(section: Section) -> str:
     items = "\n".join(_item(item) for item in section.items)
-    return f"<section><h2>{html.escape(section.heading)}</h2>\n{items}</section>"
+    return f"<section><h2>{_text(section.heading)}</h2>\n{items}</section>"
 
 
 def _panel(title: str, svg: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>\n{svg}</section>"
+    return f"<section><h2>{_text(title)}</h2>\n{svg}</section>"
 
 
 def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
     """Returns the page: well-formed, and nothing in it comes from elsewhere."""
-    title = html.escape(contents.title)
+    title = _text(contents.title)
     parts = [_panel(*named) for named in svgs]
     parts += [_section(section) for section in contents.sections]
     body = "\n".join(parts)
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8"/>
@@ -85,7 +86,6 @@ def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
 </body>
 </html>
 """
-    return _NOT_XML.sub("\ufffd", page)
 
 
 def _folder(output: Any) -> Path:
