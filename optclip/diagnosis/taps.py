@@ -277,18 +277,18 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
     try:
         seen = tapped(loss_fn, params, *args)
 
-        def loss_of(probes):
+        def loss_of(probes, params, args):  # not closed over: no constants to compile
             return seen.run(params, args, probes)
 
-        probes = no_probes(seen.plan)
+        given = no_probes(seen.plan), params, args
         measure = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-        jax.eval_shape(measure, probes)
+        jax.eval_shape(measure, *given)
     except (AttributeError, KeyError, TypeError, AssertionError) as error:
         raise NotImplementedError(
             f"`tap` can't read the programs of JAX {jax.__version__}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    (loss, figures), signals = measure(probes)
+    (loss, figures), signals = measure(*given)
     hidden = seen.plan.hidden
     sites = seen.sites(figures, signals)
     return Taps(sites, float(loss), len(sites) + len(hidden), hidden)
