@@ -120,9 +120,8 @@ def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
     given = _named(_bare(opt_state))
     known = dict(given)
     found = []
-    for number, (path, like) in enumerate(wanted):
-        alike = len(given) == len(wanted)
-        leaf = known[path] if path in known else given[number][1] if alike else None
+    for path, like in wanted:
+        leaf = known.get(path)
         if leaf is None or np.shape(leaf) != like.shape:
             what = "nothing" if leaf is None else f"an array of shape {np.shape(leaf)}"
             raise ValueError(
