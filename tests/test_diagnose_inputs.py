@@ -274,3 +274,32 @@ def test_momentum_may_climb_for_a_step():
         starts=[1.0] * 12,
     )  # fmt: skip
     assert _rules.judge(signals) == ()
+
+
+def masked_loss(params, batch):
+    x, y = batch
+    kept = jnp.isfinite(y)
+    out = jnp.where(params["mask"] == 0, x @ params["w"], 0.0)
+    return jnp.mean(jnp.where(kept, out - jnp.where(kept, y, 0.0), 0.0) ** 2)
+
+
+def test_numbers_that_are_meant_to_be_infinite_are_no_fault():
+    mask = jnp.where(jnp.eye(8) > 0, -jnp.inf, 0.0)
+    holes = [(x, np.where(x > 1.5, np.nan, x)) for x in X]
+    found = ask(masked_loss, {"w": PARAMS["l0"], "mask": mask}, holes)
+    assert found.healthy, str(found)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_state_that_holds_infinity_is_no_fault(given):
+    tx = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
+    state = tx.init(PARAMS)
+    assert any(np.isinf(x).any() for x in jax.tree.leaves(state))
+    found = ask(tx=tx, opt_state=state if given else None)
+    assert found.healthy, str(found)
+
+
+def test_a_state_of_another_optimizer_of_the_same_shapes_does_not_fit():
+    theirs = optax.sgd(0.1, momentum=0.9)  # one array a parameter, as scale_by_rms
+    with pytest.raises(ValueError, match="`opt_state` does not fit"):
+        ask(tx=optax.rmsprop(0.1), opt_state=theirs.init(PARAMS))

@@ -99,7 +99,7 @@ class Probe:
         self._gradient = jax.jit(self._gradients)
         self._loss = jax.jit(self.loss_fn)
         self._step = jax.jit(self._one_step)
-        self._update = jax.jit(self._updates)
+        self._next = jax.jit(self._next_step)
         self._changed = jax.jit(self._changed_norm, static_argnums=2)
 
     def try_steps(self, params: Any, opt_state: Any, batch: Any) -> None:
@@ -173,6 +173,13 @@ class Probe:
         }  # fmt: skip
         return self.optimizer.update(grads, opt_state, params, **more)
 
+    def _next_step(self, grads, opt_state, params, batch, loss):
+        """Returns the next updates, the change that they predict, and their norm."""
+        updates, _ = self._updates(grads, opt_state, params, batch, loss)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True)
+        slope = sum(_inner(g, u) for g, u in pairs)
+        return updates, slope, norms.global_norm(updates)
+
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns what one batch gives, and its gradients."""
         (loss, norm, fine, figures, signals), grads = self._gradient(params, batch)
@@ -202,10 +209,8 @@ class Probe:
     ) -> Step:
         """Returns what the next step would be, and how much of it comes true."""
         value = jnp.asarray(loss, jnp.float32)
-        updates, _ = self._update(grads, opt_state, params, batch, value)
-        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True)
-        slope = float(sum(_inner(g, u) for g, u in pairs))
-        size = float(norms.global_norm(updates))
+        updates, slope, size = self._next(grads, opt_state, params, batch, value)
+        slope, size = float(slope), float(size)
         found = {}
         for part in PARTS if np.isfinite(size) else ():
             # A change below rounding says nothing.

@@ -180,7 +180,8 @@ BROKEN = {
         "where it began.",
     ),
     "optimizer": (
-        "The optimizer's state holds numbers that are not finite, so every update is.",
+        "The optimizer's state holds numbers that are not finite, and so do its "
+        "updates, though the gradient is finite.",
         "Go back to a checkpoint from before, or begin with `optimizer.init(params)`. "
         "`optclip.skip_steps` keeps steps that are not finite out of the state.",
     ),
@@ -200,10 +201,11 @@ def _given(s: Signals) -> Finding | None:
     """Returns the finding for what was not finite before anything was computed."""
     for name, (evidence, remedy) in BROKEN.items():
         where = s.broken.get(name, ())
-        all_of = name in ("parameters", "optimizer") or len(where) == len(s.batches)
-        if where and all_of:
-            if name in ("batches", "empty"):
-                where = tuple(f"batch {i}" for i in where)
+        if name in ("batches", "empty"):
+            where = tuple(f"batch {i}" for i in where)
+            if len(where) < len(s.batches):
+                continue
+        if where:
             return Finding("not_finite", where, evidence, remedy, "high", "measured")
     if s.bad_updates:
         return Finding(

@@ -46,9 +46,11 @@ class Signals:
         bad_updates: Whether the next step's updates are not finite, though the
             gradient is.
         no_steps: Why no steps could be tried; "" if they could.
-        broken: Where there are numbers that are not finite from the outset: paths of
-            leaves or numbers of batches, by "parameters", "batches" and "optimizer"
-            (its state); and under "empty" the batches that hold no numbers.
+        broken: If no batch has a finite gradient, the paths of "parameters" and the
+            numbers of "batches" that hold numbers which are not finite, and of those
+            that are "empty"; if the updates are not finite, the paths of the
+            "optimizer" state that are not. Elsewhere such numbers may be meant: a mask
+            of -inf, a best loss so far of inf.
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
@@ -186,13 +188,13 @@ def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
         raise
 
 
-def _broken(params: Any, opt_state: Any, batches: list[Any]) -> dict[str, Any]:
-    """Returns where there are numbers that are not finite, before any step."""
+def _broken(params: Any, batches: list[Any]) -> dict[str, Any]:
+    """Returns what of the arguments may be why no batch has a finite gradient."""
     bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
     empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
     found = {
         "parameters": not_finite_leaves(params), "batches": tuple(bad),
-        "empty": tuple(empty), "optimizer": not_finite_leaves(opt_state),
+        "empty": tuple(empty),
     }  # fmt: skip
     return {name: where for name, where in found.items() if where}
 
@@ -219,7 +221,9 @@ def measure(
         _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
         begun=begun,
     )  # fmt: skip
-    more: dict[str, Any] = {"broken": _broken(params, opt_state, batches)}
+    more: dict[str, Any] = {}
+    if not any(b.finite for b in seen):
+        more["broken"] = _broken(params, batches)
     gained = [max(b, f) for _, b, f in signals.gains if np.isfinite(max(b, f))]
     if signals.gains and (
         not this.finite or max(gained, default=0) > LIMITS.activation
@@ -256,7 +260,8 @@ def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, A
     step = probe.step(params, opt_state, batch, grads, this.loss)
     more |= {"trust": step.trust, "slope": step.slope, "still": step.zero}
     if not step.finite:
-        return {**more, "bad_updates": True}
+        broken = {"optimizer": not_finite_leaves(opt_state)}
+        return {**more, "bad_updates": True, "broken": broken}
     run = [fine[i % len(fine)] for i in range(12)]
     more["starts"] = [probe.loss(params, b) for b in run]
     more["rehearsals"] = {
