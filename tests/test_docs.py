@@ -102,6 +102,6 @@ def test_files_that_pages_link_to_exist(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in LINK.findall(text):
         # The notebooks are copied beside the pages when the site is built.
-        made = page.parent / target
-        source = ROOT / target.removeprefix("docs/")
-        assert made.exists() or source.exists(), f"{page.name} links to {target}"
+        copied = page.parent != ROOT and target.startswith("notebooks/")
+        file = (ROOT if copied else page.parent) / target
+        assert file.exists(), f"{page.name} links to {target}"
