@@ -7,6 +7,7 @@ A block is fenced as ```` ```python ````; all blocks of a file share one namespa
 """
 
 import importlib.util
+import inspect
 import pathlib
 import re
 
@@ -91,6 +92,16 @@ def test_every_public_name_is_on_the_api_page(module):
     names = {f"{module.__name__}.{name}" for name in module.__all__} - modules
     described = set(re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)", page, re.M))
     assert names <= described, f"not in docs/api.md: {sorted(names - described)}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_signatures_can_be_read(module):
+    """Annotations are short text, and a default shows how it is made."""
+    for name in module.__all__:
+        if inspect.isfunction(function := getattr(module, name)):
+            shown = str(inspect.signature(function))
+            assert "jaxlib" not in shown, name
+            assert "layout=" not in shown, name
 
 
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
