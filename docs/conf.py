@@ -26,6 +26,7 @@ default_role = "py:obj"
 html_theme = "sphinx_book_theme"
 html_title = "optclip"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
+html_css_files = ["style.css"]
 html_show_copyright = False
 html_show_sphinx = False
 html_theme_options = {

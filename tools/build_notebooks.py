@@ -45,6 +45,7 @@ def run(notebook):
         timeout=SECONDS_A_CELL,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # or the prints of a cell split here and there
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
