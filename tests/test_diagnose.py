@@ -160,6 +160,20 @@ def test_a_rehearsal_that_is_not_finite_is_a_finding(losses):
     assert found[0].confidence == "by elimination"
 
 
+def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
+    rising, falling = [1.0] * 8 + [9.0] * 4, [1.0] * 8 + [0.5] * 4
+    signals = signals_of(
+        trust={1.0: -3.0, 0.1: -2.0, 0.001: 0.9},
+        rehearsals={1.0: rising, 0.1: [2.0] * 12, 0.03: falling, 0.01: [0.8] * 12},
+    )
+    (finding,) = _rules.judge(signals)
+    assert finding.actions == (optclip.Action("scale_learning_rate", 0.03),)
+    assert finding.evidence.endswith("to 2; with 0.03 of it, to 0.5.")
+    none_fall = {1.0: rising, 0.1: [2.0] * 12, 0.03: [3.0] * 12}
+    (finding,) = _rules.judge(dataclasses.replace(signals, rehearsals=none_fall))
+    assert finding.actions[0].amount == 0.001
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):

@@ -14,7 +14,7 @@ from optclip.diagnosis._growth_rules import (
     recurrence,
     vanishing,
 )
-from optclip.diagnosis._signals import LIMITS, Signals
+from optclip.diagnosis._signals import LIMITS, Signals, ended
 from optclip.diagnosis.findings import Action, Finding
 
 __all__ = ["judge"]
@@ -82,12 +82,6 @@ def _loss_sum(s: Signals) -> Candidate | None:
     return Candidate(finding, math.log10(max(s.size, 1)))
 
 
-def _ended(losses: list[float]) -> float:
-    """Returns the mean of the last losses; inf if they are not finite."""
-    tail = np.asarray(losses[-4:])
-    return float(tail.mean()) if len(losses) and np.isfinite(tail).all() else math.inf
-
-
 def _promise(trust: float, smaller: float, part: float) -> str:
     """Returns how much of the predicted fall of the loss comes true, in words."""
     if not (math.isfinite(trust) and math.isfinite(smaller)):
@@ -96,9 +90,24 @@ def _promise(trust: float, smaller: float, part: float) -> str:
     def brings(share: float) -> str:
         return f"brings {share:.0%} of it" if share > 0.005 else "makes the loss rise"
 
+    less = f", one with {part:g} of its size {brings(smaller)}"
+    less = less if smaller > max(trust, 0) else ""
+    return f"The gradient predicts a fall of the loss; a step {brings(trust)}{less}. "
+
+
+def _run_of(s: Signals, part: float, start: float, peak: float | None) -> str:
+    """Returns how the rehearsals went, in words."""
+
+    def end_of(tried: float) -> str:
+        end = ended(s.rehearsals[tried])
+        return f"{end:.3g}" if math.isfinite(end) else "a value that is not finite"
+
+    over = "" if peak is None else f" over {peak:.3g}"
+    less = part in s.rehearsals and part < 0.1
+    less = f"; with {part:g} of it, to {end_of(part)}" if less else ""
     return (
-        f"The gradient predicts a fall of the loss; a step {brings(trust)}, one with "
-        f"{part:g} of its size {brings(smaller)}. "
+        f"In a rehearsal of 12 steps the loss goes from {start:.3g}{over} to "
+        f"{end_of(1.0)}; with a tenth of the learning rate, to {end_of(0.1)}{less}."
     )
 
 
@@ -119,12 +128,19 @@ def _uphill(s: Signals) -> Candidate | None:
     return Candidate(finding, math.inf)
 
 
+def _rehearsed(s: Signals, most: float) -> float:
+    """Returns the part of the rate that trained best, if its loss is below ``most``."""
+    ends = {part: ended(losses) for part, losses in s.rehearsals.items() if part < 1}
+    best = min(ends, key=lambda part: ends[part])
+    return best if ends[best] < most else 0.0
+
+
 def _learning_rate(s: Signals) -> Candidate | None:
     if not s.rehearsals or _uphill(s):
         return None
     whole, tenth = (s.rehearsals[part] for part in (1.0, 0.1))
     start = float(np.mean(s.starts[-4:]))
-    end, slow = _ended(whole), _ended(tenth)
+    end, slow = ended(whole), ended(tenth)
     margin = LIMITS.worse * max(abs(start), 1e-12)
     better = slow < end - margin
     trust = s.trust.get(1.0, math.nan)
@@ -150,20 +166,17 @@ def _learning_rate(s: Signals) -> Candidate | None:
         part = min(part, 0.01)
     if (leaped or early) and not good and s.trust:
         part = min(s.trust)
-    words = _promise(trust, s.trust.get(part, math.nan), part)
-    finish, slowly = (
-        f"{x:.3g}" if math.isfinite(x) else "a value that is not finite"
-        for x in (end, slow)
-    )
+    rehearsed = _rehearsed(s, start + (margin if s.begun else 0.0))
+    part = max(part, rehearsed)
+    peak = max(whole) if leaped and math.isfinite(end) else None
     finding = Finding(
         "learning_rate", (),
-        f"{words}In a rehearsal of 12 steps the loss goes from {start:.3g}"
-        f"{f' over {max(whole):.3g}' if leaped and math.isfinite(end) else ''} to "
-        f"{finish}; with a tenth of the learning rate, to {slowly}.",
+        _promise(trust, s.trust.get(part, math.nan), part)
+        + _run_of(s, part, start, peak),
         f"Multiply the learning rate by about {part:g}, or warm it up. An adaptive "
         "optimizer such as AdamW stands more than plain SGD.",
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
-        "by elimination" if hopeless else "measured",
+        "by elimination" if hopeless and not rehearsed else "measured",
         (Action("scale_learning_rate", part),),
     )  # fmt: skip
     # Other causes make steps fail as well: what mends more stands before this.

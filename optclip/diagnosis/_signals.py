@@ -15,7 +15,7 @@ from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
-__all__ = ["LIMITS", "Signals", "measure"]
+__all__ = ["LIMITS", "Signals", "ended", "measure"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +264,24 @@ def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, A
         return {**more, "bad_updates": True, "broken": broken}
     run = [fine[i % len(fine)] for i in range(12)]
     more["starts"] = [probe.loss(params, b) for b in run]
-    more["rehearsals"] = {
-        part: probe.rehearse(params, opt_state, run, part) for part in (1.0, 0.1)
-    }
+    more["rehearsals"] = _rehearsals(probe, params, opt_state, run)
     return more
+
+
+def ended(losses: list[float]) -> float:
+    """Returns the mean of the last losses; inf if they are not finite."""
+    tail = np.asarray(losses[-4:])
+    return float(tail.mean()) if len(losses) and np.isfinite(tail).all() else math.inf
+
+
+def _rehearsals(probe, params, opt_state, run) -> dict[float, list[float]]:
+    """Trains with the whole rate, a tenth and, as long as less is better, less."""
+    found: dict[float, list[float]] = {}
+    last = math.inf
+    for part in (1.0, 0.1, 0.03, 0.01, 0.001):
+        found[part] = probe.rehearse(params, opt_state, run, part)
+        end = ended(found[part])
+        if end >= last < math.inf:
+            break
+        last = end
+    return found
