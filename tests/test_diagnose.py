@@ -174,6 +174,31 @@ def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
     assert finding.actions[0].amount == 0.001
 
 
+def test_a_run_near_a_loss_of_zero_may_rise_by_little():
+    signals = signals_of(
+        begun=True, starts=[0.02] * 12, empty_loss=2.3,
+        rehearsals={1.0: [0.02] * 8 + [0.1] * 4, 0.1: [0.02] * 12},
+    )  # fmt: skip
+    assert _rules.judge(signals) == ()
+    for changes in (
+        {"empty_loss": 0.2},
+        {"empty_loss": 0.01},
+        {"empty_loss": math.nan},
+    ):
+        (finding,) = _rules.judge(dataclasses.replace(signals, **changes))
+        assert finding.cause == "learning_rate"
+
+
+def test_steps_that_get_ahead_are_not_too_long():
+    signals = signals_of(
+        trust={1.0: 0.3, 0.1: 0.95}, rehearsals={1.0: [0.5] * 12, 0.1: [0.9] * 12}
+    )
+    assert _rules.judge(signals) == ()
+    behind = {1.0: [0.9] * 12, 0.1: [0.9] * 12}
+    (finding,) = _rules.judge(dataclasses.replace(signals, rehearsals=behind))
+    assert finding.cause == "learning_rate"
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):

@@ -31,6 +31,8 @@ class Limits:
         trust_after: The same with smaller steps.
         twice: What counts as twice a loss.
         rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
+        lost: Share of what such a run has gained over parameters of 0, which it must
+            lose as well.
         leap: The same at any step of a rehearsal, for any run.
         worse: Share of the first loss by which a rehearsal must end higher than one
             with smaller steps.
@@ -54,6 +56,7 @@ class Limits:
     trust_after: float = 0.35
     twice: tuple[float, float] = (1.8, 2.2)
     rise: float = 1.5
+    lost: float = 0.1
     leap: float = 100.0
     worse: float = 0.1
 

@@ -147,14 +147,20 @@ def _learning_rate(s: Signals) -> Candidate | None:
     good = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
     distrusted = trust < LIMITS.trust and any(p <= 0.3 for p in good)
     diverged = end > start + margin and better
-    # A step that brings half of what a smaller one would is on the way to bring none.
+    # A step that brings half of what a smaller one would is on the way to bring none,
+    # unless the run gets ahead by such steps.
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
+    mild = mild and not end < slow - margin
     hopeless = math.isinf(end) and math.isinf(slow)
     leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
     early = mild or diverged or (distrusted and better)
     if s.begun:  # a run settles where a step brings little, and trains there
-        early = better and end > LIMITS.rise * abs(start)
+        gained = s.empty_loss - start
+        floor = start + (LIMITS.lost * gained if gained > 0 else 0.0)
+        # Near a loss of 0 a batch that is less well known is many times as much.
+        leaped = leaped and max(whole) > floor
+        early = better and end > max(LIMITS.rise * abs(start), floor)
     else:
         # Nothing but far smaller steps could be right: all that were tried are wrong.
         wrong = s.trust and min(s.trust) <= 0.01 and max(s.trust.values()) < 0

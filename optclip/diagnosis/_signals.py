@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optclip._trees import is_measured
 from optclip.diagnosis import _growth
 from optclip.diagnosis._inputs import not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
@@ -54,6 +55,7 @@ class Signals:
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
+        empty_loss: Loss of the same model with parameters of 0, which knows nothing.
         begun: Whether the run has begun.
     """
 
@@ -82,6 +84,7 @@ class Signals:
     scaled_trust: float = math.nan
     rehearsals: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     starts: list[float] = dataclasses.field(default_factory=list)
+    empty_loss: float = math.nan
     begun: bool = False
 
     @property
@@ -264,8 +267,14 @@ def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, A
         return {**more, "bad_updates": True, "broken": broken}
     run = [fine[i % len(fine)] for i in range(12)]
     more["starts"] = [probe.loss(params, b) for b in run]
+    zeros = jax.tree.map(_emptied, params)
+    more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
     more["rehearsals"] = _rehearsals(probe, params, opt_state, run)
     return more
+
+
+def _emptied(leaf: Any) -> Any:
+    return jnp.zeros_like(leaf) if is_measured(leaf) else leaf
 
 
 def ended(losses: list[float]) -> float:
@@ -275,13 +284,13 @@ def ended(losses: list[float]) -> float:
 
 
 def _rehearsals(probe, params, opt_state, run) -> dict[float, list[float]]:
-    """Trains with the whole rate, a tenth and, as long as less is better, less."""
+    """Trains with the whole rate, a tenth and, as long as that is better, less."""
     found: dict[float, list[float]] = {}
     last = math.inf
     for part in (1.0, 0.1, 0.03, 0.01, 0.001):
         found[part] = probe.rehearse(params, opt_state, run, part)
         end = ended(found[part])
-        if end >= last < math.inf:
+        if math.isfinite(last) and not end < last - LIMITS.worse * abs(last):
             break
         last = end
     return found
