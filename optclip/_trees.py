@@ -15,7 +15,6 @@ __all__ = [
     "Leaves",
     "axis_names",
     "check_bound",
-    "is_measured",
     "kept_apart",
     "leaf_axes",
     "leaves_of",
@@ -45,8 +44,7 @@ class Leaves(NamedTuple):
     rebuild: Callable[[list], Any]
 
 
-def is_measured(leaf: Any) -> bool:
-    """Returns whether a leaf holds real or complex numbers."""
+def _is_measured(leaf: Any) -> bool:
     if isinstance(leaf, (float, complex)):
         return True
     dtype = getattr(leaf, "dtype", None)
@@ -63,7 +61,7 @@ def leaves_of(tree: Any) -> Leaves:
     """Returns the measured leaves of ``tree``."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     values = [leaf for _, leaf in flat]
-    at = [i for i, leaf in enumerate(values) if is_measured(leaf)]
+    at = [i for i, leaf in enumerate(values) if _is_measured(leaf)]
 
     def rebuild(new):
         out = list(values)
@@ -82,7 +80,7 @@ def zeros_of(tree: Any) -> Any:
     """Returns zeros, float32 or complex64, for measured leaves, and None for others."""
 
     def zeros(x):
-        if not is_measured(x):
+        if not _is_measured(x):
             return None
         complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
         zero = jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
@@ -104,7 +102,7 @@ def matching(updates: Any, params: Any) -> list[jax.Array]:
     pairs = []
 
     def visit(update, param):
-        if not _is_hole(update) and is_measured(update):
+        if not _is_hole(update) and _is_measured(update):
             pairs.append(jnp.asarray(param))
 
     try:

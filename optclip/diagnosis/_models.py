@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["as_arrays"]
+__all__ = ["as_arrays", "is_weight"]
 
 
-def _is_weight(leaf: Any) -> bool:
+def is_weight(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of real or complex numbers."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
@@ -38,7 +39,7 @@ def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
         return _from_nnx(nnx, loss_fn, params)
     leaves, treedef = jax.tree.flatten(params)
     leaves = [jnp.asarray(x) if type(x) in (float, complex) else x for x in leaves]
-    weights = [_is_weight(x) for x in leaves]
+    weights = [is_weight(x) for x in leaves]
     if not any(weights):
         raise ValueError(
             "`params` has no leaf of real or complex numbers. Give the tree of "

@@ -151,7 +151,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
     # unless the run gets ahead by such steps.
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
-    mild = mild and not end < slow - margin
+    mild = mild and not end < slow - min(margin, 0.5 * abs(slow))
     hopeless = math.isinf(end) and math.isinf(slow)
     leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
     early = mild or diverged or (distrusted and better)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip._trees import is_measured
 from optclip.diagnosis import _growth
 from optclip.diagnosis._inputs import not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
+from optclip.diagnosis._models import is_weight
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
@@ -274,7 +274,7 @@ def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, A
 
 
 def _emptied(leaf: Any) -> Any:
-    return jnp.zeros_like(leaf) if is_measured(leaf) else leaf
+    return jnp.zeros_like(leaf) if is_weight(leaf) else leaf
 
 
 def ended(losses: list[float]) -> float:
