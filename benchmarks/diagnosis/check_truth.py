@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.diagnosis.faults_training import LARGEST, RECIPES, at_rate
+from benchmarks.diagnosis import faults_training, unseen_faults
 from benchmarks.diagnosis.problem import train, typical_loss
 from benchmarks.diagnosis.scenarios import SCENARIOS, split
 
@@ -81,7 +81,7 @@ def truth(scenario, seed):
     return trained(*sound) and failed(got, sound, share), got, sound
 
 
-def largest_rate(key):
+def largest_rate(key, at_rate):
     """Returns the largest rate at which training ends about as well as it can."""
     ends = {}
     for power in range(-10, 8):
@@ -105,23 +105,23 @@ def variants(chosen, seed=0):
             print(word, scenario.name, "|", name, "|", figures, flush=True)
 
 
-def rates(only):
-    for key in RECIPES if not only else [only]:
-        print(
-            f'    "{key}": {largest_rate(key):.4g},  # now {LARGEST[key]}', flush=True
-        )
+def rates(only, module):
+    for key in module.RECIPES if not only else [only]:
+        largest, now = largest_rate(key, module.at_rate), module.LARGEST[key]
+        print(f'    "{key}": {largest:.4g},  # now {now}', flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a name or a cause")
-    parser.add_argument("--split", choices=["tune", "held_out"])
+    parser.add_argument("--split", choices=["tune", "held_out", "unseen"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--variants", action="store_true", help="check the remedies")
     parser.add_argument("--rates", action="store_true", help="search learning rates")
     options = parser.parse_args()
     if options.rates:
-        return rates(options.only)
+        unseen = options.split == "unseen"
+        return rates(options.only, unseen_faults if unseen else faults_training)
     chosen = split(options.split) if options.split else SCENARIOS.values()
     chosen = [s for s in chosen if options.only in (s.name, s.cause, "")]
     if options.variants:

@@ -130,7 +130,7 @@ def main():
 
 def _options():
     made = parser(__doc__)
-    made.add_argument("--split", choices=["tune", "held_out"], default="tune")
+    made.add_argument("--split", choices=["tune", "held_out", "unseen"], default="tune")
     made.add_argument("--only", default="", help="a name or a cause")
     made.add_argument("--seeds", type=int, default=1)
     return made.parse_args()
