@@ -272,7 +272,8 @@ def judge(signals: Signals) -> tuple[Finding, ...]:
         return (given,)
     found = [c for rule in RULES if (c := rule(signals)) is not None]
     causes = {c.finding.cause for c in found}
-    if causes & {"activation", "initialization"}:  # these explain growth over layers
+    # These explain growth over layers.
+    if causes & {"activation", "initialization", "recurrence"}:
         found = [c for c in found if c.finding.cause != "depth"]
     found.sort(key=lambda c: -c.benefit)
     findings = [c.finding for c in found]
