@@ -37,7 +37,7 @@ class Net:
         residual: Whether each layer is added to its input.
         rate: Learning rate.
         slower: Factor of the learning rate.
-        adaptive: Whether AdamW, at 0.001, stands in for SGD.
+        adaptive: Whether AdamW stands in for SGD, at 0.001 for the usual rate.
         clip: A transformation before the optimizer.
         l1: Weight of the sum of absolute weights in the loss.
         l2: Weight of half the sum of squared weights in the loss.
@@ -133,7 +133,9 @@ def digits():
 def train(net, data, seed, steps):
     """Returns the first gradient's norm, and the share of test digits read rightly."""
     x, y, test_x, test_y = data
-    optimizer = optax.adamw(1e-3) if net.adaptive else optax.sgd(net.slower * net.rate)
+    rate = net.slower * net.rate
+    usual = Net().rate
+    optimizer = optax.adamw(1e-3 * rate / usual) if net.adaptive else optax.sgd(rate)
     optimizer = optax.chain(net.clip or optax.identity(), optimizer)
     key, draw = jax.random.split(jax.random.key(seed))
     params = weights_of(net, key)

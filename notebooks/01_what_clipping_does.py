@@ -298,9 +298,10 @@ assert share["with a clip"] > 0.98
 # - A clip by norm makes a long gradient short and keeps its direction. A clip by value
 #   bends it. Take the norm unless a paper asks for the other.
 # - It does nothing to gradients below the threshold.
-# - It is for steps that the gradient cannot be trusted for: at a wall the gradient
-#   tells where down is, but not how far. A lower learning rate is another thing.
+# - It is for steps where the gradient cannot be trusted: at a wall the gradient tells
+#   where down is, but not how far. A lower learning rate does not replace it.
 # - `optclip.metrics` tells what the clip did. Plot it.
 #
-# All clips are in [Which clip?](../choosing.md); the words are in
+# [Which clip?](../choosing.md) helps to choose, all are in
+# [Methods](../methods.md), and the words are in
 # [Concepts](../concepts.md).

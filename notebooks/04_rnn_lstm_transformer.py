@@ -241,7 +241,8 @@ plt.show()
 # step. (Adam divides the length out again, so a clip of gradients does less there.) The
 # *usual* rate is one at which the network trains well without a clip; the *high* one is
 # four times that. All thresholds are the same for the three networks. *Adaptive* is
-# `adaptive_grad_clip`: the gradient of a unit is at most 5% of its weights.
+# `adaptive_grad_clip`: the norm of a unit's gradient is at most 5% of that of its
+# weights. Losses are in nats, the natural unit of the cross-entropy.
 
 
 # %%
@@ -362,16 +363,17 @@ plt.show()
 #
 # With a clip, whichever it is, all three learn at both rates.
 #
-# - **Fixed bounds** are best here. At the high rate the RNN and the LSTM then end lower
-#   than at the usual rate without a clip: the clip makes the higher rate usable. In the
-#   RNN and the transformer they act on nearly all steps, and so are a part of the
-#   learning rate. In the LSTM, at the high rate, all but the clip by value act on 6% to
-#   8% of the steps.
+# - **Bounds that do not follow the norm**, the first four, are best here. At the high
+#   rate the RNN and the LSTM then end lower than at the usual rate without a clip: the
+#   clip makes the higher rate usable. In the RNN and the transformer they act on nearly
+#   all steps, and so are a part of the learning rate. In the LSTM, at the high rate,
+#   all but the clip by value act on 6% to 8% of the steps.
 # - **`quantile_clip`** needs no threshold and acts on 9% to 14% of the steps at the
 #   high rate. It helps the transformer least, whose norm rises for many steps at once:
 #   the threshold follows it.
-# - **`stabilize`** ends at nearly the same loss whatever the rate, since its cap sets
-#   the length of the step. The price is speed: in 200 steps RNN and LSTM come less far.
+# - **`stabilize`** ends at nearly the same loss whatever the rate: where the rate is
+#   too high its cap sets the length of the step. The price is speed: in 200 steps RNN
+#   and LSTM come less far.
 #
 # The same as assertions, so that this notebook is a test as well:
 
@@ -406,12 +408,12 @@ assert GROWTH["transformer"][1] > 100
 # %% [markdown]
 # ## What to take away
 #
-# - A recurrent network needs a clip, and a fixed one will do: its gradients are short,
-#   but for rare ones that are [very long](https://arxiv.org/abs/1211.5063). Gates alone
+# - A recurrent network needs a clip, and a fixed one will do: some of its gradients are
+#   [very long](https://arxiv.org/abs/1211.5063). Gates alone
 #   do not save an LSTM from a rate that is too high.
 # - What a transformer needs first is normalization. A clip is for what is left.
 # - A fixed threshold near the usual norm lets you take a higher learning rate. If you
 #   know neither a rate nor a threshold, `optclip.stabilize` is safe, and slower.
 #
-# [Which clip?](../choosing.md) goes on from the question that you have.
+# [Which clip?](../choosing.md) starts from your question.
 # [Diagnosis](../diagnosis.md) finds the cause where a signal grows.

@@ -98,7 +98,7 @@ def pipeline():
 QUESTIONS = [
     ("Does it explode in every run, from the start?", "optclip.diagnose(...)",
      "mend the cause, then ask on"),
-    ("Are there NaN, or batches that are wrong?", "skip_steps(optimizer)",
+    ("Are there NaN, or whole batches that are wrong?", "skip_steps(optimizer)",
      "leave such steps out; a clip inside"),
     ("Are single examples wrong?", "per_example_clip(loss_fn, 1.0)",
      "each counts for its share at most"),
