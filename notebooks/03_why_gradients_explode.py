@@ -246,7 +246,7 @@ for (row, column), share in np.ndenumerate(table):
 axes.set_xticks(range(len(columns)), list(columns))
 axes.set_yticks(range(len(REMEDIES)), list(REMEDIES))
 axes.xaxis.tick_top()
-axes.set_xlabel("what is wrong")
+axes.set_xlabel("what is wrong", labelpad=12)
 axes.xaxis.set_label_position("top")
 axes.set_ylabel("what is added")
 axes.grid(False)
