@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optclip
-from optclip.diagnosis import _probe, _rules, _signals, diagnose
-from optclip.diagnosis.findings import CAUSES
+from optclip.diagnosis import _growth_rules, _probe, _rules, _signals, diagnose
+from optclip.diagnosis.findings import CAUSES, Finding
 
 WIDTH = 16
 
@@ -172,6 +172,19 @@ def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
     none_fall = {1.0: rising, 0.1: [2.0] * 12, 0.03: [3.0] * 12}
     (finding,) = _rules.judge(dataclasses.replace(signals, rehearsals=none_fall))
     assert finding.actions[0].amount == 0.001
+
+
+@pytest.mark.parametrize("cause", ["recurrence", "initialization", "activation"])
+def test_growth_over_layers_is_put_down_to_what_explains_it(monkeypatch, cause):
+    def rule_of(cause, benefit):
+        finding = Finding(cause, (), "", "", "high", "measured")
+        return lambda s: _growth_rules.Candidate(finding, benefit)
+
+    rules = (rule_of("depth", 9.0), rule_of(cause, 1.0), rule_of("loss_sum", 0.5))
+    monkeypatch.setattr(_rules, "RULES", rules)
+    assert [f.cause for f in _rules.judge(signals_of())] == [cause, "loss_sum"]
+    monkeypatch.setattr(_rules, "RULES", rules[::2])
+    assert [f.cause for f in _rules.judge(signals_of())] == ["depth", "loss_sum"]
 
 
 def test_a_run_near_a_loss_of_zero_may_rise_by_little():
