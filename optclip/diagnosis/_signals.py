@@ -55,7 +55,8 @@ class Signals:
         scaled_trust: The same for whole steps, with weights of the usual size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
-        empty_loss: Loss of the same model with parameters of 0, which knows nothing.
+        empty_loss: If the run has begun, the loss of the same model with parameters of
+            0, which knows nothing.
         begun: Whether the run has begun.
     """
 
@@ -249,26 +250,27 @@ def measure(
             more["scaled_trust"] = step.trust.get(1.0, math.nan)
     if this.finite:
         fine = [b for i, b in enumerate(batches) if i not in outliers]
-        more |= _training(probe, params, opt_state, fine, batch, grads, this)
+        more |= _training(probe, params, opt_state, fine, batch, grads, signals)
     return dataclasses.replace(signals, **more)
 
 
-def _training(probe, params, opt_state, fine, batch, grads, this) -> dict[str, Any]:
+def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]:
     """Measures what steps do, and whether the loss is a sum."""
     probe.show("halves of batches")
     more: dict[str, Any] = _sums(probe, params, fine)
     if probe.no_steps:
         return {**more, "no_steps": probe.no_steps}
     probe.show("steps of several sizes")
-    step = probe.step(params, opt_state, batch, grads, this.loss)
+    step = probe.step(params, opt_state, batch, grads, s.first.loss)
     more |= {"trust": step.trust, "slope": step.slope, "still": step.zero}
     if not step.finite:
         broken = {"optimizer": not_finite_leaves(opt_state)}
         return {**more, "bad_updates": True, "broken": broken}
     run = [fine[i % len(fine)] for i in range(12)]
     more["starts"] = [probe.loss(params, b) for b in run]
-    zeros = jax.tree.map(_emptied, params)
-    more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
+    if s.begun:
+        zeros = jax.tree.map(_emptied, params)
+        more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
     more["rehearsals"] = _rehearsals(probe, params, opt_state, run)
     return more
 
