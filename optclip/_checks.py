@@ -33,8 +33,8 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
             )
         if isinstance(value, Mapping):
             raise TypeError(
-                f"`{name}` must be a number {rule} or an array, got a map. In label "
-                "scope an array has one entry a label, in order of appearance."
+                f"`{name}` must be a number {rule} or an array, got a map. Thresholds "
+                "can be a map from label or path pattern: see `optclip.rules.by_name`."
             )
         number = concrete(value)
         if number is not None and not np.all(holds(number)):

@@ -14,6 +14,8 @@ from jax import lax
 
 from optclip import _measure, _trees, actions
 from optclip._engine import Call, Outcome, apply_rule, context_of, finish
+from optclip._groups import factors_of
+from optclip._numbers import largest_of
 from optclip.rules import Limit
 from optclip.rules._base import hold
 
@@ -43,6 +45,7 @@ def _direction(x: jax.Array) -> jax.Array:
 
 
 def _clamp(x: jax.Array, size: jax.Array, limit: Limit, action: Callable) -> jax.Array:
+    """Returns the entries of ``x``, of magnitudes ``size``, within their limits."""
     if limit.low is not None:
         if jnp.iscomplexobj(x):
             raise ValueError(
@@ -51,14 +54,19 @@ def _clamp(x: jax.Array, size: jax.Array, limit: Limit, action: Callable) -> jax
             )
         low, high = (jnp.asarray(v).astype(x.dtype) for v in (limit.low, limit.target))
         return jnp.clip(x, low, high)
+    threshold, target = (jnp.asarray(v).astype(size.dtype) for v in limit[:2])
+    # A rule never sees an infinite entry, so its target may have nothing to do with it.
+    infinite = jnp.isinf(size)
+    target = jnp.where(infinite, threshold, target)
     if action is actions.rescale:
-        target = jnp.asarray(limit.target).astype(size.dtype)
-        return jnp.where(size > limit.threshold, _direction(x) * target, x)
-    # An infinite entry is treated as the largest finite one.
+        return jnp.where(size > threshold, _direction(x) * target, x)
+    # For all other actions an infinite entry is the largest finite one.
     largest = jnp.finfo(size.dtype).max
-    scale = action(jnp.minimum(size, largest), limit)
-    bounded = jnp.where(jnp.isinf(size), _direction(x) * largest, x)
-    return jnp.where(scale == 1, x, bounded * scale)
+    size = jnp.minimum(size, largest)
+    reduced = size * _measure.REDUCTION
+    scale, first = factors_of(action, size, reduced, Limit(threshold, target))
+    bounded = jnp.where(infinite, _direction(x) * largest, x)
+    return jnp.where(scale == 1, x, bounded * first * scale)
 
 
 def _after(
@@ -66,16 +74,38 @@ def _after(
 ) -> jax.Array:
     """Returns the largest magnitude after the clamp; ``top`` was it before.
 
-    With one limit for all entries it follows from ``top``, without another read.
+    With one limit for all entries it follows from ``top``, without another pass.
     """
     if limit.low is not None or jnp.ndim(limit.threshold) or jnp.ndim(limit.target):
-        return across(jnp.max(jnp.abs(y), initial=0.0)).astype(top.dtype)
+        return _largest(jnp.abs(y), across).astype(top.dtype)
     finite = jnp.minimum(top, jnp.finfo(top.dtype).max)
-    if action is actions.rescale:
-        after = jnp.where(finite > limit.threshold, limit.target, finite)
-    else:
-        after = finite * action(finite, limit)
+    after = _clamp(finite, finite, limit, action)
     return jnp.where(jnp.isnan(top), top, after).astype(top.dtype)
+
+
+def _largest(size: jax.Array, across: Callable) -> jax.Array:
+    """Returns the largest magnitude on all devices, NaN if there is one."""
+    return largest_of(
+        size,
+        add=lambda flags: across(jnp.max(flags, initial=0)),
+        most=lambda x: across(jnp.max(x, initial=0.0)),
+    )
+
+
+def _past(x: jax.Array, size: jax.Array, limit: Limit) -> jax.Array:
+    """Returns which entries are outside of their limits."""
+    if limit.low is None:
+        return size > limit.threshold
+    return (x < limit.low) | (x > limit.target)
+
+
+def _smallest_factor(
+    size: jax.Array, y: jax.Array, past: jax.Array, across: Callable
+) -> jax.Array:
+    """Returns the smallest |y| / |x| of the clipped entries, 1 if there is none."""
+    asked = past & (size > 0) & jnp.isfinite(size)
+    share = jnp.abs(y) / jnp.where(asked, size, 1.0)
+    return -across(-jnp.min(jnp.where(asked, share, 1.0), initial=1.0))
 
 
 def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
@@ -84,19 +114,20 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
     tops = call.measured.norm[0]
     tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
     skipped = call.bad & (policy == "skip")
-    new, new_state, afters, thresholds, overs = [], [], [], [], []
+    new, new_state, afters, thresholds, overs, scales = [], [], [], [], [], []
     # As in `_groups`: or XLA writes out what measuring and clamping share.
     leaves, tops = _trees.kept_apart((list(call.found.leaves), tops))
     for i, x in enumerate(leaves):
-        y = _measure.widen(x)
+        wide = _measure.widen(x)
         size = magnitudes(x)
         bad = ~jnp.isfinite(size)
         across = functools.partial(_trees.most, names=call.plan.names[i])
         context = context_of(call, i, tree_norm)._replace(across=across)
         safe = jnp.where(bad, jnp.zeros_like(size), size)
-        limit, after = apply_rule(options.rule, safe, rule_state[i], context)
+        rule = call.rules[i]
+        limit, after = apply_rule(rule, safe, rule_state[i], context, elements=True)
         new_state.append(hold(bad | skipped, rule_state[i], after, across))
-        y = _clamp(y, size, limit, options.action)
+        y = _clamp(wide, size, limit, options.action)
         if policy in ("zero", "drop"):
             y = jnp.where(bad, jnp.zeros_like(y), y)
         y = jnp.where(skipped, jnp.zeros_like(y), y) if policy == "skip" else y
@@ -108,19 +139,22 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         afters.append(jnp.where(skipped, 0.0, last))
         threshold: Any = jnp.asarray(limit.threshold).astype(tops.dtype)
         low = jnp.min(threshold, initial=jnp.inf)
-        one_for_all = threshold.ndim == 0
-        thresholds.append(low if one_for_all else -across(-low))
-        past = jnp.any(size > threshold).astype(jnp.int32)
-        overs.append(top > threshold if one_for_all else across(past) > 0)
-    limits = jnp.stack(thresholds)
-    before, after = jnp.max(tops), jnp.max(jnp.stack(afters))
-    usable = jnp.isfinite(before) & (before > 0)
+        if threshold.ndim == 0 and limit.low is None:
+            thresholds.append(low)
+            overs.append(top > threshold)
+            usable = jnp.isfinite(top) & (top > 0)
+            scales.append(jnp.where(usable, last / jnp.where(usable, top, 1.0), 1.0))
+            continue
+        thresholds.append(-across(-low))
+        past = _past(wide, size, limit)
+        overs.append(across(jnp.any(past).astype(jnp.int32)) > 0)
+        scales.append(_smallest_factor(size, y, past, across).astype(tops.dtype))
     return Outcome(
         leaves=new,
         rule_state=tuple(new_state),
-        before=before,
-        after=after,
-        threshold=jnp.min(limits),
-        scale=jnp.where(usable, after / jnp.where(usable, before, 1.0), 1.0),
+        before=largest_of(tops),
+        after=largest_of(jnp.stack(afters)),
+        threshold=jnp.min(jnp.stack(thresholds)),
+        scale=jnp.min(jnp.stack(scales)),
         clipped=jnp.mean(jnp.stack(overs).astype(jnp.float32)),
     )

@@ -5,10 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optclip import _layouts, _measure, _trees, rules, scopes
 
-__all__ = ["Call", "Options", "Outcome", "apply_rule", "begin", "context_of", "finish"]
+__all__ = [
+    "Call",
+    "Options",
+    "Outcome",
+    "apply_rule",
+    "begin",
+    "check_order",
+    "context_of",
+    "finish",
+    "rules_for",
+]
 
 POLICIES = ("propagate", "zero", "drop", "skip")
 
@@ -29,6 +40,7 @@ class Call(NamedTuple):
     """One update: the measured leaves, their norms, and what a rule may look at."""
 
     options: Options
+    rules: tuple[rules.Rule, ...]
     found: _trees.Leaves
     layout: _layouts.Layout
     measured: _measure.Measured
@@ -72,9 +84,44 @@ def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
         return _measure.measure_layout(updates, mine, layout, **how)[0].norm
 
     return Call(
-        options, found, layout, measured, counts, plan,
-        jnp.any(measured.entries > 0), step, _once(params_norms),
+        options, rules_for(options, layout, plan), found, layout, measured, counts,
+        plan, jnp.any(measured.entries > 0), step, _once(params_norms),
     )  # fmt: skip
+
+
+def rules_for(
+    options: Options, layout: _layouts.Layout, plan: Any
+) -> tuple[rules.Rule, ...]:
+    """Returns the rule of each array of norms; one for each leaf in element scope."""
+    rule, names = options.rule, layout.names
+    kinds = plan.kinds or ((),)
+    if rule.for_groups is None:
+        return (rule,) * (len(layout.axes) if options.scope.by_element else len(kinds))
+    if layout.scalar:
+        raise ValueError(
+            f"`{rule.name}` has a threshold for each group of leaves, and the scope is "
+            "the whole tree, which is one group. Give a scope such as "
+            "`optclip.scopes.label(...)` or `optclip.scopes.leaf()`, or one threshold."
+        )
+    if options.scope.by_element:
+        rows = [[name] for name in names]
+    elif layout.groups:
+        rows = [list(names)]
+    else:
+        rows = [[names[i] for i in kind] for kind in kinds]
+    return tuple(rule.for_groups(row) for row in rows)
+
+
+def check_order(options: Options, limit: rules.Limit) -> None:
+    """Raises for an array of thresholds in label scope: labels have no sure order."""
+    fixed = options.rule.name in ("constant", "schedule")
+    if options.scope.name == "label" and fixed and np.size(limit.threshold) > 1:
+        raise ValueError(
+            "In label scope a threshold must be a number, a schedule, a rule or a map "
+            f"from label to one of these, got an array of shape "
+            f"{np.shape(limit.threshold)}: JAX sorts the keys of a dict, so its order "
+            'would not be the one you wrote. Give a map, as {"encoder": 1.0, ...}.'
+        )
 
 
 def _once(function: Callable) -> Callable:
@@ -113,11 +160,13 @@ def apply_rule(
     context: rules.Context,
     *,
     signed: bool = False,
+    elements: bool = False,
 ) -> tuple[rules.Limit, Any]:
     """Returns (limit, state) of a rule, once it is known to be what a rule returns.
 
     A threshold or target that is negative or NaN counts as 0: it never flips a sign.
-    Where numbers other than norms are judged, ``signed``, it may be negative.
+    Where numbers other than norms are judged, ``signed``, it may be negative. A limit
+    may have a lower bound only in the element scope, ``elements``.
     """
     result = rule.update(norm, state, context)
     pair = isinstance(result, tuple) and len(result) == 2
@@ -148,6 +197,12 @@ def apply_rule(
                 f"The limits of the rule `{rule.name}` must broadcast against the "
                 f"norms of shape {norm.shape}, got {jnp.shape(value)}."
             )
+    if limit.low is not None and not elements:
+        raise ValueError(
+            f"The rule `{rule.name}` allows values between two bounds, which is about "
+            "entries and not about norms: give `scope=optclip.scopes.element()`, or "
+            "use `optclip.clip_by_value`."
+        )
     if limit.low is None and not signed:
         sane = [jnp.where(jnp.asarray(v) > 0, v, 0.0) for v in limit[:2]]
         limit = rules.Limit(*sane)

@@ -9,15 +9,24 @@ import numpy as np
 from jax import lax
 
 from optclip import _layouts, _measure, _trees, rules
-from optclip._engine import Call, Outcome, apply_rule, context_of, finish
+from optclip._engine import (
+    Call,
+    Outcome,
+    apply_rule,
+    check_order,
+    context_of,
+    finish,
+)
 from optclip._reads import Plan, unpool
 from optclip.rules._base import hold
 
 __all__ = ["empty_norms", "factors_of", "scale_groups"]
 
 # A norm this many times its limit is scaled in two steps: the factor of one step would
-# be subnormal, and XLA flushes subnormal numbers to zero.
+# be subnormal, and XLA flushes subnormal numbers to zero. Beyond FAR * 2**64 the first
+# step is 2**-126, the smallest normal float32, so that the second stays normal too.
 FAR = 2.0**96
+SMALLEST = 2.0**-126
 # From this share of the largest number on, a scale counts as constant in derivatives.
 EDGE = 2.0**-16
 
@@ -40,18 +49,28 @@ def empty_norms(
 
 
 def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Limit):
-    """Returns the factor of each group in two parts, whose product may be subnormal."""
+    """Returns the scale of each group as two factors, whose product may be subnormal.
+
+    A norm larger than its dtype can hold reads as the largest number; ``reduced`` is
+    2**-64 times the norm and always right. An action does not depend on the unit, so it
+    is given a norm and its limit in a unit in which both are normal numbers.
+    """
+    reduction = _measure.REDUCTION
     bound = jnp.maximum(limit.threshold, limit.target)
-    huge = (bound > 0) & (norm > FAR * bound)
-    unmeasured = norm >= jnp.finfo(norm.dtype).max  # longer than the dtype can say
-    unit = jnp.where(unmeasured & ~huge, _measure.REDUCTION, 1.0).astype(norm.dtype)
-    length = jnp.where(huge | unmeasured, reduced, norm)
+    far = (bound > 0) & (norm > FAR * bound)
+    very_far = far & (reduced > FAR * bound)
+    overflowed = norm >= jnp.finfo(norm.dtype).max
+    unit = jnp.where(overflowed & ~far, reduction, 1.0)
+    # The limit up, and not the norm down, where an action adds an epsilon to the norm.
+    unit = jnp.where(very_far, reduction / SMALLEST, unit).astype(norm.dtype)
+    length = jnp.where(far | overflowed, reduced, norm)
     near = rules.Limit(limit.threshold * unit, limit.target * unit)
     scale = jnp.asarray(action(length, near)).astype(norm.dtype)
     # The derivative by the scale is the group itself, whose sum would overflow here.
     edge = norm > jnp.finfo(norm.dtype).max * EDGE
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
-    first = jnp.where(huge & (scale != 1), _measure.REDUCTION, 1.0)
+    first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
+    first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)
 
 
@@ -63,7 +82,8 @@ def _length_after(norm, reduced, scale, first):
     largest = jnp.finfo(norm.dtype).max
     long = jnp.minimum(reduced * scale / _measure.REDUCTION, largest)
     plain = jnp.where(norm >= largest, long, norm * scale)
-    return jnp.where(first == 1, plain, reduced * scale)
+    # The second factor first: `first` and `scale` together may be subnormal.
+    return jnp.where(first == 1, plain, reduced * (first / _measure.REDUCTION) * scale)
 
 
 def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
@@ -119,7 +139,8 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
     for k, (norm, bad) in enumerate(zip(safe, bads, strict=True)):
         context = context_of(call, k, tree_norm)
-        limit, after = apply_rule(options.rule, norm, rule_state[k], context)
+        limit, after = apply_rule(call.rules[k], norm, rule_state[k], context)
+        check_order(options, limit)
         new_state.append(hold(bad | skipped, rule_state[k], after))
         limit = rules.Limit(
             *(jnp.broadcast_to(jnp.asarray(v).astype(norm.dtype), norm.shape)

@@ -25,11 +25,14 @@ class Layout(NamedTuple):
         groups: Per leaf, the number of its group where whole leaves are grouped; empty
             where a leaf is cut into several groups.
         scalar: Whether there is one group only, whose norm is a scalar.
+        names: What thresholds by name are looked up by: the label or path of each
+            group, or the path of each leaf where leaves are split into groups.
     """
 
     axes: tuple[Axes, ...]
     groups: tuple[int, ...]
     scalar: bool = False
+    names: tuple[Any, ...] = ()
 
 
 def kinds(leaves: Sequence[Any], *each: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
@@ -76,10 +79,14 @@ def _all_axes(x: Any) -> Axes:
 
 
 def pooled(
-    groups: Sequence[int], leaves: Sequence[Any], scalar: bool = False
+    groups: Sequence[int],
+    leaves: Sequence[Any],
+    scalar: bool = False,
+    names: Sequence[Any] = (),
 ) -> Layout:
     """Returns the layout that puts whole leaves into groups."""
-    return Layout(tuple(_all_axes(x) for x in leaves), tuple(groups), scalar)
+    axes = tuple(_all_axes(x) for x in leaves)
+    return Layout(axes, tuple(groups), scalar, tuple(names))
 
 
 def _default_unit_axes(path: str, x: Any) -> Axes:

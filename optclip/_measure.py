@@ -14,7 +14,7 @@ from jax import lax
 
 from optclip import _sums, _trees
 from optclip._layouts import Layout, kinds, pooled
-from optclip._numbers import root_of, usable_unit
+from optclip._numbers import largest_of, root_of, usable_unit
 from optclip._reads import (
     Plan,
     reading_order,
@@ -72,7 +72,7 @@ def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = Non
     found to its members.
     """
     if order == np.inf:
-        return most(norms)
+        return largest_of(norms, add, most)
     # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
     norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
     unit = usable_unit(most(lax.stop_gradient(norms)))

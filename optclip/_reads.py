@@ -115,6 +115,8 @@ def _kernel(x: jax.Array, factor: Any, axes: tuple, order: float, drop: bool):
     if order == 1.0:
         return jnp.sum(x, axis=axes)
     if order == np.inf:
+        # Infinity stands for NaN, which an all-reduce of maxima drops.
+        x = jnp.where(jnp.isnan(x), jnp.inf, x)
         return jnp.max(x, axis=axes, initial=0.0)
     zero = x == 0  # the derivative of 0**p is no number that XLA can see for p < 2
     powers = jnp.where(zero, 0.0, jnp.where(zero, 1.0, x) ** order)

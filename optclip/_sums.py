@@ -23,6 +23,7 @@ from optclip._reads import (
     lost_below,
     read,
     rescue,
+    wide_dtype,
 )
 
 __all__ = ["power_sums"]
@@ -59,12 +60,29 @@ def _under(sums: Arrays, floors: Arrays, plan: Plan) -> list[jax.Array]:
     return [s < f for s, f in zip(sums, floors, strict=True)]
 
 
+def _with_nan(leaves: Arrays, sums: Arrays, entries: jax.Array, plan: Plan) -> Arrays:
+    """Returns the maxima of groups, NaN for those that hold a NaN.
+
+    A maximum over shards loses NaN, so `read` counts it as infinity; sums keep it.
+    """
+    if plan.groups:
+        return (jnp.where(entries[:, 0] > 0, jnp.nan, sums[0]),)
+    masks = tuple(jnp.isnan(x).astype(wide_dtype(x)) for x in leaves)
+    (counts,), _ = read(masks, [None], plan._replace(order=1.0))
+    return tuple(
+        jnp.where(count > 0, jnp.nan, s) for count, s in zip(counts, sums, strict=True)
+    )
+
+
 def _with_care(leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan):
     """Returns sums, units and counts, right whatever the leaves hold."""
     if plan.drop:
         (sums,), _ = read(leaves, [tuple(1 / u for u in units)], plan)
     if plan.order not in (1.0, 2.0):
-        return sums, units, read(leaves, [], plan, count=True)[1]
+        entries = read(leaves, [], plan, count=True)[1]
+        if plan.order == np.inf and not plan.drop:
+            sums = _with_nan(leaves, sums, entries, plan)
+        return sums, units, entries
     under = _under(sums, _floors(leaves, sums, plan), plan)
     rescues = constants([rescue(x) for x in leaves], sums, plan)
     factors = tuple(

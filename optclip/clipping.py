@@ -8,7 +8,7 @@ published method is a rule, a scope and an action handed to `clip`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,11 +41,11 @@ def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
 
 
 def clip(
-    rule: rules.Rule | jax.typing.ArrayLike | Callable,
+    rule: rules.Rule | jax.typing.ArrayLike | Callable | Mapping,
     *,
     scope: scopes.Scope = scopes.tree(),
     ord: float | str = EUCLIDEAN,
-    action: actions.Action = actions.rescale,
+    action: actions.Action | None = None,
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,
@@ -71,13 +71,15 @@ def clip(
     The state of a rule is kept as it was wherever a norm is not finite.
 
     Args:
-        rule: A rule of `optclip.rules`, or a threshold: a number, an array or a
-            schedule (a function of the step).
+        rule: A rule of `optclip.rules`, or a threshold: a number, an array, a schedule
+            (a function of the step), or a map from label or path pattern to any of
+            these, as for `optclip.rules.by_name`. 0 gives zeros, so that training
+            stops; inf switches the clip off.
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        action: What happens to a group, from `optclip.actions`. A function, which
-            `optax.inject_hyperparams` takes for a schedule unless it is told
-            ``static_args=("action",)``; the named clips do without.
+        action: What happens to a group, from `optclip.actions`; None for
+            `actions.rescale`. Under `optax.inject_hyperparams`, which takes every
+            function for a schedule, pass ``static_args=("action",)`` with it.
         nonfinite: What happens to NaN and inf: "propagate", "zero", "drop" or "skip".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
             are sharded over: a name or several, "auto" to read each leaf's own from its
@@ -107,13 +109,20 @@ def clip(
     """
     _checks.one_of("nonfinite", nonfinite, _engine.POLICIES)
     _checks.instance("scope", scope, scopes.Scope, "made by `optclip.scopes`")
+    action = actions.rescale if action is None else action
     if not callable(action):
         raise TypeError(f"`action` must be one of `optclip.actions`, got {action!r}.")
     if update_dtype is not None:
         _checks.floating("update_dtype", update_dtype)
     order = np.inf if scope.by_element else _checks.order(ord)
+    rule = rules.as_rule(rule, "rule")
+    if rule.elements_only and not scope.by_element:
+        raise ValueError(
+            f"The rule `{rule.name}` is about single entries: give "
+            f"`scope=optclip.scopes.element()`, got {scope!r}."
+        )
     options = _engine.Options(
-        rules.as_rule(rule, "rule"),
+        rule,
         scope,
         order,
         action,
@@ -129,7 +138,8 @@ def clip(
         norms = _groups.empty_norms(layout, found.leaves, plan)
         if scope.by_element:
             norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
-        rule_state = tuple(options.rule.init(n) for n in norms)
+        own_rules = _engine.rules_for(options, layout, plan) if found.leaves else ()
+        rule_state = tuple(r.init(n) for r, n in zip(own_rules, norms, strict=False))
         if scope.by_element:
             each = zip(rule_state, found.leaves, strict=True)
             rule_state = tuple(_trees.lying_like(own, x) for own, x in each)

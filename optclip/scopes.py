@@ -43,7 +43,7 @@ def _cut(
     def layout(tree, paths, leaves):
         del tree
         _layouts.check_found(table, paths, argument)
-        return Layout(tuple(map(axes_of, paths, leaves)), ())
+        return Layout(tuple(map(axes_of, paths, leaves)), (), names=tuple(paths))
 
     return layout
 
@@ -63,14 +63,20 @@ def tree() -> Scope:
 
 def leaf() -> Scope:
     """Makes each leaf a group of its own: one norm for each parameter array."""
-    return Scope("leaf", lambda _, paths, xs: _layouts.pooled(list(range(len(xs))), xs))
+    return Scope("leaf", _each)
+
+
+def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
+    del tree
+    return _layouts.pooled(range(len(leaves)), leaves, names=paths)
 
 
 def label(labels: Any) -> Scope:
     """Makes all leaves with one label a group: one norm for each label.
 
-    An array of thresholds has one for each label, in the order in which the labels come
-    first in the tree.
+    Thresholds that differ by label are a map, as in
+    ``clip({"encoder": 1.0, "decoder": 5.0}, scope=...)``: see `optclip.rules.by_name`.
+    An array of thresholds is refused, since JAX sorts the keys of a dict.
 
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
@@ -97,7 +103,9 @@ def label(labels: Any) -> Scope:
                 "clip in `optax.masked`."
             )
         order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return _layouts.pooled([order[name] for name in names], leaves)
+        return _layouts.pooled(
+            [order[name] for name in names], leaves, names=list(order)
+        )
 
     return Scope("label", layout)
 
@@ -189,9 +197,4 @@ def element() -> Scope:
     largest magnitude in the tree. An infinite entry is clipped like any large one.
     """
     # Measured by the largest magnitude of each leaf: one read, and no square.
-    return Scope(
-        "element",
-        lambda _, paths, xs: _layouts.pooled(list(range(len(xs))), xs),
-        by_element=True,
-        summary=True,
-    )
+    return Scope("element", _each, by_element=True, summary=True)

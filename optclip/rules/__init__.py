@@ -18,14 +18,8 @@ sharding nor Optax, so one rule works in every scope. Write your own:
 from __future__ import annotations
 
 from optclip.rules._base import Context, Limit, Rule
-from optclip.rules._fixed import (
-    as_rule,
-    constant,
-    fixed,
-    interval,
-    relative_to_params,
-    schedule,
-)
+from optclip.rules._fixed import constant, interval, relative_to_params, schedule
+from optclip.rules._named import as_rule, by_name, fixed
 from optclip.rules._quantile import geometric_quantile, log_histogram_percentile
 from optclip.rules._running import dual_ema, ema_ratio, previous_norm
 from optclip.rules._scores import ema_sigma, ema_zscore
@@ -38,6 +32,7 @@ __all__ = [
     "Limit",
     "Rule",
     "as_rule",
+    "by_name",
     "constant",
     "dual_ema",
     "ema_ratio",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,12 +62,18 @@ class Rule(NamedTuple):
         name: How messages call it.
         signed: Whether it fits numbers that may be negative, such as losses:
             `skip_steps` asks no other rule about these.
+        elements_only: Whether it makes sense in the element scope alone.
+        for_groups: For a rule that differs by group, as `by_name` does: function of the
+            names of the groups, a label or a path for each row of the norms, that
+            returns the rule for these rows. None for all others.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, Any, Context], tuple[Limit, Any]]
     name: str = "clip"
     signed: bool = False
+    elements_only: bool = False
+    for_groups: Callable[[Sequence[Any]], Rule] | None = None
 
 
 def hold(kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x) -> Any:

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from optclip import _checks
 from optclip.rules._base import Limit, Rule
 
-__all__ = ["as_rule", "constant", "fixed", "interval", "relative_to_params", "schedule"]
+__all__ = [
+    "constant",
+    "interval",
+    "relative_to_params",
+    "schedule",
+]
 
 
 def _stateless(limit_of: Callable, name: str) -> Rule:
@@ -85,31 +90,6 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
     return _stateless(limit_of, "schedule")
 
 
-def fixed(value: Any, name: str = "value") -> Rule:
-    """Returns the rule of a threshold given by the user, whatever form it has.
-
-    Args:
-        value: A number or array, as for `constant`, or a function, as for `schedule`.
-        name: How messages call it.
-
-    Returns:
-        A stateless rule.
-
-    Raises:
-        ValueError: If a number is negative or NaN.
-        TypeError: If it is none of these.
-
-    Example:
-        >>> import optclip
-        >>> optclip.rules.fixed(1.0).name
-        'constant'
-    """
-    if callable(value):
-        return schedule(value)
-    _checks.non_negative(**{name: value})
-    return constant(value)
-
-
 def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
     """Returns the rule that allows values between ``low`` and ``high``: element scope.
 
@@ -130,7 +110,7 @@ def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
         top, bottom = jnp.asarray(high, norm.dtype), jnp.asarray(low, norm.dtype)
         return Limit(jnp.maximum(jnp.abs(top), jnp.abs(bottom)), top, bottom)
 
-    return _stateless(limit_of, "interval")
+    return _stateless(limit_of, "interval")._replace(elements_only=True)
 
 
 def relative_to_params(
@@ -168,15 +148,3 @@ def relative_to_params(
         return _both(ratio * size, norm)
 
     return _stateless(limit_of, "relative_to_params")
-
-
-def as_rule(value: Any, name: str) -> Rule:
-    """Returns ``value`` if it is a rule, else the rule that has it for a threshold."""
-    if isinstance(value, Rule):
-        return value
-    if isinstance(value, tuple):
-        raise TypeError(
-            f"`{name}` must be a rule of `optclip.rules`, a number, an array or a "
-            f"schedule, got a {type(value).__name__}."
-        )
-    return fixed(value, name)

@@ -128,8 +128,9 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
 
     With G the largest magnitude of a leaf and T the bias-corrected running average of
     G, this step's included, an entry above T is multiplied by T / G: the largest entry
-    becomes T, and what lies between shrinks with it. (So it is no clamp: an entry just
-    above T ends below one just under it, as in the original.)
+    becomes T, and what lies between shrinks with it. (So this is not a clamp: an entry
+    just above T ends below one just under it, as in the original.) Entries that are NaN
+    or infinite do not count for G, and an infinite entry is brought to T.
 
     Args:
         decay: At least 0 and below 1.
@@ -165,4 +166,5 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         share = jnp.minimum(threshold / jnp.where(top > 0, top, 1.0), 1.0)
         return Limit(threshold, norm * share), MaximumState(level, count)
 
-    return remembering(init, update, "max_ema", zeros=record_zeros)
+    rule = remembering(init, update, "max_ema", zeros=record_zeros)
+    return rule._replace(elements_only=True)

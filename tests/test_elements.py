@@ -1,0 +1,143 @@
+"""Element scope at the edges: huge entries, any action, infinite entries, intervals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import actions, rules, scopes
+
+ELEMENT = scopes.element()
+
+
+def clipped(tx, grads):
+    grads = jnp.asarray(grads, jnp.float32)
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    return np.asarray(updates), optclip.metrics(state)
+
+
+BROUGHT = {
+    "rescale-eps": (functools.partial(actions.rescale, eps=1e-6), 1.0),
+    "normalize": (actions.normalize, 1.0),
+    "soften-rational": (actions.soften(), 1.0),
+    "soften-sqrt": (actions.soften("sqrt"), 1.0),
+    "zero": (actions.zero, 0.0),
+}
+
+
+@pytest.mark.parametrize("threshold", [1.0, 1e-3, 1e-20])
+@pytest.mark.parametrize("name", BROUGHT)
+def test_an_entry_of_any_size_is_brought_to_its_bound_by_every_action(name, threshold):
+    action, share = BROUGHT[name]
+    tx = optclip.clip(threshold, scope=ELEMENT, action=action)
+    updates, _ = clipped(tx, [1e20, -1e36, 3e38, -np.inf, 3.4028235e38])
+    signs = np.array([1, -1, 1, -1, 1])
+    np.testing.assert_allclose(updates, signs * share * threshold, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 2e38, 3.4e38])
+@pytest.mark.parametrize("threshold", [1e-36, 1e-20, 1.0])
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
+def test_a_norm_any_distance_from_its_threshold_is_brought_to_it(
+    scope, size, threshold
+):
+    updates, metrics = clipped(optclip.clip(threshold, scope=scope), [size, 0.0])
+    wanted = min(size, threshold)
+    np.testing.assert_allclose(updates, [wanted, 0.0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["clip/norm_after"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
+def test_an_interval_is_refused_outside_of_the_element_scope(scope):
+    with pytest.raises(ValueError, match="about single entries"):
+        optclip.clip(rules.interval(-3.0, -1.0), scope=scope)
+
+    def update(norm, state, context):
+        return rules.Limit(norm, norm, -norm), state
+
+    tx = optclip.clip(rules.Rule(lambda norm: (), update), scope=scope)
+    with pytest.raises(ValueError, match="two bounds"):
+        clipped(tx, [10.0, 0.0])
+
+
+def test_the_average_of_a_maximum_is_refused_outside_of_the_element_scope():
+    with pytest.raises(ValueError, match="about single entries"):
+        optclip.clip(rules.max_ema())
+
+
+def test_the_telemetry_of_an_interval_tells_what_it_did():
+    tx = optclip.clip_by_value((-0.1, 5.0))
+    updates, metrics = clipped(tx, [-3.0, 0.2, 4.0])
+    np.testing.assert_allclose(updates, [-0.1, 0.2, 4.0], rtol=1e-6)
+    assert float(metrics["clip/clipped"]) == 1.0
+    np.testing.assert_allclose(metrics["clip/scale"], 0.1 / 3.0, rtol=1e-6)
+    _, metrics = clipped(tx, [-0.05, 0.2, 4.0])
+    assert float(metrics["clip/clipped"]) == 0.0
+    assert float(metrics["clip/scale"]) == 1.0
+
+
+def test_scale_is_the_smallest_factor_of_an_entry_that_is_not_the_largest():
+    tx = optclip.clip(jnp.array([1.0, 100.0]), scope=ELEMENT)
+    _, metrics = clipped(tx, [10.0, 50.0])
+    np.testing.assert_allclose(metrics["clip/scale"], 0.1, rtol=1e-6)
+    assert float(metrics["clip/clipped"]) == 1.0
+
+
+# What each entry method makes of one infinite entry among good ones, after a warm start
+# on entries of size 1: the bound that a large finite entry gets.
+METHODS = {
+    "clip_by_value": lambda p: optclip.clip_by_value(2.0, nonfinite=p),
+    "adamw_clip": lambda p: optclip.adamw_clip(nonfinite=p),
+    "spam_clip": lambda p: optclip.spam_clip(warmup_steps=2, nonfinite=p),
+    "stable_spam_clip": lambda p: optclip.stable_spam_clip(nonfinite=p),
+}
+LARGE = {"inf": np.inf, "1e30": 1e30}
+
+
+@pytest.mark.parametrize("policy", ["propagate", "zero", "drop", "skip"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_infinite_entry_is_clipped_like_a_large_one_or_follows_the_policy(
+    name, policy
+):
+    tx = METHODS[name](policy)
+    state, update = tx.init(jnp.ones(4)), jax.jit(tx.update)
+    for _ in range(50):
+        _, state = update(jnp.array([1.0, -1.0, 1.0, 1.0]), state)
+    out = {
+        kind: np.asarray(update(jnp.array([1.0, value, 1.0, 0.5]), state)[0])
+        for kind, value in LARGE.items()
+    }
+    bound = out["1e30"][1]
+    assert 0.9 < bound
+    if name != "stable_spam_clip":  # whose average takes the large entry in
+        assert bound < 100
+    wanted = np.array([1.0, 0, 1.0, 0.5])
+    if policy == "propagate":
+        assert np.isfinite(out["inf"][1])
+        assert 0.9 < out["inf"][1] < 100
+        wanted[1] = out["inf"][1]
+    if policy == "skip":
+        wanted = np.zeros(4)
+    np.testing.assert_allclose(out["inf"], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw_clip", "spam_clip"])
+def test_without_a_bound_yet_an_infinite_entry_is_left_to_the_policy(name):
+    grads = jnp.array([1.0, jnp.inf])
+    for policy, wanted in (("propagate", np.inf), ("zero", 0), ("drop", 0)):
+        tx = METHODS[name](policy)
+        updates, _ = tx.update(grads, tx.init(grads))
+        np.testing.assert_array_equal(updates, [1.0, wanted])
+
+
+def test_the_default_action_needs_no_static_args_under_inject_hyperparams():
+    tx = optax.inject_hyperparams(optclip.clip)(rule=0.5)
+    grads = jnp.array([3.0, 4.0])
+    updates, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates, [0.3, 0.4], rtol=1e-6)
+    state.hyperparams["rule"] = jnp.float32(1.0)
+    np.testing.assert_allclose(tx.update(grads, state)[0], [0.6, 0.8], rtol=1e-6)
