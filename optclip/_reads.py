@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optclip import _trees
+
 __all__ = [
     "Arrays",
     "Plan",
@@ -253,13 +255,16 @@ def read(
         int32[leaves, 3] with the numbers of entries that are NaN, +inf and -inf.
     """
     chunks, columns = _chunks(leaves, plan), []
-    taken = jnp.zeros([], jnp.float32)
+    taken: dict[Any, jax.Array] = {}
     alone = len(factors) == 1 and not count
     for chunk in chunks:
         xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
         if stacked or plan.drop:
-            # Always 1, but XLA can't know: so chunks take turns in the same memory.
-            one = jnp.where(taken < 0, 0, 1).astype(xs[0].dtype)
+            # Always 1, but XLA can't know: so chunks take turns in the same memory, and
+            # only those of one set of mesh axes, since the product varies over all.
+            along = _trees.varying(xs[0])
+            last = taken.get(along, jnp.zeros([], jnp.float32))
+            one = jnp.where(last < 0, 0, 1).astype(xs[0].dtype)
             xs[0] = xs[0] * one
         x = jnp.stack(xs) if stacked else xs[0][None]
         axes = tuple(a + 1 for a in plan.axes[chunk[0]])
@@ -272,7 +277,7 @@ def read(
         if count:
             sums.append(_bad_entries(x, tuple(range(1, x.ndim))))
         if stacked or plan.drop:
-            taken = sums[0].ravel()[0].astype(jnp.float32)
+            taken[along] = sums[0].ravel()[0].astype(jnp.float32)
         columns.append(sums)
     rows = [list(column) for column in zip(*columns, strict=True)]
     counts = None

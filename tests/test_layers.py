@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "_checks": set(),
     "_numbers": set(),
     "_trees": set(),
-    "_reads": set(),
+    "_reads": {"_trees"},
     "_sums": {"_numbers", "_reads", "_trees"},
     "_layouts": set(),
     "_state": {"_trees"},

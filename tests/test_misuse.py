@@ -135,9 +135,9 @@ def test_a_schedule_of_per_example_clip_is_refused_with_the_way_to_change_it():
         optclip.per_example_clip(lambda p, x: p, lambda step: 1.0)
 
 
-def test_a_map_of_thresholds_is_refused():
-    with pytest.raises(TypeError, match=r"got a map\. In label scope an array"):
-        optclip.clip({"a": 1.0}, scope=optclip.scopes.label(lambda path: path))
+def test_a_map_is_refused_where_one_number_is_meant():
+    with pytest.raises(TypeError, match=r"got a map\. Thresholds can be a map"):
+        optclip.adaptive_grad_clip({"kernel": 0.01})
 
 
 def test_a_rule_may_not_put_real_numbers_where_its_state_is_whole():
