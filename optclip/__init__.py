@@ -47,6 +47,7 @@ from optclip.methods import (
 )
 from optclip.monitoring import MonitorState, monitor
 from optclip.per_example import ExampleStats, per_example_clip
+from optclip.sharding import state_specs
 from optclip.skipping import BadSteps, SkipState, skip_steps
 from optclip.spectral import spectral_clip
 from optclip.stabilize import StabilizeState, stabilize
@@ -112,6 +113,7 @@ __all__ = [
     "spectral_clip",
     "stabilize",
     "stable_spam_clip",
+    "state_specs",
     "suggest_threshold",
     "tap",
     "trust_ratio_clip",

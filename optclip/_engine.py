@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
 def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
     """Measures the updates, once, and gathers all that an update needs."""
     found = _trees.leaves_of(updates)
+    updates = _trees.trained(updates)
     layout = options.scope.layout(updates, found.paths, found.leaves)
     drop = options.nonfinite == "drop"
     how = {"order": options.order, "axis_name": options.axis_name}

@@ -244,7 +244,9 @@ def plan_of(
     if layout.groups:
         return Plan(power, layout.axes, layout.groups, names, drop)
     placed = list(map(_trees.placement, found.leaves))
-    alike = kinds(found.leaves, layout.axes, names, across, placed)
+    # Leaves of one shape that are sharded differently have different local shapes.
+    specs = _trees.leaf_specs(axis_name, updates, found)
+    alike = kinds(found.leaves, layout.axes, names, across, placed, specs)
     return Plan(power, layout.axes, (), names, drop, across, alike)
 
 

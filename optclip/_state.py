@@ -1,13 +1,13 @@
 """The state of a clip: what it did at the last step, and how often it did it."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optclip import _trees
+from optclip import _names
+from optclip._validation import own
 
 __all__ = [
     "BadSteps",
@@ -18,10 +18,13 @@ __all__ = [
     "chosen",
     "copied",
     "figures",
+    "finite_threshold",
     "first",
     "first_seen",
     "look",
     "own",
+    "per_leaf",
+    "row_numbers",
 ]
 
 
@@ -171,7 +174,7 @@ def chosen(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
 
 
 def figures(tree: Any) -> Any:
-    """Returns figures as new float32 arrays, where a finite one stays finite."""
+    """Returns statistics as new float32 arrays, in which finite ones stay finite."""
     largest = float(jnp.finfo(jnp.float32).max)
 
     def figure(x):
@@ -181,13 +184,26 @@ def figures(tree: Any) -> Any:
     return jax.tree.map(figure, tree)
 
 
+def finite_threshold(tree: Any) -> Any:
+    """Returns thresholds as new float32 arrays; an infinite one is the largest float32.
+
+    So a threshold that does not exist yet is a number in JSON, and no inf in a state
+    means that something overflowed.
+    """
+    largest = float(jnp.finfo(jnp.float32).max)
+    return jax.tree.map(
+        lambda x: jnp.array(jnp.clip(x, -largest, largest), jnp.float32, copy=True),
+        tree,
+    )
+
+
 def first_seen(paths: Sequence[str]) -> Seen:
     """Returns the `Seen` of a transformation that has met nothing yet."""
     return Seen(
         nonfinite_steps=scalar(0, jnp.int32),
         last_nonfinite_step=scalar(-1, jnp.int32),
         nonfinite_entries=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
-        leaf_code=jnp.array(_trees.path_codes(list(paths))),
+        leaf_code=jnp.array(_names.path_codes(list(paths))),
     )
 
 
@@ -199,64 +215,42 @@ def first(paths: Sequence[str]) -> ClipState:
     )  # fmt: skip
 
 
-def look(seen: Seen, entries: jax.Array, bad: jax.Array, step: jax.Array) -> Seen:
+def row_numbers(seen: Seen, paths: Sequence[str]) -> jax.Array:
+    """Returns which row of a state each leaf has; past the end if `init` had it not.
+
+    For updates in which some leaves are None that `init` saw: the others are found by
+    the codes of their paths.
+    """
+    codes = jnp.asarray(seen.leaf_code)
+    mine = jnp.asarray(_names.path_codes(list(paths)))
+    order = jnp.argsort(codes)
+    place = jnp.searchsorted(codes, mine, sorter=order)
+    row = order[jnp.minimum(place, codes.size - 1)].astype(jnp.int32)
+    return jnp.where(codes[row] == mine, row, codes.size)
+
+
+def per_leaf(
+    values: jax.Array, like: jax.Array, seen: Seen, paths: Sequence[str]
+) -> jax.Array:
+    """Returns a row per leaf of the updates as rows per leaf that `init` saw."""
+    if values.shape == like.shape:
+        return values
+    rows = row_numbers(seen, paths)
+    return jnp.zeros(like.shape, values.dtype).at[rows].set(values, mode="drop")
+
+
+def look(
+    seen: Seen,
+    entries: jax.Array,
+    bad: jax.Array,
+    step: jax.Array,
+    paths: Sequence[str],
+) -> Seen:
     """Returns the new `Seen`, after an update with these entries, ``bad`` or not."""
+    entries = per_leaf(entries, seen.nonfinite_entries, seen, paths)
     return Seen(
         nonfinite_steps=seen.nonfinite_steps + bad.astype(jnp.int32),
         last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
         nonfinite_entries=jnp.where(bad, entries, seen.nonfinite_entries),
         leaf_code=seen.leaf_code,
     )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): jnp.shape(x) for path, x in flat}
-
-
-def _difference(state: Any, wanted: Any) -> str:
-    """Says where a state first differs from one of the right layout; "" if nowhere."""
-    got, right = _shapes(state), _shapes(wanted)
-    if got == right:
-        alike = jax.tree.structure(state) == jax.tree.structure(wanted)
-        return "" if alike else "its arrays are nested in another way"
-    codes = "seen/leaf_code"
-    if codes in got and got[codes] != right.get(codes, got[codes]):
-        return (
-            f"`init` saw {got[codes][0]} leaves of real or complex numbers, and the "
-            f"updates have {right[codes][0]}"
-        )
-    path = next(p for p in right | got if got.get(p) != right.get(p))
-    if path not in got:
-        return f"it has no `{path}`"
-    if path not in right:
-        return f"it has `{path}`, which has no place in it"
-    return f"`{path}` has the shape {got[path]} and should have {right[path]}"
-
-
-def own(state: Any, init: Callable[[], Any], foreign: Sequence[str] = ()) -> Any:
-    """Returns ``state``, once it is known to be laid out as what ``init`` returns.
-
-    Types, structure and shapes are compared, but for the fields ``foreign``: a compiled
-    step pays nothing, and batched, sharded and NumPy arrays pass.
-    """
-    wanted = jax.eval_shape(init)
-    kind = type(wanted)
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"`state` must be the `{kind.__name__}` that `init` returned, got "
-            f"`{type(state).__name__}`. Call `update(updates, state, params)`, restore "
-            "a checkpoint into what `init` returns, and call `init` anew after a "
-            "change of optimizer."
-        )
-    blank = dict.fromkeys(foreign, ())
-    difference = _difference(state._replace(**blank), wanted._replace(**blank))
-    if difference:
-        raise ValueError(
-            f"`state` is a `{kind.__name__}` that does not fit here: {difference}. It "
-            "is that of other parameters, of other options or of another version. "
-            "Call `init` anew with the parameters; they and the optimizer's own state "
-            'can be kept: see "Checkpoints" in the documentation.'
-        )
-    return state

@@ -1,15 +1,13 @@
-"""Trees of gradients: which leaves are measured, their names, and where they lie."""
+"""Pytrees of gradients: their leaves, and the mesh axes that these are sharded over."""
 
-import re
-import zlib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from optax import MaskedNode
+
+from optclip._leaves import Leaves, is_measured, leaves_of, matching, trained
 
 __all__ = [
     "Leaves",
@@ -17,108 +15,31 @@ __all__ = [
     "check_bound",
     "kept_apart",
     "leaf_axes",
+    "leaf_specs",
     "leaves_of",
     "lying_like",
     "matching",
     "most",
     "on_all",
-    "path_codes",
     "placement",
     "spread_over",
+    "trained",
     "varying",
     "zeros_of",
 ]
-
-
-class Leaves(NamedTuple):
-    """The leaves of a tree that hold real or complex numbers, and the way back.
-
-    Attributes:
-        leaves: The measured leaves, in the order of the tree.
-        paths: Their paths, as "encoder/0/kernel".
-        rebuild: Puts a list of new leaves in their place.
-    """
-
-    leaves: list[jax.Array]
-    paths: list[str]
-    rebuild: Callable[[list], Any]
-
-
-def _is_measured(leaf: Any) -> bool:
-    if isinstance(leaf, (float, complex)):
-        return True
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-
-
-def path_name(path: tuple) -> str:
-    """Returns "a/b/0" for a key path; Flax's trailing ".value" is left off."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return re.sub(r"/(value|raw_value)$", "", name)
-
-
-def leaves_of(tree: Any) -> Leaves:
-    """Returns the measured leaves of ``tree``."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    values = [leaf for _, leaf in flat]
-    at = [i for i, leaf in enumerate(values) if _is_measured(leaf)]
-
-    def rebuild(new):
-        out = list(values)
-        for i, leaf in zip(at, new, strict=True):
-            out[i] = leaf
-        return jax.tree.unflatten(treedef, out)
-
-    leaves = [
-        x if isinstance(x, jax.Array) or hasattr(x, "aval") else _abstract_or_array(x)
-        for x in (values[i] for i in at)
-    ]
-    return Leaves(leaves, [path_name(flat[i][0]) for i in at], rebuild)
 
 
 def zeros_of(tree: Any) -> Any:
     """Returns zeros, float32 or complex64, for measured leaves, and None for others."""
 
     def zeros(x):
-        if not _is_measured(x):
+        if not is_measured(x):
             return None
         complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
         zero = jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
         return lying_like(zero, x)
 
-    return jax.tree.map(zeros, tree)
-
-
-def _abstract_or_array(x: Any) -> Any:
-    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
-
-
-def _is_hole(node: Any) -> bool:
-    return node is None or isinstance(node, MaskedNode)
-
-
-def matching(updates: Any, params: Any) -> list[jax.Array]:
-    """Returns the leaves of ``params`` that stand where ``updates`` is measured."""
-    pairs = []
-
-    def visit(update, param):
-        if not _is_hole(update) and _is_measured(update):
-            pairs.append(jnp.asarray(param))
-
-    try:
-        jax.tree.map(visit, updates, params, is_leaf=_is_hole)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "`params` must have the structure of the updates. Pass the parameters that "
-            f"the gradients belong to. JAX says: {error}"
-        ) from error
-    return pairs
-
-
-def path_codes(paths: list[str]) -> np.ndarray:
-    """Returns one int32 a path, by which a state remembers which leaves it watched."""
-    codes = [zlib.crc32(p.encode()) for p in paths] or [0]
-    return np.asarray(codes, np.uint32).astype(np.int32)
+    return jax.tree.map(zeros, trained(tree))
 
 
 def varying(x: jax.Array) -> tuple[str, ...]:
@@ -235,6 +156,30 @@ def check_bound(names: Iterable[str]) -> None:
             ) from error
 
 
+def _for_each_leaf(axis_name: Any, tree: Any, count: int) -> list[Any]:
+    if _is_names(axis_name):
+        return [axis_name] * count
+    wanted: list[Any] = []
+
+    def visit(spec, subtree):
+        wanted.extend([spec] * len(leaves_of(subtree).leaves))
+
+    try:
+        jax.tree.map(visit, axis_name, trained(tree), is_leaf=_is_names)
+    except ValueError as error:
+        raise ValueError(
+            "`axis_name` must be laid out as the updates, or as the first levels "
+            f"of them. JAX says: {error}"
+        ) from error
+    return wanted
+
+
+def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
+    """Returns the PartitionSpec of each leaf; () where only names are given."""
+    each = _for_each_leaf(axis_name, tree, len(found.leaves))
+    return tuple(tuple(spec) if _is_spec(spec) else () for spec in each)
+
+
 def axis_names(
     axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -259,20 +204,7 @@ def axis_names(
                 "updates instead."
             )
         return names, ((),) * count
-    wanted: list[Any] = [axis_name] * count
-
-    def visit(spec, subtree):
-        wanted.extend([spec] * len(leaves_of(subtree).leaves))
-
-    if not _is_names(axis_name):
-        wanted.clear()
-        try:
-            jax.tree.map(visit, axis_name, tree, is_leaf=_is_names)
-        except ValueError as error:
-            raise ValueError(
-                "`axis_name` must be laid out as the updates, or as the first levels "
-                f"of them. JAX says: {error}"
-            ) from error
+    wanted = _for_each_leaf(axis_name, tree, count)
     pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
     sums, groups = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
     if not local:  # a leaf that is whole by its type is counted once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from optclip._lookup import find, known, names_of, outside_jit
@@ -18,14 +19,14 @@ class Culprit(NamedTuple):
     """A leaf that held entries that were not finite, or made a step a spike.
 
     Attributes:
-        path: Path of the parameter, as "encoder/0/kernel"; None where the gradients
-            were fine, and only the loss made `skip_steps` leave a step out.
+        path: Path of the parameter, as "encoder/0/kernel"; None where only the loss
+            made `skip_steps` leave a step out.
         step: Number of the update, where the first is number 0.
         nan: How many entries were NaN.
         pos_inf: How many were +inf.
         neg_inf: How many were -inf.
-        norm: Norm of all gradients of that step; None but for `skip_steps`.
-        loss: Its loss, 0 where none was given; None but for `skip_steps`.
+        norm: Norm of all gradients of that step; None except from `skip_steps`.
+        loss: Its loss, 0 where none was given; None except from `skip_steps`.
     """
 
     path: str | None
@@ -37,40 +38,58 @@ class Culprit(NamedTuple):
     loss: float | None = None
 
 
-def _one_state(state: Any) -> None:
-    outside_jit(state, "culprits")
+class _Event(NamedTuple):
+    """A culprit, and what orders it among those of other states."""
+
+    when: float
+    entries: int
+    culprit: Culprit
+
+
+def _read(state: Any) -> dict[str, Any]:
+    """Returns what is needed of a state."""
+    outside_jit(state.seen, "culprits")
     if np.ndim(state.seen.last_nonfinite_step):
         raise ValueError(
             "The state holds a batch of states (of `jax.vmap` or `jax.pmap`): take "
             "one of them, as in `jax.tree.map(lambda x: x[0], opt_state)`."
         )
+    counts = ("offered_steps", "monitored_steps", "steps")
+    steps = next(getattr(state, name) for name in counts if hasattr(state, name))
+    return {"seen": state.seen, "steps": steps, "ring": getattr(state, "last_bad", ())}
 
 
-def _not_finite(state: Any, names: dict[int, str]) -> list[Culprit]:
-    """Returns the leaves that were not finite when one was last, the worst first."""
-    step = int(state.seen.last_nonfinite_step)
+def _event(culprit: Culprit, steps: int) -> _Event:
+    # States of one optimizer may count different steps: within `MultiSteps` those of
+    # whole batches, within `skip_steps` those that were taken. So how far through its
+    # own steps a state was is compared; where all count the same steps, their numbers.
+    entries = culprit.nan + culprit.pos_inf + culprit.neg_inf
+    return _Event((culprit.step + 1) / max(steps, 1), entries, culprit)
+
+
+def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[Culprit]:
+    """Returns the leaves that were not finite when one was last."""
+    seen = read["seen"]
+    step = int(seen.last_nonfinite_step)
+    paths = known(seen.leaf_code, names)  # raises if the parameters are others
     if step < 0:
         return []
-    entries = np.asarray(state.seen.nonfinite_entries)
-    found = [
-        Culprit(path, step, *(int(n) for n in entries[i]))
-        for i, path in known(state.seen.leaf_code, names)
-        if entries[i].any()
-    ]
-    return sorted(found, key=lambda c: -(c.nan + c.pos_inf + c.neg_inf))
+    rows = [(path, seen.nonfinite_entries[i].tolist()) for i, path in paths]
+    return [Culprit(path, step, *counts) for path, counts in rows if any(counts)]
 
 
-def _left_out(state: SkipState, names: dict[int, str]) -> list[Culprit]:
-    """Returns the worst leaf of each of the last steps left out, the newest first."""
-    paths: dict[int, Any] = dict(known(state.seen.leaf_code, names))
-    rows = zip(*map(np.asarray, state.last_bad), strict=True)
+def _left_out(read: dict[str, Any], names: dict[int, str]) -> list[Culprit]:
+    """Returns the leaves, or the worst one, of each of the last steps left out."""
+    if not read["ring"]:
+        return []
+    paths: dict[int, Any] = dict(known(read["seen"].leaf_code, names))
+    last = _not_finite(read, names)
     found: list[Culprit] = []
-    for step, norm, loss, leaf, bad in sorted(rows, key=lambda row: -int(row[0])):
+    for step, norm, loss, leaf, bad in zip(*read["ring"], strict=True):
         if step < 0:
-            break
-        all_leaves = [c for c in _not_finite(state, names) if c.step == step]
-        worst = Culprit(paths.get(int(leaf)), int(step), *(int(n) for n in bad))
-        for culprit in all_leaves or [worst]:
+            continue
+        worst = Culprit(paths.get(int(leaf)), int(step), *bad.tolist())
+        for culprit in [c for c in last if c.step == step] or [worst]:
             found.append(culprit._replace(norm=float(norm), loss=float(loss)))
     return found
 
@@ -78,18 +97,26 @@ def _left_out(state: SkipState, names: dict[int, str]) -> list[Culprit]:
 def culprits(opt_state: Any, params: Any) -> list[Culprit]:
     """Returns the leaves that held NaN or inf at the last such update, the worst first.
 
-    With `skip_steps` in the optimizer, also those that made a step a spike: for each of
-    the last steps left out, the newest first, its worst leaf.
+    All states in ``opt_state`` count, wherever they are nested: the last update at
+    which any of them met a NaN or inf is taken, and each leaf that held one then is
+    named once, however many states saw it. With `skip_steps` in the optimizer, also
+    those that made a step a spike: for each of the last steps left out its worst leaf
+    (all leaves with NaN or inf if it is the last such step of that `skip_steps`). The
+    newest step comes first, and within a step the leaf with the most NaN and inf.
+
+    ``step`` is the number that the state counted, and `skip_steps` and
+    `optax.MultiSteps` keep steps from the states inside of them. Between states that
+    count different steps, the last is the one nearest to the end of its own count.
 
     Args:
-        opt_state: Any tree that holds states of clips, of `monitor` or of `skip_steps`.
-            The first that met something bad counts: it stands nearest to the gradients.
+        opt_state: Any pytree that holds states of clips, of `monitor` or of
+            `skip_steps`.
         params: The parameters that the optimizer was initialised with, for their paths.
 
     Returns:
-        One `Culprit` a leaf, empty if all went well so far. The last bad update is
-        kept: compare ``step`` with `clip/steps`. Call it outside of jit; it fetches the
-        counts from the device.
+        One `Culprit` per leaf and step; empty if everything was finite so far and no
+        step was left out. Compare ``step`` with `clip/steps` to see how long ago it
+        was. Call it outside of jit; it fetches all counts from the device at once.
 
     Raises:
         ValueError: If ``params`` are not those that the optimizer was initialised with,
@@ -105,18 +132,19 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
         [Culprit(path='w', step=0, nan=1, pos_inf=1, neg_inf=0, norm=None, loss=None)]
     """
     names = names_of(params)
-    wrappers = find(opt_state, (SkipState,))
-    states = find(opt_state, (ClipState, MonitorState))
-    if not states and not wrappers:
+    states = find(opt_state, (SkipState, ClipState, MonitorState))
+    if not states:
         raise ValueError(
             "`opt_state` holds no state of a clip, `monitor` or `skip_steps` of "
             "optclip. Pass the state of the optimizer that it is part of."
         )
-    for look, several in ((_left_out, wrappers), (_not_finite, states)):
-        for state in several:
-            _one_state(state)
-            known(state.seen.leaf_code, names)  # raises if the parameters are others
-            found = look(state, names)
-            if found:
-                return found
-    return []
+    reads = jax.device_get([_read(state) for state in states])
+    # In this order, since the first of two entries for a leaf and step is kept.
+    left_out = [_event(c, r["steps"]) for r in reads for c in _left_out(r, names)]
+    seen = [_event(c, r["steps"]) for r in reads for c in _not_finite(r, names)]
+    last = max((event.when for event in seen), default=-1.0)
+    events: dict[tuple, _Event] = {}
+    for event in [*left_out, *(e for e in seen if e.when == last)]:
+        events.setdefault((event.when, event.culprit.path), event)
+    ordered = sorted(events.values(), key=lambda e: (-e.when, -e.entries))
+    return [event.culprit for event in ordered]

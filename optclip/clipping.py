@@ -36,8 +36,13 @@ __all__ = ["ClipState", "GroupStats", "clip"]
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
-    norm, threshold, scale = _state.figures(picked)
-    return GroupStats(norm, threshold, scale, which)
+    norm, threshold, scale = picked
+    return GroupStats(
+        _state.figures(norm),
+        _state.finite_threshold(threshold),
+        _state.figures(scale),
+        which,
+    )
 
 
 def clip(
@@ -132,6 +137,7 @@ def clip(
     )
 
     def init_fn(params) -> Any:
+        params = _trees.trained(params)
         found = _trees.leaves_of(params)
         layout = scope.layout(params, found.paths, found.leaves)
         plan = _measure.plan_of(params, found, layout, order=order, axis_name=axis_name)
@@ -166,11 +172,13 @@ def clip(
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
-        state = _state.own(state, lambda: init_fn(updates))
-        if not _trees.leaves_of(updates).leaves:
+        found = _trees.leaves_of(updates)
+        state = _state.own(state, lambda: init_fn(updates), absent=found.absent)
+        if not found.leaves:
             return updates, state._replace(steps=state.steps + 1)
         call = _engine.begin(options, updates, params, state.steps)
-        seen = _state.look(state.seen, call.measured.entries, call.bad, state.steps)
+        entries, paths = call.measured.entries, call.found.paths
+        seen = _state.look(state.seen, entries, call.bad, state.steps, paths)
         pipeline = (
             _elements.clamp_elements if scope.by_element else _groups.scale_groups
         )
@@ -178,10 +186,15 @@ def clip(
         groups = state.groups
         if groups is not None and done.stats is not None:
             groups = _stats(done.stats, call.layout, groups.group_of_leaf)
-        figures = (done.before, done.after, done.threshold, done.scale, done.clipped)
+        # Without a memory there is nothing in it but the structure that `init` made.
+        remembers = jax.tree.leaves(state.rule_state)
         new_state = ClipState(
-            done.rule_state,
-            *_state.figures(figures),
+            rule_state=done.rule_state if remembers else state.rule_state,
+            norm_before=_state.figures(done.before),
+            norm_after=_state.figures(done.after),
+            threshold=_state.finite_threshold(done.threshold),
+            scale=_state.figures(done.scale),
+            clipped=_state.figures(done.clipped),
             steps=state.steps + 1,
             clipped_steps=state.clipped_steps + (done.clipped > 0).astype(jnp.int32),
             seen=seen,

@@ -71,8 +71,8 @@ def monitor(
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
-        state = _state.own(state, lambda: init_fn(updates))
         found = _trees.leaves_of(updates)
+        state = _state.own(state, lambda: init_fn(updates), absent=found.absent)
         step = state.monitored_steps
         if not found.leaves:
             return updates, state._replace(monitored_steps=step + 1)
@@ -80,11 +80,12 @@ def monitor(
             updates, found, order=order, axis_name=axis_name
         )
         bad = jnp.any(measured.entries > 0)
+        norms = _state.figures(measured.norm[0])
         return updates, MonitorState(
-            leaf_norm=_state.figures(measured.norm[0]),
+            leaf_norm=_state.per_leaf(norms, state.leaf_norm, state.seen, found.paths),
             monitored_norm=_state.figures(total),
             monitored_steps=step + 1,
-            seen=_state.look(state.seen, measured.entries, bad, step),
+            seen=_state.look(state.seen, measured.entries, bad, step, found.paths),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

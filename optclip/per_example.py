@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip import _checks, _groups, _measure, _trees, actions, rules
+from optclip import _checks, _groups, _measure, _names, _trees, actions, rules
 from optclip.methods import clip_by_global_norm
 
 __all__ = ["ExampleStats", "per_example_clip"]
@@ -71,7 +71,7 @@ def _check_params(params: Any) -> None:
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(
                 "`params` must hold real or complex arrays only, got "
-                f"{jnp.result_type(x)} at `{_trees.path_name(path)}`. Give what is not "
+                f"{jnp.result_type(x)} at `{_names.path_name(path)}`. Give what is not "
                 "trained to `loss_fn` by name; of a Flax NNX model, take "
                 "`nnx.split(model, nnx.Param, ...)`."
             )

@@ -189,8 +189,8 @@ def skip_steps(
         def empty():
             return first(updates, ())
 
-        state = _state.own(state, empty, foreign=("optimizer_state",))
-        found = _trees.leaves_of(updates)
+        found, inside = _trees.leaves_of(updates), ("optimizer_state",)
+        state = _state.own(state, empty, foreign=inside, absent=found.absent)
         if not found.leaves:  # an empty group of a partition
             inside = state.optimizer_state
             out, inside = inner.update(updates, inside, params, **extra_args)
@@ -200,7 +200,7 @@ def skip_steps(
             updates, found, order=order, axis_name=axis_name
         )
         norm = _state.figures(norm)
-        step = state.offered_steps
+        step, paths = state.offered_steps, found.paths
         loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, _state.scalar(0.0)
         if given:
@@ -238,6 +238,8 @@ def skip_steps(
         place = jnp.where(skip, state.skipped_steps % keep_last, keep_last)
         worst = _worst(measured.norm[0], measured.entries)
         counts = measured.entries[worst]
+        if state.seen.leaf_code.size != len(paths):
+            worst = _state.row_numbers(state.seen, paths)[worst]
         worst = jnp.where(bad_entries | about_norm.over, worst, -1)
         noted = (step, norm, level, worst, counts)
         last_bad = BadSteps(*(
@@ -256,10 +258,10 @@ def skip_steps(
             spike_run=(state.spike_run + spikes) * one,
             offered_norm=_state.copied(norm),
             offered_loss=_state.copied(level),
-            skip_above=_state.figures(about_norm.threshold),
-            skip_loss_above=_state.figures(loss_bound),
+            skip_above=_state.finite_threshold(about_norm.threshold),
+            skip_loss_above=_state.finite_threshold(loss_bound),
             last_bad=last_bad,
-            seen=_state.look(state.seen, measured.entries, bad_entries, step),
+            seen=_state.look(state.seen, measured.entries, bad_entries, step, paths),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

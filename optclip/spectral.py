@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +192,8 @@ def spectral_clip(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
         found = _trees.leaves_of(updates)
-        state = _state.own(state, lambda: _state.first(found.paths))
+        empty = functools.partial(_state.first, found.paths)
+        state = _state.own(state, empty, absent=found.absent)
         if not found.leaves:
             return updates, state._replace(steps=state.steps + 1)
         value = max_sigma(state.steps) if callable(max_sigma) else max_sigma
@@ -221,13 +223,16 @@ def spectral_clip(
         usable = jnp.isfinite(length) & (length > 0)
         share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
         clipped = jnp.mean((after < 0.999 * before).astype(jnp.float32))
-        figures = (length, rest, cap, share, clipped)
         return out, ClipState(
             state.rule_state,
-            *_state.figures(figures),
+            norm_before=_state.figures(length),
+            norm_after=_state.figures(rest),
+            threshold=_state.finite_threshold(cap),
+            scale=_state.figures(share),
+            clipped=_state.figures(clipped),
             steps=state.steps + 1,
             clipped_steps=state.clipped_steps + (clipped > 0).astype(jnp.int32),
-            seen=_state.look(state.seen, entries, bad, state.steps),
+            seen=_state.look(state.seen, entries, bad, state.steps, found.paths),
             groups=None,
         )
 

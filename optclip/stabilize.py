@@ -101,6 +101,11 @@ def stabilize(
                 "`stabilize` compares the update with the parameters: call "
                 "`update(updates, state, params)`."
             )
+        if isinstance(params, optax.LookaheadParams):
+            raise ValueError(
+                "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
+                "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
+            )
         # The clips look at their own states, and the optimizer at its own.
         parts = StabilizeState._fields
         state = _state.own(state, lambda: StabilizeState._make(((), (), ())), parts)

@@ -1,18 +1,19 @@
 """What clips did, read from any optimizer state, as flat dicts of scalars.
 
-Nothing here computes on gradients: all figures were measured by the clip itself, and
-are read from its state, inside or outside of jit, however deep it lies.
+Nothing here computes on gradients: the clip itself measured everything, and it is read
+from the clip's state, inside or outside of jit, however deep it is nested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip._lookup import find, known, names_of, outside_jit
+from optclip._lookup import Located, known, locate, names_of, outside_jit
 from optclip.clipping import ClipState
 from optclip.monitoring import MonitorState
 from optclip.skipping import SkipState
@@ -20,8 +21,29 @@ from optclip.skipping import SkipState
 __all__ = ["leaf_metrics", "metrics"]
 
 
-def _prefixes(prefix: str, count: int) -> list[str]:
-    return [prefix if i == 0 else f"{prefix}_{i + 1}" for i in range(count)]
+def _key_prefixes(prefix: str, found: Sequence[Located], taken: set[str]) -> list[str]:
+    """Returns what the keys of each state begin with; ``taken`` gets them too."""
+    out = []
+    for located in found:
+        groups = "".join(f"/{group}" for group in located.groups)
+        name, k = f"{prefix}{groups}", 1
+        while name in taken:
+            k += 1
+            name = f"{prefix}_{k}{groups}"
+        taken.add(name)
+        out.append(name)
+    return out
+
+
+# Compiled, so that their constants are not transferred to the device at each call.
+@jax.jit
+def _share(part: jax.Array, steps: jax.Array) -> jax.Array:
+    return part.astype(jnp.float32) / jnp.maximum(steps, 1).astype(jnp.float32)
+
+
+@jax.jit
+def _latest(steps: jax.Array) -> jax.Array:
+    return jnp.max(steps, axis=-1)
 
 
 def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
@@ -31,7 +53,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ----------------------- | ------------------------------------------------------ |
     | `clip/norm_before`      | norm of all updates before the clip                    |
     | `clip/norm_after`       | the same after it                                      |
-    | `clip/threshold`        | threshold of the group that was shortened most         |
+    | `clip/threshold`        | threshold of the group with the smallest scale;        |
+    |                         | 3.4028235e38 where there is none, as in a warm-up      |
     | `clip/scale`            | smallest factor that a group was multiplied by         |
     | `clip/clipped`          | share of groups above their threshold at this step     |
     | `clip/steps`            | updates so far                                         |
@@ -40,6 +63,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | `clip/nonfinite_steps`  | updates that held a NaN or inf                         |
 
     A second clip in the state is called `clip_2`, and so on in the order of the chain.
+    In a group of `optax.partition` the label of the group follows, as in
+    `clip/encoder/norm_before`, and clips are numbered in each group.
     A `monitor` gives `monitor/norm`, `monitor/steps` and `monitor/nonfinite_steps`, and
     `skip_steps`:
 
@@ -56,9 +81,11 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | `skip/last_skipped_step` | number of the last step left out; -1 if there is none |
 
     Args:
-        opt_state: Any tree that holds states of clips: that of a chain, of
+        opt_state: Any pytree that holds states of clips: that of a chain, of
             `optax.MultiSteps`, of `flax.nnx.Optimizer`, a whole train state, ...
-        prefix: What the keys of clips begin with.
+        prefix: What the keys of clips begin with. Unless it is "clip", it comes before
+            the other keys as well, as in ``prefix/skip/norm``: so metrics of several
+            optimizers can be merged.
 
     Returns:
         A dict of float32 and int32 scalars, on device; inside jit, of tracers. Empty if
@@ -73,9 +100,15 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         5.0
     """
     out: dict[str, jax.Array] = {}
-    clips = find(opt_state, (ClipState,))
-    for name, state in zip(_prefixes(prefix, len(clips)), clips, strict=True):
-        steps = jnp.maximum(state.steps, 1).astype(jnp.float32)
+    taken: set[str] = set()
+    before = "" if prefix == "clip" else f"{prefix}/"
+
+    def named(prefix, kind):
+        found = locate(opt_state, (kind,))
+        prefixes = _key_prefixes(prefix, found, taken)
+        return zip(prefixes, [x.state for x in found], strict=True)
+
+    for name, state in named(prefix, ClipState):
         out |= {
             f"{name}/norm_before": state.norm_before,
             f"{name}/norm_after": state.norm_after,
@@ -84,18 +117,16 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/clipped": state.clipped,
             f"{name}/steps": state.steps,
             f"{name}/clipped_steps": state.clipped_steps,
-            f"{name}/clipped_fraction": state.clipped_steps / steps,
+            f"{name}/clipped_fraction": _share(state.clipped_steps, state.steps),
             f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
         }
-    monitors = find(opt_state, (MonitorState,))
-    for name, state in zip(_prefixes("monitor", len(monitors)), monitors, strict=True):
+    for name, state in named(f"{before}monitor", MonitorState):
         out |= {
             f"{name}/norm": state.monitored_norm,
             f"{name}/steps": state.monitored_steps,
             f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
         }
-    wrappers = find(opt_state, (SkipState,))
-    for name, state in zip(_prefixes("skip", len(wrappers)), wrappers, strict=True):
+    for name, state in named(f"{before}skip", SkipState):
         out |= {
             f"{name}/norm": state.offered_norm,
             f"{name}/loss": state.offered_loss,
@@ -106,31 +137,54 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/spike_steps": state.spike_steps,
             f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
             f"{name}/in_a_row": state.skipped_run,
-            f"{name}/last_skipped_step": jnp.max(state.last_bad.bad_step, axis=-1),
+            f"{name}/last_skipped_step": _latest(state.last_bad.bad_step),
         }
     return out
 
 
-def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
+def _rows_of_kind(which: np.ndarray) -> list[int]:
+    """Returns the row of each leaf in the array of its kind: leaves are in order."""
+    counts: dict[int, int] = {}
+    rows = []
+    for kind in which.tolist():
+        rows.append(counts.get(kind, 0))
+        counts[kind] = rows[-1] + 1
+    return rows
+
+
+def _of_leaf(values: Any, kind: int, row: int) -> list[tuple[str, Any]]:
+    """Returns what a `GroupStats` has of a leaf, for each of its layers."""
+    if not isinstance(values, tuple):
+        return [("", values[..., kind][()])]
+    # An array per kind of leaf, with a row per such leaf.
+    own = values[kind][row]
+    return [("".join(f"/{n}" for n in at), own[at]) for at in np.ndindex(own.shape)]
+
+
+def leaf_metrics(
+    opt_state: Any, params: Any, prefix: str = ""
+) -> dict[str, np.ndarray | np.generic]:
     """Returns norm, threshold and scale by parameter path, as a flat dict of scalars.
 
     For clips in leaf, label and layer scope: `PATH/norm_before`, `PATH/threshold` and
-    `PATH/scale`, where in label scope leaves with one label have the same figures, and
-    in layer scope the path is followed by the layer's number, as `blocks/kernel/3`. For
-    a `monitor`: `PATH/norm`. Figures of a second clip or monitor end in `_2`.
+    `PATH/scale`. In label scope these are those of all leaves with the label together,
+    and in layer scope the path is followed by the layer's number, as in
+    `blocks/kernel/3/scale`. For a `monitor`: `PATH/norm`. Keys of a second clip, or
+    monitor, that has the same leaf end in `_2`.
 
     Args:
-        opt_state: Any tree that holds states of clips.
+        opt_state: Any pytree that holds states of clips.
         params: The parameters that the optimizer was initialised with, for their paths;
             arrays or shapes.
+        prefix: If it is not empty, keys begin with ``prefix/``.
 
     Returns:
-        A dict of float32 scalars, on device. The codes of paths must be known, so call
-        it outside of jit.
+        A dict of NumPy float32 scalars, on the host: all are fetched at once. The codes
+        of paths must be known, so call it outside of jit.
 
     Raises:
         ValueError: If ``params`` are not those that the optimizer was initialised with,
-            or the state has no figures by leaf.
+            or the state has nothing by leaf.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -142,37 +196,43 @@ def leaf_metrics(opt_state: Any, params: Any) -> dict[str, jax.Array]:
         1.0
     """
     names = names_of(params)
-    out: dict[str, jax.Array] = {}
-    clips = [s for s in find(opt_state, (ClipState,)) if s.groups is not None]
-    monitors = find(opt_state, (MonitorState,))
+    found = [x.state for x in locate(opt_state, (ClipState,))]
+    clips = [(s.seen, s.groups) for s in found if s.groups is not None]
+    found = [x.state for x in locate(opt_state, (MonitorState,))]
+    monitors = [(s.seen, s.leaf_norm) for s in found]
     if not clips and not monitors:
         raise ValueError(
-            "`opt_state` has no figures by leaf: clips keep them in leaf, label and "
+            "`opt_state` has no metrics by leaf: clips keep them in leaf, label and "
             "layer scope. Use one of these, or chain `optclip.monitor()`."
         )
-    for state in [*clips, *monitors]:
-        outside_jit(state, "leaf_metrics")
-    for k, state in enumerate(clips):
-        end = "" if k == 0 else f"_{k + 1}"
-        rows = {
-            f"norm_before{end}": state.groups.group_norm,
-            f"threshold{end}": state.groups.group_threshold,
-            f"scale{end}": state.groups.group_scale,
-        }
-        which = np.asarray(state.groups.group_of_leaf)
+    for seen, _ in [*clips, *monitors]:
+        outside_jit(seen, "leaf_metrics")
+    clips, monitors = jax.device_get((clips, monitors))
+    out: dict[str, Any] = {}
+    start = f"{prefix}/" if prefix else ""
+
+    def add(path: str, values: dict[str, Any]) -> None:
+        end, k = "", 1
+        while any(f"{start}{path}/{figure}{end}" in out for figure in values):
+            k += 1
+            end = f"_{k}"
+        out.update({f"{start}{path}/{f}{end}": value for f, value in values.items()})
+
+    for seen, groups in clips:
+        which = groups.group_of_leaf
         which = which.reshape(-1, which.shape[-1])[0]
-        for i, path in known(state.seen.leaf_code, names):
-            for figure, values in rows.items():
-                if not isinstance(values, tuple):
-                    out[f"{path}/{figure}"] = values[..., which[i]]
-                    continue
-                # An array for each kind of leaf, with one row for each such leaf.
-                row = values[which[i]][int(np.sum(which[:i] == which[i]))]
-                for at in np.ndindex(row.shape):
-                    name = "/".join([path, *map(str, at)])
-                    out[f"{name}/{figure}"] = row[at]
-    for k, state in enumerate(monitors):
-        end = "" if k == 0 else f"_{k + 1}"
-        for i, path in known(state.seen.leaf_code, names):
-            out[f"{path}/norm{end}"] = state.leaf_norm[..., i]
+        rows = _rows_of_kind(which)
+        for i, path in known(seen.leaf_code, names):
+            place = int(which[i]), rows[i]
+            norms = _of_leaf(groups.group_norm, *place)
+            thresholds = _of_leaf(groups.group_threshold, *place)
+            scales = _of_leaf(groups.group_scale, *place)
+            for (layer, norm), (_, threshold), (_, scale) in zip(
+                norms, thresholds, scales, strict=True
+            ):
+                values = {"norm_before": norm, "threshold": threshold, "scale": scale}
+                add(f"{path}{layer}", values)
+    for seen, norms in monitors:
+        for i, path in known(seen.leaf_code, names):
+            add(path, {"norm": norms[..., i][()]})
     return out

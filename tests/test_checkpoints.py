@@ -162,7 +162,7 @@ def test_a_state_of_another_type_is_an_error_that_says_which_is_wanted(name):
     untyped = dict(own._asdict())  # as Orbax restores without a target
     for state in (optax.EmptyState(), untyped, [own], None):
         kinds = f"`{type(own).__name__}` that `init` .* got `{type(state).__name__}`"
-        with pytest.raises(TypeError, match=rf"`state` must be the {kinds}.*anew"):
+        with pytest.raises(TypeError, match=rf"`state` must be the {kinds}.*again"):
             jax.eval_shape(lambda s, tx=tx: tx.update(PARAMS, s, PARAMS), state)
 
 
@@ -204,7 +204,7 @@ def test_a_state_of_other_options_is_an_error_that_says_what_differs(
     state = other.init(PARAMS)
     with pytest.raises(ValueError, match=f"does not fit here: .*{message}") as error:
         jax.eval_shape(tx.update, PARAMS, state, PARAMS)
-    assert "Call `init` anew" in str(error.value)
+    assert "Call `init` again" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -15,11 +15,14 @@ FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
 MAY_IMPORT = {
     "_checks": set(),
     "_numbers": set(),
-    "_trees": set(),
+    "_names": set(),
+    "_leaves": {"_names"},
+    "_trees": {"_leaves"},
     "_reads": {"_trees"},
     "_sums": {"_numbers", "_reads", "_trees"},
     "_layouts": set(),
-    "_state": {"_trees"},
+    "_validation": {"_names"},
+    "_state": {"_names", "_validation"},
     "_measure": {"_layouts", "_numbers", "_reads", "_sums", "_trees"},
     "norms": {"_checks", "_layouts", "_measure", "_trees"},
     "rules": {"_checks", "_layouts", "_numbers"},
@@ -45,18 +48,20 @@ MAY_IMPORT = {
     "stable_adam": {"_checks", "_numbers", "_state", "_trees", "rules"},
     "feedback": {"_checks", "_state", "_trees", "methods"},
     "per_example": {
-        "_checks", "_groups", "_measure", "_trees", "actions", "methods", "rules",
+        "_checks", "_groups", "_measure", "_names", "_trees", "actions", "methods",
+        "rules",
     },
     "stabilize": {"_checks", "_state", "_trees", "methods", "scopes"},
     "skipping": {
         "_checks", "_engine", "_measure", "_state", "_trees", "rules",
     },
-    "_lookup": {"_trees"},
+    "sharding": {"_names"},
+    "_lookup": {"_names", "_trees"},
     "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
     "attribution": {"_lookup", "clipping", "monitoring", "skipping"},
     "diagnosis": {
-        "_checks", "_lookup", "_trees", "attribution", "clipping", "monitoring",
-        "norms", "rules", "skipping",
+        "_checks", "_lookup", "_names", "_trees", "attribution", "clipping",
+        "monitoring", "norms", "rules", "skipping",
     },
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "demo"}

@@ -55,7 +55,7 @@ def test_the_state_of_another_transformation_is_an_error():
     with pytest.raises(TypeError, match="`ClipState` that `init` returned"):
         optclip.clip(1.0).update(PARAMS, adam)
     other = optclip.clip_by_global_norm(1.0).init(PARAMS)
-    with pytest.raises(ValueError, match="Call `init` anew"):
+    with pytest.raises(ValueError, match="Call `init` again"):
         optclip.norm_growth_limiter(scope=scopes.tree()).update(PARAMS, other)
 
 
@@ -92,7 +92,7 @@ def test_readers_say_what_they_were_not_given():
     assert optclip.metrics(adam) == {}
     with pytest.raises(ValueError, match="no state of a clip"):
         optclip.culprits(adam, PARAMS)
-    with pytest.raises(ValueError, match="no figures by leaf"):
+    with pytest.raises(ValueError, match="no metrics by leaf"):
         optclip.leaf_metrics(tx.init(PARAMS), PARAMS)
     leafwise = optclip.clip_by_leaf_norm(1.0).init(PARAMS)
     for reader in (optclip.culprits, optclip.leaf_metrics):

@@ -27,12 +27,13 @@ def _row(run: Run, seed: int, step: int, values: dict[str, Any]) -> dict[str, An
 
 
 def write_rows(log: IO[str], runs: list[Run], progress: Progress, begun: int) -> None:
-    """Writes the steps from ``begun`` on. Without a clip, the threshold is null."""
+    """Writes the steps from ``begun`` on. Without a threshold, it is null."""
     for step in range(begun, progress.step):
         for run, record in zip(runs, progress.records, strict=True):
             for seed in range(record["loss"].shape[1]):
                 values = {name: record[name][step, seed] for name in FIELDS}
-                log.write(json.dumps(_row(run, seed, step, values)) + "\n")
+                row = _row(run, seed, step, values)
+                log.write(json.dumps(row, allow_nan=False) + "\n")
     log.flush()
 
 

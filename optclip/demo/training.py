@@ -86,7 +86,11 @@ def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
     norms = {"norm_before": norm, "norm_after": seen["monitor_2/norm"]}
     if "clip/scale" in seen:
         own = ("threshold", "scale", "clipped")
-        return norms | {name: seen[f"clip/{name}"] for name in own}
+        mine = {name: seen[f"clip/{name}"] for name in own}
+        # The largest number stands for a threshold that does not exist yet.
+        none = mine["threshold"] >= jnp.finfo(jnp.float32).max
+        mine["threshold"] = jnp.where(none, jnp.inf, mine["threshold"])
+        return norms | mine
     above = norm > run.threshold
     return norms | {
         "threshold": jnp.full_like(norm, run.threshold),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optclip import _trees
+from optclip import _names
 
 __all__ = ["batches_of", "fitted", "not_finite_leaves", "outside_jit"]
 
@@ -22,8 +22,7 @@ def outside_jit(name: str, *trees: Any) -> None:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(_trees.path_name(path), leaf) for path, leaf in flat]
+    return list(zip(_names.leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _as_array(leaf: Any, path: str, number: int) -> jax.Array:

@@ -12,6 +12,8 @@ from optclip.diagnosis._logs import Row, rows_in
 
 __all__ = ["Run", "printable", "read_run"]
 
+# `optclip.metrics` has the largest float32 for a threshold that does not exist yet.
+_NO_THRESHOLD = float(np.finfo(np.float32).max) * (1 - 2.0**-20)
 _LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
 
 
@@ -71,12 +73,25 @@ def _number(value: Any, key: str, origin: str) -> float:
 
 
 def _key(keys: Iterable[str], *wanted: str) -> str | None:
-    """Returns the first key that is one of these, or ends in one after a slash."""
+    """Returns the first key that is one of these, with or without a prefix and a group.
+
+    As `optclip.metrics` makes them, "skip/norm" may be "critic/skip/norm", and in a
+    group of `optax.partition` "skip/encoder/norm". These count where no other does.
+    """
     keys = list(keys)
-    for name in wanted:
-        for key in keys:
-            if key == name or ("/" in name and key.endswith(f"/{name}")):
-                return key
+
+    def in_group(key, name):
+        head, _, tail = name.partition("/")
+        return f"/{head}/" in f"/{key}" and key.endswith(f"/{tail}")
+
+    def with_prefix(key, name):
+        return key == name or key.endswith(f"/{name}")
+
+    for fits in (with_prefix, in_group):
+        for name in wanted:
+            for key in keys:
+                if key == name or ("/" in name and fits(key, name)):
+                    return key
     return None
 
 
@@ -199,7 +214,7 @@ def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
         )
     thresholds = columns.values(f"{clip}threshold", "threshold", "skip/threshold")
     if thresholds is not None:
-        usable = np.isfinite(thresholds) & (thresholds > 0)
+        usable = (thresholds > 0) & (thresholds < _NO_THRESHOLD)
         thresholds = np.where(usable, thresholds, np.nan)
         thresholds = thresholds if usable.any() else None
     clipped = _clipped(columns, clip, norms, thresholds)

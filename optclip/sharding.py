@@ -1,0 +1,194 @@
+"""How the state of an optimizer is sharded, from how its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from optclip import _names
+
+__all__ = ["state_specs"]
+
+# A dimension is multiplied by this to see which dimensions of the state follow it. A
+# prime, so that shapes that differ will hardly become equal: some states put leaves of
+# one shape into one array.
+FACTOR = 127
+
+Entry = tuple[str, ...]
+Shapes = dict[tuple, Any]
+
+
+def _entry(value: Any) -> Entry:
+    """Returns the mesh axes that a PartitionSpec names for one dimension."""
+    if value is None or value is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, PartitionSpec)
+
+
+def _entries(spec: Any, shape: tuple[int, ...], path: str) -> list[Entry]:
+    """Returns the mesh axes of each dimension of a parameter."""
+    if not _is_spec(spec):
+        raise TypeError(
+            f"`specs` must hold a `jax.sharding.PartitionSpec` for each parameter, got "
+            f"{spec!r} for `{path}`."
+        )
+    entries = [_entry(value) for value in spec or ()]
+    if len(entries) > len(shape):
+        raise ValueError(
+            f"The spec {spec} of `{path}` has {len(entries)} entries, but the "
+            f"parameter has shape {shape}."
+        )
+    names = [name for entry in entries for name in entry]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"The spec {spec} of `{path}` names the mesh axis {twice!r} more than once."
+        )
+    return entries + [()] * (len(shape) - len(entries))
+
+
+def _entries_of(params: Any, specs: Any) -> list[list[Entry]]:
+    each: list[Any] = []
+
+    def visit(spec, subtree):
+        each.extend([spec] * len(jax.tree.leaves(subtree)))
+
+    try:
+        jax.tree.map(visit, specs, params, is_leaf=_is_spec)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "`specs` must have the structure of `params`, or be a prefix of it as in "
+            f"`jax.shard_map`. JAX says: {error}"
+        ) from error
+    leaves, names = jax.tree.leaves(params), _names.leaf_names(params)
+    return [
+        _entries(spec, leaf.shape, name)
+        for spec, leaf, name in zip(each, leaves, names, strict=True)
+    ]
+
+
+def _by_path(tree: Any) -> Shapes:
+    return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _children(shapes: Shapes) -> dict[tuple, set]:
+    """Returns the keys of the children of each node."""
+    children: dict[tuple, set] = {}
+    for path in shapes:
+        for depth, key in enumerate(path):
+            children.setdefault(path[:depth], set()).add(key)
+    return children
+
+
+def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
+    """Returns whether a leaf of the state means the same in both."""
+    before, after = _children(base), _children(other)
+    changed = {node for node, keys in before.items() if after.get(node) != keys}
+
+    def same(path):
+        if any(path[:depth] in changed for depth in range(len(path))):
+            return False
+        pairs = zip(base[path].shape, other[path].shape, strict=False)
+        ranks = base[path].ndim == other[path].ndim
+        return ranks and all(n in (m, m * FACTOR) for m, n in pairs)
+
+    return same
+
+
+def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None:
+    """Returns the path of the parameter that a leaf of the state is shaped like."""
+    tails = (path[k:] for k in range(len(path)))
+    found = [t for t in tails if t in params and params[t].shape == shape]
+    return found[0] if found else None
+
+
+def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
+    """Returns PartitionSpecs for an optimizer's state, given those of its parameters.
+
+    A dimension of the state is sharded as the dimension of the parameters that it
+    follows, and everything else is replicated: moments are sharded like their
+    parameters, and norms by layer or unit over the mesh axes that layers or units are
+    sharded over. Which dimension follows which is found from shapes alone: `init` is
+    evaluated abstractly for the parameters, and again with sharded dimensions enlarged.
+    Neither a mesh nor devices are needed.
+
+    Where an `init` chooses its layout by the shapes, a leaf that can't be compared has
+    the spec of the parameter with its path and shape, or else is replicated.
+
+    Args:
+        optimizer: Any Optax optimizer, or another object with a function ``init``.
+        params: The parameters, or their shapes: the global ones, outside of
+            `jax.shard_map`.
+        specs: A pytree of PartitionSpecs with the structure of ``params`` or a prefix
+            of it; None stands for a replicated parameter.
+
+    Returns:
+        A pytree of PartitionSpecs with the structure of ``optimizer.init(params)``, for
+        ``in_specs`` and ``out_specs`` of `jax.shard_map`, or for the ``out_shardings``
+        of a jitted `init`.
+
+    Raises:
+        TypeError: If ``optimizer`` has no ``init``, or ``specs`` holds something else
+            than PartitionSpecs.
+        ValueError: If ``specs`` does not fit ``params``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, optclip
+        >>> from jax.sharding import PartitionSpec as P
+        >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
+        >>> specs = {"w": P("data", None), "b": P()}
+        >>> tx = optax.chain(optclip.clip(1.0), optax.trace(0.9))
+        >>> clip, momentum = optclip.state_specs(tx, params, specs)
+        >>> print(momentum.trace["w"], momentum.trace["b"], clip.norm_before)
+        PartitionSpec('data', None) PartitionSpec() PartitionSpec()
+    """
+    init = getattr(optimizer, "init", None)
+    if not callable(init):
+        raise TypeError(
+            f"`optimizer` must be an Optax optimizer with a function `init`, got "
+            f"{optimizer!r}."
+        )
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    leaves, treedef = jax.tree.flatten(shapes)
+    each = _entries_of(shapes, specs)
+    state = jax.eval_shape(init, shapes)
+    base = _by_path(state)
+    dims: dict[tuple, list[Entry]] = {p: [()] * x.ndim for p, x in base.items()}
+    used: dict[tuple, set[str]] = {path: set() for path in base}
+    unclear: set[tuple] = set()
+    for entry in dict.fromkeys(e for entries in each for e in entries if e):
+        larger = []
+        for leaf, entries in zip(leaves, each, strict=True):
+            sizes = zip(leaf.shape, entries, strict=True)
+            shape = [n * FACTOR if own == entry else n for n, own in sizes]
+            larger.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        other = _by_path(jax.eval_shape(init, jax.tree.unflatten(treedef, larger)))
+        same = _comparable(base, other)
+        for path, x in base.items():
+            if not same(path):
+                unclear.add(path)
+                continue
+            for axis, n in enumerate(x.shape):
+                follows = other[path].shape[axis] != n
+                # No two dimensions of an array can be sharded over one mesh axis.
+                if follows and not used[path] & set(entry):
+                    dims[path][axis] += entry
+                    used[path] |= set(entry)
+    by_path = _by_path(shapes)
+    given = dict(zip(by_path, each, strict=True))
+    for path in unclear:
+        tail = _like_a_parameter(path, base[path].shape, by_path)
+        dims[path] = [] if tail is None else given[tail]
+
+    def spec(entries):
+        plain = [e[0] if len(e) == 1 else e or None for e in entries]
+        return PartitionSpec(*plain) if any(plain) else PartitionSpec()
+
+    return jax.tree.unflatten(jax.tree.structure(state), map(spec, dims.values()))
