@@ -38,7 +38,7 @@ class Seen(NamedTuple):
         nonfinite_entries: int32[leaves, 3]. How many entries of each leaf were NaN,
             +inf and -inf at that update; 0 at first.
         leaf_code: int32[leaves]. A code of each leaf's path, by which `culprits` and
-            `leaf_metrics` find its name again.
+            `leaf_metrics` find its name.
     """
 
     nonfinite_steps: jax.Array
@@ -50,13 +50,14 @@ class Seen(NamedTuple):
 class GroupStats(NamedTuple):
     """What happened to each group at the last update.
 
-    The figures are one float32 vector where whole leaves are grouped. Where leaves are
-    cut into layers they are a tuple of arrays, one for each kind (shape) of leaf, with
-    a row for each leaf of that kind.
+    Each field is one float32 vector where whole leaves are grouped. Where leaves are
+    split into layers it is a tuple of arrays, one per kind (shape) of leaf, with a row
+    per leaf of that kind.
 
     Attributes:
         group_norm: The norms before the clip; 0 at first.
-        group_threshold: The thresholds; 0 at first.
+        group_threshold: The thresholds; 0 at first, and the largest float32 where there
+            is none.
         group_scale: The factors; 1 at first.
         group_of_leaf: int32[leaves]. Which group (or which kind) a leaf belongs to.
     """
@@ -79,7 +80,8 @@ class ClipState(NamedTuple):
         norm_before: float32 scalar. Norm of the whole tree before the clip, non-finite
             if the updates are; 0 at first. In element scope, the largest magnitude.
         norm_after: float32 scalar. The same after the clip.
-        threshold: float32 scalar. Threshold of the group with the smallest scale.
+        threshold: float32 scalar. Threshold of the group with the smallest scale; the
+            largest float32 where there is none, as in a warm-up; 0 at first.
         scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
             first.
         clipped: float32 scalar. Share of the groups whose norm was above the threshold,

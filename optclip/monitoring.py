@@ -1,4 +1,4 @@
-"""A transformation that changes nothing, and records norms by leaf."""
+"""A transformation that changes nothing and records the norm of each leaf."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def monitor(
 ) -> optax.GradientTransformationExtraArgs:
     """Changes nothing, and records the norm of each leaf of the updates.
 
-    Put it where you want to look: before a clip for gradients, last in the chain for
-    the updates that are applied. Beside a clip it reads nothing twice: XLA sees that
-    both need the same sums.
+    Put it before a clip to record gradients, or last in the chain to record the updates
+    that are applied. Next to a clip it costs no second pass over the gradients: XLA
+    sees that both need the same sums.
 
     Args:
         ord: The norm's order: a number of at least 1, inf or "rms".
@@ -48,7 +48,7 @@ def monitor(
         A transformation with `MonitorState`; ``params`` is not used.
 
     Raises:
-        ValueError: If ``ord`` is no norm's order.
+        ValueError: If ``ord`` is not the order of a norm.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -101,11 +101,6 @@ def stabilize(
                 "`stabilize` compares the update with the parameters: call "
                 "`update(updates, state, params)`."
             )
-        if isinstance(params, optax.LookaheadParams):
-            raise ValueError(
-                "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
-                "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
-            )
         # The clips look at their own states, and the optimizer at its own.
         parts = StabilizeState._fields
         state = _state.own(state, lambda: StabilizeState._make(((), (), ())), parts)
@@ -117,6 +112,11 @@ def stabilize(
         # An optimizer that squares such a gradient would keep an infinity for good.
         bad |= clip_state.norm_after > 1e18
         out, after = inner.update(clipped, state.optimizer_state, params, **extra_args)
+        if isinstance(out, optax.LookaheadParams):
+            raise ValueError(
+                "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
+                "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
+            )
 
         after = _state.chosen(bad, state.optimizer_state, after)
         out = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), out)

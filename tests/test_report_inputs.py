@@ -1,14 +1,19 @@
 """Logs, names and folders that a report meets and must survive."""
 
 import json
+import math
 import os
 import xml.etree.ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optclip
 from optclip.diagnosis import __main__ as command
+from optclip.diagnosis.records import read_run
 from optclip.diagnosis.taps import Site
 
 
@@ -38,6 +43,38 @@ def test_numbers_beyond_what_floats_hold(tmp_path, capsys):
 def test_step_numbers_beyond_int64_are_counted_anew(tmp_path):
     rows = [{"step": 10**30 + i, "norm": 1.0} for i in range(30)]
     assert command.main([str(log(tmp_path, rows))]) == 0
+
+
+def test_metrics_of_a_warm_up_are_valid_json_and_no_threshold_is_drawn(tmp_path):
+    tx = optclip.zclip(warmup_steps=3, max_grad_norm=None)
+    state, rows = tx.init(jnp.ones(2)), []
+    for size in [1.0, 1.1, 0.9, 1.0, np.nan, 50.0, 1.0]:
+        _, state = tx.update(jnp.full(2, size), state)
+        row = {k: float(x) for k, x in jax.device_get(optclip.metrics(state)).items()}
+        rows.append({k: x if math.isfinite(x) else None for k, x in row.items()})
+        json.dumps(rows[-1], allow_nan=False)
+    missing = [row["clip/threshold"] > 3.4e38 for row in rows]
+    assert missing == [True, True, True, False, False, False, False]
+    (run,) = read_run(log(tmp_path, rows))
+    assert np.isnan(run.thresholds).tolist() == missing
+    assert run.nonfinite.tolist() == [False] * 4 + [True, False, False]
+    assert run.clipped.tolist() == [False] * 5 + [True, False]
+    assert command.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("prefix", ["clip", "critic"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_metrics_with_prefixes_and_groups_are_read(prefix, grouped):
+    tx = optclip.skip_steps(optax.sgd(0.1), when=3.0)
+    tx = optax.partition({"all": tx}, "all") if grouped else tx
+    state, rows = tx.init(jnp.ones(1)), []
+    for size in [1.0, 2.0, 5.0, 1.0]:
+        _, state = tx.update(jnp.full(1, size), state)
+        rows.append(jax.device_get(optclip.metrics(state, prefix=prefix)))
+    (run,) = read_run(rows)
+    assert run.norms.tolist() == [1.0, 2.0, 5.0, 1.0]
+    assert run.skipped.tolist() == [False, False, True, False]
+    assert run.thresholds.tolist() == [3.0] * 4
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, "x"])

@@ -13,7 +13,7 @@ from optclip.diagnosis._logs import Row, rows_in
 __all__ = ["Run", "printable", "read_run"]
 
 # `optclip.metrics` has the largest float32 for a threshold that does not exist yet.
-_NO_THRESHOLD = float(np.finfo(np.float32).max) * (1 - 2.0**-20)
+_NO_THRESHOLD = float(np.finfo(np.float32).max)
 _LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
 
 
@@ -214,7 +214,8 @@ def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
         )
     thresholds = columns.values(f"{clip}threshold", "threshold", "skip/threshold")
     if thresholds is not None:
-        usable = (thresholds > 0) & (thresholds < _NO_THRESHOLD)
+        none = np.isclose(thresholds, _NO_THRESHOLD, rtol=1e-6)
+        usable = np.isfinite(thresholds) & (thresholds > 0) & ~none
         thresholds = np.where(usable, thresholds, np.nan)
         thresholds = thresholds if usable.any() else None
     clipped = _clipped(columns, clip, norms, thresholds)

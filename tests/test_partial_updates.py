@@ -1,0 +1,180 @@
+"""Parameters that `init` sees and gradients that come for a part of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import scopes
+
+# As of an Equinox model: a Python float and a frozen array among the leaves.
+MODEL = {"eps": 1e-5, "frozen": jnp.ones(3), "w": jnp.ones(2), "b": jnp.ones(2)}
+TRAINED = {"eps": None, "frozen": None, "w": MODEL["w"], "b": MODEL["b"]}
+
+
+def gradients(size=1.0):
+    w, b = jnp.array([3.0, 4.0]), jnp.array([0.0, 12.0])
+    return {"eps": None, "frozen": None, "w": size * w, "b": size * b}
+
+
+WHOLE = {
+    "clip": lambda: optclip.clip(6.5),
+    "clip_by_value": lambda: optclip.clip_by_value(3.0),
+    "clip_by_unit_norm": lambda: optclip.clip_by_unit_norm(3.0),
+    "zclip": lambda: optclip.zclip(warmup_steps=1, max_grad_norm=None),
+    "spectral_clip": lambda: optclip.spectral_clip(3.0),
+    "normalize_by_norm": optclip.normalize_by_norm,
+    "monitor": optclip.monitor,
+    "skip_steps": lambda: optclip.skip_steps(
+        optax.chain(optclip.clip(6.5), optax.sgd(1.0))
+    ),
+}
+
+
+def run(tx, state, steps=3):
+    step = jax.jit(tx.update)
+    for i in range(steps):
+        out, state = step(gradients(1 + i), state, TRAINED)
+    return out, state
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_gradients_of_a_part_are_treated_as_if_init_had_seen_that_part(name):
+    tx = WHOLE[name]()
+    out, state = run(tx, tx.init(MODEL))
+    wanted, other = run(tx, tx.init(TRAINED))
+    jax.tree.map(np.testing.assert_array_equal, out, wanted)
+    mine, theirs = jax.device_get((optclip.metrics(state), optclip.metrics(other)))
+    assert mine == theirs
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(MODEL))
+    bad = gradients() | {"w": jnp.array([jnp.nan, jnp.inf])}
+    _, state = jax.jit(tx.update)(bad, state, TRAINED)
+    (culprit,) = optclip.culprits(state, MODEL)
+    assert culprit[:5] == ("w", 3, 1, 1, 0)
+
+
+def test_a_monitor_has_the_norms_of_the_leaves_in_their_places():
+    _, state = run(optclip.monitor(), optclip.monitor().init(MODEL), steps=1)
+    rows = optclip.leaf_metrics(state, MODEL)
+    assert rows == {"b/norm": 12, "eps/norm": 0, "frozen/norm": 0, "w/norm": 5}
+
+
+def test_the_worst_leaf_of_a_spike_is_the_right_one():
+    tx = optclip.skip_steps(optax.sgd(1.0), when=20.0)
+    state = tx.init(MODEL)
+    _, state = jax.jit(tx.update)(gradients(10.0), state, TRAINED)
+    (culprit,) = optclip.culprits(state, MODEL)
+    assert (culprit.path, culprit.norm) == ("b", 130.0)
+
+
+BY_LEAF = {
+    "leaf": lambda: optclip.clip_by_leaf_norm(1.0),
+    "label": lambda: optclip.clip(1.0, scope=scopes.label(lambda path: path)),
+    "layer": lambda: optclip.clip_per_layer(1.0, 0),
+    "unit": lambda: optclip.zclip(scope=scopes.unit()),
+    "element": lambda: optclip.spam_clip(),
+    "u_clip": lambda: optclip.u_clip(optclip.clip(1.0)),
+    "stable_adam": lambda: optclip.scale_by_stable_adam(),
+}
+
+
+@pytest.mark.parametrize("name", BY_LEAF)
+def test_what_is_remembered_by_leaf_says_how_to_call_init(name):
+    tx = BY_LEAF[name]()
+    with pytest.raises(ValueError, match=r"eqx\.filter\(model, eqx\.is_inexact_array"):
+        tx.update(gradients(), tx.init(MODEL), TRAINED)
+
+
+def test_more_leaves_than_init_saw_are_an_error():
+    tx = optclip.clip(1.0)
+    with pytest.raises(ValueError, match=r"`init` saw 2 leaves .* updates have 4"):
+        tx.update(MODEL, tx.init(TRAINED), MODEL)
+
+
+def test_an_equinox_model_given_whole_to_init_trains():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.Sequential(
+        [eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.nn.LayerNorm(3)]
+    )
+    tx = optax.chain(optclip.monitor(), optclip.clip(0.1), optax.sgd(0.1))
+    other = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
+    frozen = eqx.tree_at(lambda m: m.layers[1].weight, model, replace_fn=lambda x: None)
+    ours, theirs = tx.init(model), other.init(model)
+
+    def loss(trained, rest, x):
+        return jnp.sum(eqx.combine(trained, rest)(x) ** 2)
+
+    trained = eqx.filter(frozen, eqx.is_inexact_array)
+    grads = eqx.filter_grad(loss)(trained, model, jnp.ones(2))
+    got, ours = tx.update(grads, ours)
+    wanted, _ = other.update(grads, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+    rows = optclip.leaf_metrics(ours, model)
+    assert rows["layers/1/weight/norm"] == 0 < rows["layers/0/weight/norm"]
+
+
+PAIR = optax.LookaheadParams.init_synced({"w": jnp.ones(2), "b": jnp.ones(2)})
+FAST = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 12.0])}
+IN_FRONT = {
+    "clip": lambda: optclip.clip(6.5),
+    "leaf": lambda: optclip.clip_by_leaf_norm(6.0),
+    "label by tree": lambda: optclip.clip(
+        6.0, scope=scopes.label({"w": "x", "b": "y"})
+    ),
+    "layer": lambda: optclip.clip_per_layer(6.0, 0),
+    "unit": lambda: optclip.adaptive_grad_clip(0.1),
+    "element": lambda: optclip.spam_clip(),
+    "spectral": lambda: optclip.spectral_clip(6.0),
+    "u_clip": lambda: optclip.u_clip(optclip.clip(6.5)),
+    "stable_adam": lambda: optclip.scale_by_stable_adam(weight_decay=0.1),
+    "cap_update": lambda: optclip.cap_update(0.1),
+    "skip_steps": lambda: optclip.skip_steps(optclip.clip(6.5)),
+    "stabilize": lambda: optclip.stabilize(optax.sgd(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_in_front_of_lookahead_the_fast_parameters_count(name):
+    tx = optax.chain(
+        IN_FRONT[name](), optclip.monitor(), optax.lookahead(optax.sgd(0.1), 3, 0.5)
+    )
+    state, alone = tx.init(PAIR), IN_FRONT[name]()
+    updates, state = jax.jit(tx.update)(FAST, state, PAIR)
+    wanted, _ = alone.update(FAST, alone.init(PAIR.fast), PAIR.fast)
+    for key, value in wanted.items():
+        np.testing.assert_allclose(updates.fast[key], -0.1 * value, rtol=1e-6)
+        np.testing.assert_array_equal(updates.slow[key], 0)
+    for params in (PAIR, PAIR.fast):
+        assert {"w/norm", "b/norm"} <= set(optclip.leaf_metrics(state, params))
+    bad = FAST | {"b": jnp.array([jnp.nan, 1.0])}
+    state = optax.chain(optclip.monitor(), tx).init(PAIR)
+    _, state = jax.jit(optax.chain(optclip.monitor(), tx).update)(bad, state, PAIR)
+    for params in (PAIR, PAIR.fast):
+        assert optclip.culprits(state, params)[0].path == "b"
+
+
+def test_skip_steps_around_lookahead_leaves_out_both_sets_of_updates():
+    tx = optclip.skip_steps(optax.lookahead(optax.sgd(0.1), 1, 0.5))
+    state = tx.init(PAIR)
+    updates, state = jax.jit(tx.update)(FAST | {"b": jnp.full(2, jnp.nan)}, state, PAIR)
+    assert not any(x.any() for x in jax.tree.leaves(updates))
+    updates, state = jax.jit(tx.update)(FAST, state, PAIR)
+    assert all(x.any() for x in jax.tree.leaves(updates))
+    assert [c.path for c in optclip.culprits(state, PAIR)] == ["b"]
+
+
+def test_behind_lookahead_the_slow_updates_pass():
+    tx = optax.chain(optax.lookahead(optax.sgd(1.0), 1, 0.5), optclip.clip(1.0))
+    updates, state = tx.update(FAST, tx.init(PAIR), PAIR)
+    np.testing.assert_allclose(optclip.norms.global_norm(updates.fast), 1, rtol=1e-6)
+    plain, _ = tx.update(FAST, tx.init(PAIR), PAIR)
+    np.testing.assert_allclose(plain.slow["w"], [-1.5, -2.0], rtol=1e-6)
+    assert float(optclip.metrics(state)["clip/norm_before"]) == 6.5
+
+
+def test_stabilize_around_lookahead_says_where_to_put_it():
+    tx = optclip.stabilize(optax.lookahead(optax.sgd(0.1), 3, 0.5))
+    with pytest.raises(ValueError, match=r"optax\.lookahead\(optclip\.stabilize"):
+        tx.update(FAST, tx.init(PAIR), PAIR)
