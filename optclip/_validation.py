@@ -79,8 +79,8 @@ def own(
     """Returns ``state``, once it is known to be laid out as what ``init`` returns.
 
     Types, structure and shapes are compared, but for the fields ``foreign``: a compiled
-    step pays nothing, and batched, sharded and NumPy arrays pass. A state that was made
-    for up to ``absent`` more leaves passes where it has only rows of telemetry for them.
+    step pays nothing, and batched, sharded and NumPy arrays pass. A state made for up
+    to ``absent`` more leaves passes where it has only rows of telemetry for them.
     """
     wanted = jax.eval_shape(init)
     kind = type(wanted)

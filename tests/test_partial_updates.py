@@ -87,6 +87,14 @@ def test_what_is_remembered_by_leaf_says_how_to_call_init(name):
         tx.update(gradients(), tx.init(MODEL), TRAINED)
 
 
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_leaf_that_is_missing_is_still_an_error(name):
+    tx = WHOLE[name]()
+    state = tx.init({**TRAINED, "more": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"`init` saw 3 leaves .* updates have 2"):
+        tx.update({"w": TRAINED["w"], "b": TRAINED["b"]}, state)
+
+
 def test_more_leaves_than_init_saw_are_an_error():
     tx = optclip.clip(1.0)
     with pytest.raises(ValueError, match=r"`init` saw 2 leaves .* updates have 4"):
