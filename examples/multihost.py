@@ -146,15 +146,15 @@ def train(options):
         return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
 
     shapes = jax.eval_shape(init)
-    like_params = {x.shape for x in jax.tree.leaves(shapes[0])}
 
-    def lies(x):
-        """FSDP: parameters and moments are cut along axis 0; figures are whole."""
-        fits = x.shape in like_params and x.shape[0] % mesh.size == 0
-        cut = options.layout == "fsdp" and fits
-        return NamedSharding(mesh, P("data") if cut else P())
+    def spec_of(x):
+        """Under FSDP parameters, and so their moments, are sharded along axis 0."""
+        sharded = options.layout == "fsdp" and x.shape[0] % mesh.size == 0
+        return P("data") if sharded else P()
 
-    where = jax.tree.map(lies, shapes)
+    params_specs = jax.tree.map(spec_of, shapes[0])
+    specs = params_specs, optclip.state_specs(optimizer, shapes[0], params_specs)
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     @jax.jit
     def update(step, params, state):

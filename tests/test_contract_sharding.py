@@ -120,16 +120,16 @@ def _with_metrics(result):
 
 
 def mapped(make, axis_name, where, updates):
-    """Runs a clip under shard_map; its state is whole on every device."""
+    """Runs a clip under shard_map."""
     tx = make(1.0, axis_name=axis_name)
 
     def step(u, s):
         return tx.update(u, s, u)
 
     state = tx.init(updates)
-    whole = jax.tree.map(lambda _: P(), state)
+    specs = optclip.state_specs(tx, updates, SPECS)
     run = jax.shard_map(
-        step, mesh=where, in_specs=(SPECS, whole), out_specs=(SPECS, whole)
+        step, mesh=where, in_specs=(SPECS, specs), out_specs=(SPECS, specs)
     )
     return jax.jit(run)(updates, state)
 

@@ -116,14 +116,6 @@ def with_bad(value, where):
     return bad
 
 
-def by_shape(state):
-    """Returns the spec of each leaf of a state, which lies like the leaf it is of."""
-    specs = {SHAPES[k]: SPECS[k] for k in SHAPES if SHAPES[k]}
-    # Norms by unit are sharded along what their leaf keeps.
-    specs |= {(1, 8, 24): P(None, None, None), (1, 8, 8): P()}
-    return jax.tree.map(lambda x: specs.get(np.shape(x), P()), state)
-
-
 def runner(name, policy, mode, devices):
     """Returns a function of gradients and params: a good, a bad and a good step."""
     if mode is None:
@@ -141,7 +133,7 @@ def runner(name, policy, mode, devices):
         start = build(name, policy, None).init
         step = jax.jit(build(name, policy, None).update)
         if mode == "shard_map":
-            specs = by_shape(start(tree(0)))
+            specs = optclip.state_specs(build(name, policy, None), tree(0), SPECS)
             step = jax.jit(
                 jax.shard_map(
                     build(name, policy, SPECS).update, mesh=mesh,

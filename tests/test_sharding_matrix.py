@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 import optclip
 
 SHAPES = {"bias": (16,), "blocks": (8, 8, 24), "kernel": (32, 40), "scale": ()}
-# The shapes tell the leaves apart, so a state's leaf of a shape lies like that leaf.
 LAYOUTS = {
     "replicated": {k: P() for k in SHAPES},
     "fsdp": {
@@ -104,12 +103,6 @@ def two_steps(tx):
     return run
 
 
-def like(tree, specs):
-    """Returns the spec of each leaf of a state, which lies like the leaf it is of."""
-    by_shape = {SHAPES[k]: specs[k] for k in SHAPES if SHAPES[k]}
-    return jax.tree.map(lambda x: by_shape.get(jnp.shape(x), P()), tree)
-
-
 def sharded_run(name, layout, mode, args):
     specs, make = LAYOUTS[layout], with_names(name)
     two = layout == "fsdp-tp"
@@ -133,10 +126,10 @@ def sharded_run(name, layout, mode, args):
             return jax.jit(two_steps(tx))(*placed[:2], state, placed[2])
     names = {"manual-auto": "auto"}.get(mode, specs)
     tx = make(names)
-    whole = like(make(None).init(args[2]), specs)
+    state = optclip.state_specs(make(None), args[2], specs)
     run = jax.shard_map(
-        two_steps(tx), mesh=mesh, in_specs=(specs, specs, whole, specs),
-        out_specs=(specs, whole), check_vma=mode != "manual-unchecked",
+        two_steps(tx), mesh=mesh, in_specs=(specs, specs, state, specs),
+        out_specs=(specs, state), check_vma=mode != "manual-unchecked",
     )  # fmt: skip
     return jax.jit(run)(args[0], args[1], make(None).init(args[2]), args[2])
 
