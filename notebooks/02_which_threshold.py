@@ -279,7 +279,8 @@ for (name, (_, figures)), axes in zip(results.items(), every, strict=True):
     axes.semilogy(norms, color="0.8", lw=1, label="norm")
     for clip, (color, _, line) in STYLES.items():
         style = {"color": color, "ls": line, "lw": 2, "label": clip}
-        axes.semilogy(figures[clip]["clip/threshold"], **style)
+        level = figures[clip]["clip/threshold"]
+        axes.semilogy(np.where(level < 1e38, level, np.nan), **style)
     axes.set_title(name.replace(", ", "\n"), fontsize=12)
     axes.set_xlabel("step")
 every[0].set_ylabel("norm and thresholds")
@@ -330,7 +331,7 @@ losses, figures = results["recurrent net, SGD with momentum"]
 first = figures["quantile_clip"]
 assert np.isclose(first["clip/threshold"][0], 2 * first["clip/norm_before"][0])
 assert first["clip/norm_before"][0] > 3 * np.median(first["clip/norm_before"])
-assert np.isinf(figures["zclip"]["clip/threshold"][:24]).all()
+assert (figures["zclip"]["clip/threshold"][:24] > 1e38).all()
 row = FIXED + list(OTHERS).index("adagc")
 assert figures["adagc"]["clip/threshold"][:299].max() < 1.5
 assert figures["adagc"]["clip/threshold"][299] > 2

@@ -165,7 +165,7 @@ for culprit in culprits:
 #
 # ## Log it
 #
-# A dict of scalars goes into any logger. As lines of JSON it is three lines of Python,
+# A dict of scalars goes into any logger. As lines of JSON it is a few lines of Python,
 # and `python -m optclip.diagnosis FOLDER` makes a page of such a file. The recipes for
 # TensorBoard, Weights & Biases and others are in [Telemetry](../telemetry.md).
 
@@ -174,7 +174,8 @@ folder = pathlib.Path(tempfile.mkdtemp())
 with open(folder / "metrics.jsonl", "w") as file:
     for number in range(STEPS):
         row = {name: float(values[number]) for name, values in figures.items()}
-        print(json.dumps({"step": number, **row}), file=file)
+        row = {name: x if np.isfinite(x) else None for name, x in row.items()}
+        print(json.dumps({"step": number, **row}, allow_nan=False), file=file)
 
 picture, page = optclip.report(folder, culprits=culprits, output=folder)
 figure, axes = plt.subplots(figsize=(8, 6.8))

@@ -107,7 +107,9 @@ figure, (top, bottom) = plt.subplots(
 )
 top.semilogy(norms, ".", color=GREY, markersize=5, label="norm of the gradients")
 for (name, record), (color, line) in zip(records.items(), looks, strict=True):
-    top.plot(record["clip/threshold"], line, color=color, linewidth=2, label=name)
+    # Where there is no threshold, the metrics have the largest float32.
+    level = np.where(record["clip/threshold"] < 1e38, record["clip/threshold"], np.nan)
+    top.plot(level, line, color=color, linewidth=2, label=name)
 top.plot(100, 60, "x", color="k", markersize=8)
 top.annotate("spike", (70, norms[70]), (65, norms[70]), va="center", ha="right")
 top.annotate("NaN", (100, 60), (105, 60), va="center")
@@ -268,7 +270,8 @@ left_out = kept["skip/in_a_row"] > 0
 crosses = jnp.where(jnp.isnan(norms), 60.0, norms)
 
 figure, axis = plt.subplots(figsize=(8.5, 3.8))
-axis.semilogy(kept["skip/threshold"], color=BLUE, linewidth=2, label="threshold")
+level = np.where(kept["skip/threshold"] < 1e38, kept["skip/threshold"], np.nan)
+axis.semilogy(level, color=BLUE, linewidth=2, label="threshold")
 axis.semilogy(
     np.where(left_out, np.nan, norms), ".", color=GREY, markersize=5, label="taken"
 )
@@ -303,8 +306,8 @@ assert 70 in zclip
 assert set(range(150, 200)) <= set(zclip)
 assert not set(range(200, 220)) & set(zclip)
 threshold = records["zclip(max_grad_norm=None)"]["clip/threshold"]
-assert np.isinf(threshold[200:220]).all()
-assert np.isfinite(threshold[230:]).all()
+assert (threshold[200:220] > 1e38).all()
+assert (threshold[230:] < 1e38).all()
 for state in states.values():
     assert optclip.metrics(state)["clip/nonfinite_steps"] == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.rule_state))
