@@ -517,7 +517,7 @@ def test_s11_leaves_left_out_of_a_clip_are_still_counted_where_wanted():
     assert length(peer) > 100  # `b` is neither measured nor clipped
     # The same, said openly: a threshold of its own for each group.
     scope = optclip.scopes.label({"a": 0, "b": 1})
-    tx = optclip.clip(jnp.array([1.0, jnp.inf]), scope=scope)
+    tx = optclip.clip({0: 1.0, 1: jnp.inf}, scope=scope)
     updates, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
     chex.assert_trees_all_equal(updates["b"], grads["b"])
