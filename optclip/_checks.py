@@ -51,6 +51,17 @@ def non_negative(**named: Any) -> None:
     _require(">= 0", lambda x: x >= 0, named)
 
 
+def threshold(**named: Any) -> None:
+    """Raises for the first threshold that is not a number of at least 0."""
+    for name, value in named.items():
+        if value is None:
+            raise TypeError(
+                f"`{name}` must be a number >= 0, got None. Pass inf to switch the "
+                "clip off."
+            )
+    non_negative(**named)
+
+
 def fraction(**named: Any) -> None:
     """Raises for the first number that is not between 0 and 1 (NaN is not)."""
     _require("between 0 and 1", lambda x: (x >= 0) & (x <= 1), named)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optclip import _layouts, _measure, _trees, rules
+from optclip import _layouts, _measure, _trees, actions, rules
 from optclip._engine import (
     Call,
     Outcome,
@@ -178,11 +178,11 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         before=_measure.total(norms, call.counts, options.order, call.plan),
         after=_measure.total(afters, call.counts, options.order, call.plan),
         stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
-        **_summary(safe, limits, total, call.plan),
+        **_summary(safe, limits, total, call.plan, options.action),
     )
 
 
-def _summary(norms: list, limits: list, scales: list, plan: Plan) -> dict:
+def _summary(norms: list, limits: list, scales: list, plan: Plan, action: Any) -> dict:
     """Returns the figures of the group that was shortened most, and how many were."""
     across = _measure.across_of(plan)
     every = list(zip(norms, limits, scales, across, strict=True))
@@ -195,9 +195,14 @@ def _summary(norms: list, limits: list, scales: list, plan: Plan) -> dict:
     thresholds = [
         least(jnp.where(s == chosen, li.threshold, jnp.inf), a) for _, li, s, a in every
     ]
+    # Hard clipping with an `eps` scales down norms just below the threshold as well.
+    padded = getattr(action, "func", None) is actions.rescale
     over, count = 0.0, 0
-    for norm, limit, _, names in every:
-        mine = jnp.sum(norm > limit.threshold).astype(jnp.float32)
+    for norm, limit, scale, names in every:
+        clipped = norm > limit.threshold
+        if padded:
+            clipped |= scale < 1
+        mine = jnp.sum(clipped).astype(jnp.float32)
         over = over + (lax.psum(mine, names) if names else mine)
         count += norm.size * _measure.devices_along(names)
     return {

@@ -5,7 +5,39 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["largest_of", "root_of", "usable_unit"]
+__all__ = [
+    "LAST_COUNT",
+    "increment",
+    "largest_of",
+    "quotient",
+    "root_of",
+    "usable_unit",
+]
+
+# A counter that has reached this stays there, as Optax's do.
+LAST_COUNT = 2**31 - 1
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """Returns ``count + 1``, or the largest int32 once that is reached."""
+    return jnp.minimum(count, LAST_COUNT - 1) + 1
+
+
+@jax.custom_jvp
+def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Returns ``numerator / denominator``, with a derivative that squares neither.
+
+    JAX's own derivative divides by the square of the denominator, which underflows from
+    1e-23 on in float32.
+    """
+    return numerator / denominator
+
+
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    (top, bottom), (top_dot, bottom_dot) = primals, tangents
+    value = top / bottom
+    return value, top_dot / bottom - value * (bottom_dot / bottom)
 
 
 def usable_unit(length: jax.Array) -> jax.Array:

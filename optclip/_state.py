@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _names
+from optclip._numbers import LAST_COUNT, increment
 from optclip._validation import own
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "SkipState",
     "chosen",
     "copied",
+    "counted",
     "figures",
     "finite_threshold",
     "first",
@@ -85,9 +87,11 @@ class ClipState(NamedTuple):
         scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
             first.
         clipped: float32 scalar. Share of the groups whose norm was above the threshold,
-            between 0 and 1. In element scope, of the leaves with such an entry.
-        steps: int32 scalar. Updates so far.
-        clipped_steps: int32 scalar. Updates in which a group was above its threshold.
+            or that an ``eps`` scaled down just below it; between 0 and 1. In element
+            scope, of the leaves with such an entry.
+        steps: int32 scalar. Updates so far. All counters stop at 2**31 - 1.
+        clipped_steps: int32 scalar. Updates in which a group was above its threshold;
+            stops when ``steps`` does.
         seen: A `Seen`: the non-finite entries.
         groups: A `GroupStats` in leaf, label and layer scope, else None.
     """
@@ -241,6 +245,20 @@ def per_leaf(
     return jnp.zeros(like.shape, values.dtype).at[rows].set(values, mode="drop")
 
 
+def counted(
+    steps: jax.Array, events: jax.Array, happened: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the counts of steps and of events after one more step.
+
+    At the end of int32 both stop, so that their quotient stays a share of the steps.
+    """
+    going = steps < LAST_COUNT
+    return (
+        increment(steps),
+        jnp.where(happened & going, increment(events), events),
+    )
+
+
 def look(
     seen: Seen,
     entries: jax.Array,
@@ -251,7 +269,9 @@ def look(
     """Returns the new `Seen`, after an update with these entries, ``bad`` or not."""
     entries = per_leaf(entries, seen.nonfinite_entries, seen, paths)
     return Seen(
-        nonfinite_steps=seen.nonfinite_steps + bad.astype(jnp.int32),
+        nonfinite_steps=jnp.where(
+            bad, increment(seen.nonfinite_steps), seen.nonfinite_steps
+        ),
         last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
         nonfinite_entries=jnp.where(bad, entries, seen.nonfinite_entries),
         leaf_code=seen.leaf_code,

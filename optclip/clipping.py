@@ -29,6 +29,7 @@ from optclip import (
     scopes,
 )
 from optclip._checks import EUCLIDEAN
+from optclip._numbers import increment
 from optclip._state import ClipState, GroupStats
 
 __all__ = ["ClipState", "GroupStats", "clip"]
@@ -175,7 +176,7 @@ def clip(
         found = _trees.leaves_of(updates)
         state = _state.own(state, lambda: init_fn(updates), absent=found.absent)
         if not found.leaves:
-            return updates, state._replace(steps=state.steps + 1)
+            return updates, state._replace(steps=increment(state.steps))
         call = _engine.begin(options, updates, params, state.steps)
         entries, paths = call.measured.entries, call.found.paths
         seen = _state.look(state.seen, entries, call.bad, state.steps, paths)
@@ -186,6 +187,9 @@ def clip(
         groups = state.groups
         if groups is not None and done.stats is not None:
             groups = _stats(done.stats, call.layout, groups.group_of_leaf)
+        steps, clipped_steps = _state.counted(
+            state.steps, state.clipped_steps, done.clipped > 0
+        )
         # Without a memory there is nothing in it but the structure that `init` made.
         remembers = jax.tree.leaves(state.rule_state)
         new_state = ClipState(
@@ -195,8 +199,8 @@ def clip(
             threshold=_state.finite_threshold(done.threshold),
             scale=_state.figures(done.scale),
             clipped=_state.figures(done.clipped),
-            steps=state.steps + 1,
-            clipped_steps=state.clipped_steps + (done.clipped > 0).astype(jnp.int32),
+            steps=steps,
+            clipped_steps=clipped_steps,
             seen=seen,
             groups=groups,
         )

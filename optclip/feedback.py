@@ -1,4 +1,4 @@
-"""Error feedback: what a clip cut off is not lost, but added to the next gradients."""
+"""Error feedback: what a clip cut off is added to the next gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CarryState(NamedTuple):
 
     Attributes:
         carry: What was cut off so far, float32, in the structure of the parameters;
-            zeros at first, None for leaves that are no gradients; always finite.
+            zeros at first, None for leaves that are not gradients; always finite.
         inner_state: State of the clip inside.
     """
 
@@ -36,21 +36,22 @@ def u_clip(
     """Adds what a clip cut off to the next gradients: clipping without bias (U-Clip).
 
     With the carry c, zeros at first: u' = clip(u + c) and then c = u + c - u'. So the
-    sum of the updates stays within a bound of the sum of the gradients, and what is
-    clipped is put off, not dropped. The clip inside measures u + c.
+    sum of the updates stays within a bound of the sum of the gradients: what is clipped
+    is delayed, not dropped. The clip inside measures u + c.
 
-    Where a leaf of u + c or of u' is not finite, its carry is kept as it was.
+    Where a leaf of u + c or of u' is not finite, its carry is kept as it was. Entries
+    whose carry is zero reach the clip inside unchanged to the bit, -0 and subnormal
+    numbers included.
 
     Args:
         inner_clip: Any clip, from here or from Optax.
-        max_carry: The largest norm of the carry, above 0. A spike is otherwise replayed
-            for as many steps as it was thresholds long. None for no bound, as
-            published.
+        max_carry: The largest norm of the carry, above 0. Otherwise a spike of k
+            thresholds is replayed for k steps. None for no bound, as published.
         axis_name: As in `optclip.clip`; give it to the clip inside as well.
 
     Returns:
-        A transformation with `CarryState`: as much memory again as the parameters in
-        float32.
+        A transformation with `CarryState`, which takes as much memory as the parameters
+        in float32.
 
     Raises:
         ValueError: If ``max_carry`` is not above 0.
@@ -85,7 +86,8 @@ def u_clip(
         found = _trees.leaves_of(updates)
         carried = _trees.matching(updates, state.carry)
         total = [
-            x.astype(wide(x)) + c.astype(wide(x))
+            # Chosen, not added: -0 + 0 is +0, and XLA flushes subnormal sums to zero.
+            jnp.where(c == 0, x.astype(wide(x)), x.astype(wide(x)) + c.astype(wide(x)))
             for x, c in zip(found.leaves, carried, strict=True)
         ]
         out, inner_state = inner.update(

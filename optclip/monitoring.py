@@ -10,6 +10,7 @@ import optax
 
 from optclip import _checks, _measure, _state, _trees
 from optclip._checks import EUCLIDEAN
+from optclip._numbers import increment
 from optclip._state import Seen
 
 __all__ = ["MonitorState", "monitor"]
@@ -75,7 +76,7 @@ def monitor(
         state = _state.own(state, lambda: init_fn(updates), absent=found.absent)
         step = state.monitored_steps
         if not found.leaves:
-            return updates, state._replace(monitored_steps=step + 1)
+            return updates, state._replace(monitored_steps=increment(step))
         measured, total = _measure.measure_leaves(
             updates, found, order=order, axis_name=axis_name
         )
@@ -84,7 +85,7 @@ def monitor(
         return updates, MonitorState(
             leaf_norm=_state.per_leaf(norms, state.leaf_norm, state.seen, found.paths),
             monitored_norm=_state.figures(total),
-            monitored_steps=step + 1,
+            monitored_steps=increment(step),
             seen=_state.look(state.seen, measured.entries, bad, step, found.paths),
         )
 

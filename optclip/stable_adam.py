@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from optclip import _checks, _state, _trees
-from optclip._numbers import root_of
+from optclip._numbers import increment, root_of
 from optclip.rules._memory import weight_of
 
 __all__ = ["StableAdamState", "scale_by_stable_adam"]
@@ -43,9 +43,9 @@ def scale_by_stable_adam(
     mask: Any | Callable[[Any], Any] | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales by Adam, with each leaf's step divided by how far its gradient runs ahead.
+    """Scales by Adam, with steps divided by how far the gradient exceeds its moment.
 
-    For each leaf, with the second moment v that holds this gradient already:
+    For each leaf, with the second moment v that includes this gradient:
 
         rms = sqrt(mean(g**2 / max(v, eps**2)))
         u'  = (m / (sqrt(v) + eps) + weight_decay * w) / max(1, rms)
@@ -90,7 +90,10 @@ def scale_by_stable_adam(
             raise ValueError("`scale_by_stable_adam` needs real parameters.")
         count = jnp.zeros([], jnp.int32)
         return StableAdamState(
-            count, _trees.zeros_of(params), _trees.zeros_of(params), jnp.zeros([])
+            count,
+            _trees.zeros_of(params),
+            _trees.zeros_of(params),
+            jnp.zeros([], jnp.float32),
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
@@ -101,7 +104,7 @@ def scale_by_stable_adam(
                 "`update(updates, state, params)`."
             )
         state = _state.own(state, lambda: init_fn(updates))
-        count = state.stable_count + 1
+        count = increment(state.stable_count)
         # 1 - b' = (1 - b) / (1 - b**t), to all digits for b near 1.
         new1 = (1 - b1) / weight_of(b1, count, jnp.float32)
         new2 = (1 - b2) / weight_of(b2, count, jnp.float32)
@@ -138,9 +141,10 @@ def scale_by_stable_adam(
                 step = step + weight_decay * w.astype(jnp.float32)
             step = step / jnp.maximum(1.0, rms)
             out.append(jnp.where(fine, step, 0.0).astype(g.dtype))
-            new_mu.append(jnp.where(fine, m_next, m))
-            new_nu.append(jnp.where(fine, v_next, v))
-            sizes.append(jnp.where(fine, rms, 0.0))
+            # A decay may be a float64 array; the state is float32 all the same.
+            new_mu.append(jnp.where(fine, m_next, m).astype(m.dtype))
+            new_nu.append(jnp.where(fine, v_next, v).astype(v.dtype))
+            sizes.append(jnp.where(fine, rms, 0.0).astype(jnp.float32))
         largest = jnp.max(jnp.stack(sizes)) if sizes else state.largest_rms
         return found.rebuild(out), StableAdamState(
             count,

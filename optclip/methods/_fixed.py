@@ -1,7 +1,8 @@
 """Clips with a threshold given by the user: a number, an array or a schedule.
 
 All take the engine's common options, which `optclip.clip` explains: ``nonfinite``,
-``axis_name`` and ``update_dtype``. Thresholds that are 0 give zeros, inf the updates.
+``axis_name`` and ``update_dtype``. A threshold of 0 gives zeros, and so stops training;
+inf switches a clip off, and None is an error.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ Clip: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def hard(eps: Any) -> actions.Action:
-    """Returns the action of hard clipping with ``eps`` added to the norm."""
+    """Returns the action of hard clipping with ``eps`` added to the norm, as torch."""
     _checks.non_negative(eps=eps)
     exact = isinstance(eps, (int, float)) and eps == 0
     return actions.rescale if exact else functools.partial(actions.rescale, eps=eps)
 
 
 def strict(eps: float) -> actions.Action:
-    """Returns the same, but only of norms that are above the threshold unpadded."""
+    """Returns the same, but only for norms that are above the threshold without eps."""
 
     def action(norm, limit):
         scale = actions.rescale(norm, limit, eps=eps)
@@ -63,7 +64,8 @@ def clip_by_value(
 
     Args:
         max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
-            a pair (low, high) of numbers or arrays, for real updates.
+            a pair (low, high) of numbers or arrays, for real updates. 0 gives zeros,
+            which stops training; inf switches the clip off.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -116,12 +118,14 @@ def clip_by_global_norm(
     u' = u * min(1, max_norm / (n + eps)) with n the norm of all updates. With ``eps=0``
     this is what `optax.clip_by_global_norm` computes where that is right; with
     ``eps=1e-6``, ``torch.nn.utils.clip_grad_norm_``. Entries whose squares overflow or
-    underflow are clipped as all others.
+    underflow are clipped like all others.
 
     Args:
-        max_norm: The largest norm, at least 0: a number, an array or a schedule.
+        max_norm: The largest norm, at least 0: a number, an array or a schedule. 0
+            gives zeros, which stops training; inf switches the clip off.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        eps: Added to the norm, at least 0.
+        eps: Added to the norm, at least 0, in the unit of the norm: norms that are not
+            far above it are scaled down as well.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -164,15 +168,16 @@ def clip_by_leaf_norm(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Scales each leaf down whose norm is above ``max_norm``.
+    """Scales down each leaf whose norm is above ``max_norm``.
 
     For each leaf, u' = u * min(1, max_norm / (n + eps)) with n its own norm. Prefer it
-    where one part of a model explodes and should not slow the others; it changes the
-    direction of the whole update.
+    where one part of a model explodes and should not slow down the others; it changes
+    the direction of the whole update.
 
     Args:
         max_norm: The largest norm of a leaf, at least 0: a number, a schedule, or an
-            array with one entry for each leaf.
+            array with one entry for each leaf. 0 gives zeros, which stops training; inf
+            switches the clip off.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip`.
@@ -214,13 +219,14 @@ def clip_per_layer(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Scales each layer of scan-stacked leaves down whose norm is above ``max_norm``.
+    """Scales down each layer of scan-stacked leaves whose norm is above ``max_norm``.
 
     As `clip_by_leaf_norm`, but a leaf of shape [layers, ...] that ``jax.lax.scan`` runs
     over is clipped as that many leaves.
 
     Args:
         max_norm: The largest norm of a layer, at least 0: a number, array or schedule.
+            0 gives zeros, which stops training; inf switches the clip off.
         stack_axes: How many leading axes count layers: an int for all leaves, a
             function of the path, or a map from regular expression to int.
         ord: As in `clip_by_global_norm`.

@@ -29,20 +29,21 @@ def adagc(
 
     With the average g of the clipped norms of a leaf: u' = u * min(1, lambda_rel * g /
     n) and g = beta * g + (1 - beta) * n'. In the warm-up all leaves are clipped
-    together, by the norm of the whole tree, to ``lambda_abs``, and g is the least norm
-    of a leaf. As in the reference code, ``warmup_steps=100`` means 99 steps, and
-    thresholds rise by 0.1% a step at most: after a lasting rise of the gradients they
-    need long to follow.
+    together, by the norm of the whole tree, to ``lambda_abs``, and g is the smallest
+    norm of a leaf. As in the reference code, ``warmup_steps=100`` means 99 steps, and
+    thresholds rise by at most 0.1% per step: after a lasting rise of the gradients they
+    take long to follow. Apart from ``lambda_abs``, the clip is scale invariant.
 
     Args:
         lambda_rel: The threshold in units of the average, at least 0.
         beta: Decay of the average, at least 0 and below 1.
-        lambda_abs: Bound on the norm of the tree in the warm-up, at least 0.
+        lambda_abs: Bound on the norm of the tree in the warm-up, at least 0; inf for
+            none. It has the unit of the gradient.
         warmup_steps: See above.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms, as the original does: a leaf without gradient in
-            the warm-up is then held at zero for good. If not, the average is set to
-            the norm as it is after 200 clipped steps in a row.
+        original: Record zero norms and add 1e-8, as the original does: a leaf without
+            gradient in the warm-up is then held at zero permanently. If False, the
+            average is set to the current norm after 200 consecutive clipped steps.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -65,8 +66,8 @@ def adagc(
     _checks.decay(beta=beta)
     rule = rules.ema_ratio(
         lambda_rel, decay=beta, warmup_steps=warmup_steps,
-        warmup_threshold=lambda_abs, escape_steps=None if original else 200,
-        record_zeros=original,
+        warmup_threshold=lambda_abs, eps=1e-8 if original else 0.0,
+        escape_steps=None if original else 200, record_zeros=original,
     )  # fmt: skip
     return clip(
         rule._replace(name="adagc"),
@@ -89,14 +90,15 @@ def norm_growth_limiter(
     """Lets a norm grow by at most a factor from one step to the next (Fira, APOLLO).
 
     u' = u * min(1, gamma * n0 / n) with n0 the norm of the step before, after its own
-    clipping. The papers put it after the scaling of Adam, on the updates.
+    clipping. The papers put it after the scaling of Adam, on the updates. Scale
+    invariant.
 
     Args:
         gamma: The largest factor, at least 0.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms, as the original does: after one zero gradient a
-            leaf starts again at about 1e-8. If not, 200 clipped steps in a row end in
-            the norm as it is.
+        original: Record zero norms and take gamma * (n0 + 1e-8), as the originals do:
+            after one zero gradient a leaf starts again at about 1e-8. If False, n0 is
+            set to the current norm after 200 consecutive clipped steps.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -117,8 +119,9 @@ def norm_growth_limiter(
     """
     _checks.non_negative(gamma=gamma)
     rule = rules.previous_norm(
-        gamma, escape_steps=None if original else 200, record_zeros=original
-    )
+        gamma, eps=1e-8 if original else 0.0,
+        escape_steps=None if original else 200, record_zeros=original,
+    )  # fmt: skip
     return clip(
         rule._replace(name="norm_growth_limiter"),
         scope=scope,
@@ -132,7 +135,7 @@ def adagn(
     gamma1: jax.typing.ArrayLike = 0.7,
     *,
     gamma2: jax.typing.ArrayLike = 0.9,
-    eps: jax.typing.ArrayLike = 1e-8,
+    eps: jax.typing.ArrayLike | None = None,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
     nonfinite: str = "propagate",
@@ -142,17 +145,17 @@ def adagn(
     """Gives each leaf the smoothed, normalised norm of its past (GradientStabilizer).
 
     u' = u / n * m / (sqrt(q) + eps) with bias-corrected averages m of n and q of n**2:
-    the norm becomes about 1, less where it is unsteady. The length of the gradient is
-    lost, so put it before an optimizer that has no use for it, such as Adam. This is
-    AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`, to be chained before it.
+    the norm becomes about 1, less where it is unsteady. The norm of the gradient is
+    lost, so put it before an optimizer that does not depend on it, such as Adam. This
+    is AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`, to be chained before it.
 
     Args:
         gamma1: Decay of m, at least 0 and below 1.
         gamma2: Decay of q, at least 0 and below 1.
-        eps: At least 0.
+        eps: Added to the root of q, at least 0. None: 0, or 1e-8 with ``original``.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms and any other, as the official code does: one wild
-            norm then shrinks the updates for hundreds of steps.
+        original: Record every norm, zeros and outliers included, as the official code
+            does: one extreme norm then shrinks the updates for hundreds of steps.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -172,6 +175,8 @@ def adagn(
         2025, https://arxiv.org/abs/2502.17055
     """
     _checks.decay(gamma1=gamma1, gamma2=gamma2)
+    if eps is None:
+        eps = 1e-8 if original else 0.0
     rule = rules.smoothed_norm(
         gamma1, second_decay=gamma2, eps=eps,
         escape_steps=None if original else 50, record_zeros=original,

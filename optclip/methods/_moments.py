@@ -28,16 +28,17 @@ def spam_clip(
     """Clips each entry whose square is thousands of times its mean square (SPAM).
 
     With the running mean square v of an entry, clipped values recorded:
-    u' = sign(u) * min(|u|, sqrt(threshold * v)). SPAM's momentum reset is the
-    optimizer's affair and not done here; its rhythm is, with ``reset_every``.
+    u' = sign(u) * min(|u|, sqrt(threshold * v)). SPAM also resets the optimizer's
+    momentum; this only resets v in the same rhythm, with ``reset_every``. Scale
+    invariant.
 
     Args:
         threshold: Largest ratio of a square to the mean square, at least 0.
         decay: Decay of v, at least 0 and below 1: Adam's second.
-        warmup_steps: The first update that may be clipped; so one fewer pass untouched.
-        reset_every: v and the warm-up begin anew after so many updates; SPAM's 500.
+        warmup_steps: The first update that may be clipped: one fewer passes unclipped.
+        reset_every: v and the warm-up restart after so many updates; SPAM's 500.
         original: Clip an entry whose v is 0 to 0, as the original does: an entry
-            without gradient in the warm-up then never gets one.
+            without gradient in the warm-up then stays at zero.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -56,7 +57,7 @@ def spam_clip(
         Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
         Training, 2025, https://arxiv.org/abs/2501.06842
     """
-    _checks.non_negative(threshold=threshold)
+    _checks.threshold(threshold=threshold)
     _checks.steps(warmup_steps=warmup_steps)
     rule = rules.second_moment(
         jnp.sqrt(threshold), decay=decay, warmup_steps=warmup_steps,
@@ -75,7 +76,7 @@ def adamw_clip(
     ratio: jax.typing.ArrayLike = 3.0,
     *,
     decay: jax.typing.ArrayLike = 0.999,
-    floor: jax.typing.ArrayLike = 0.0,
+    floor: jax.typing.ArrayLike | None = None,
     original: bool = False,
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -84,14 +85,17 @@ def adamw_clip(
     """Clips each entry to three times its own root mean square (AdamWClip).
 
     u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with the bias-corrected running
-    mean square v of the clipped entry.
+    mean square v of the clipped entry. An entry whose v is 0 passes. Scale invariant
+    with ``floor=0``.
 
     Args:
         ratio: The threshold in root mean squares, at least 0.
         decay: Decay of v, at least 0 and below 1: Adam's second.
-        floor: The least threshold, at least 0.
-        original: Clip an entry whose v is 0 to ``floor``, as the original does: with
-            its 1e-10 the first gradients grow from there, threefold a step.
+        floor: The smallest threshold, at least 0, in the unit of the gradient. None: 0,
+            or the original's 1e-10 with ``original``.
+        original: Clip an entry whose v is 0 to ``floor``, as the original does: the
+            first gradients are 1e-10 and grow from there, by a factor of at most
+            ``ratio`` per step. With ``floor=0`` they stay zero permanently.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -109,6 +113,8 @@ def adamw_clip(
     Reference:
         The package adamwclip, version 0.1.4.
     """
+    if floor is None:
+        floor = 1e-10 if original else 0.0
     rule = rules.second_moment(
         ratio, decay=decay, floor=floor, debias=True, pass_unseen=not original
     )

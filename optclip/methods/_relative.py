@@ -25,7 +25,7 @@ def adaptive_grad_clip(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Scales each output unit down whose norm is large beside that of its weights: AGC.
+    """Scales down each output unit whose norm is large relative to its weights: AGC.
 
     For each unit with gradient norm n and weight norm w, u' = u * min(1, t / n) with
     t = clipping * max(w, eps). Put it before weight decay, and leave the last linear
@@ -33,11 +33,14 @@ def adaptive_grad_clip(
 
     Units are the official code's and Optax's: a scalar or vector is one unit, a matrix
     is summed over axis 0, a kernel HWIO over axes 0 to 2. A leaf of rank 3 is summed
-    over axis 0; for scan-stacked layers [layer, in, out] give ``axis``.
+    over axis 0; for scan-stacked layers [layer, in, out] give ``axis``. An embedding
+    [vocab, dim] has no output units in this sense: by default one unit is a column
+    across the whole vocabulary. Give ``axis={"embedding": 1}`` to make each row a unit.
 
     Args:
-        clipping: The largest ratio of the norms, at least 0.
-        eps: The least norm that weights count with, at least 0, so that weights that
+        clipping: The largest ratio of the norms, at least 0. 0 gives zeros, which stops
+            training; inf switches the clip off.
+        eps: The smallest norm that weights count with, at least 0, so that weights that
             are zero can move.
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `optclip.clip_by_global_norm`.
@@ -64,7 +67,8 @@ def adaptive_grad_clip(
         Brock et al., High-Performance Large-Scale Image Recognition Without
         Normalization, 2021, https://arxiv.org/abs/2102.06171
     """
-    _checks.non_negative(clipping=clipping, eps=eps)
+    _checks.threshold(clipping=clipping)
+    _checks.non_negative(eps=eps)
     rule = rules.relative_to_params(clipping, floor=eps)
     return clip(
         rule._replace(name="adaptive_grad_clip"),
@@ -86,18 +90,19 @@ def cap_update(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Bounds the final update to a share of the parameters: no step is a leap.
+    """Bounds the final update to a share of the norm of the parameters.
 
     u' = u * min(1, ratio * max(w, floor) / r) with the root mean squares r of the
     update and w of the parameters; apart from the floor, the ratio of the norms. Put it
     last, after the learning rate: it is in the units of the parameters, so that one
-    ratio fits any optimizer, loss and schedule. What it prevents is the divergence of a
+    ratio fits any optimizer, loss and schedule. It prevents the divergence caused by a
     learning rate that is too high, which a clip of gradients can't see.
 
     Args:
-        ratio: The largest ratio of update to parameters, at least 0.
-        floor: The least root mean square that parameters count with, at least 0, so
-            that parameters that are zero can move.
+        ratio: The largest ratio of update to parameters, at least 0. 0 gives zeros,
+            which stops training; inf switches the cap off.
+        floor: The smallest root mean square that parameters count with, at least 0, in
+            the unit of the parameters, so that parameters that are zero can move.
         scope: Which entries share one ratio, from `optclip.scopes`.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
@@ -145,7 +150,8 @@ def trust_ratio_clip(
     with ``coefficient`` = its trust coefficient divided by the learning rate.
 
     Args:
-        coefficient: At least 0.
+        coefficient: At least 0. 0 gives zeros, which stops training; inf switches the
+            clip off.
         scope: Which entries share one ratio, from `optclip.scopes`.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
@@ -166,7 +172,7 @@ def trust_ratio_clip(
         You et al., Large Batch Optimization for Deep Learning, 2020,
         https://arxiv.org/abs/1904.00962
     """
-    _checks.non_negative(coefficient=coefficient)
+    _checks.threshold(coefficient=coefficient)
 
     def update(norm, state, context):
         size = context.params_norm().astype(norm.dtype)

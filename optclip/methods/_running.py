@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from optclip import rules, scopes
+from optclip import actions, rules, scopes
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip, strict
 
@@ -32,25 +33,27 @@ def zclip(
     """Clips spikes: norms many standard deviations above their running mean (ZClip).
 
     With running mean m and deviation s of the norm n, and z = (n - m) / s: where z >
-    z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so that the longer the
-    spike, the closer to the mean it is brought. The formulas of every option are those
-    of `optclip.rules.ema_zscore`, and follow the official code, not the paper.
+    z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so that the larger the
+    spike, the closer to the mean it ends. The formulas of every option are those of
+    `optclip.rules.ema_zscore`, and follow the official code, not the paper.
 
-    With the published ``max_grad_norm=1.0`` all norms above 1 are clipped to 1 besides,
-    as by `clip_by_global_norm`; pass None for the z-score alone.
+    With the published ``max_grad_norm=1.0`` all norms above 1 are also clipped to 1, as
+    by `clip_by_global_norm`; pass None for the z-score alone, which is scale invariant.
 
     Args:
         z_thresh: Standard deviations above the mean that make a spike, above 0.
         alpha: Decay of the averages, at least 0 and below 1.
         warmup_steps: Steps in which only ``max_grad_norm`` bounds; at least 1.
-        max_grad_norm: A constant bound beside, at least 0; None for none.
-        clip_option: What a spike is brought to, "adaptive_scaling" or "mean".
+        max_grad_norm: A constant bound as well, at least 0, in the unit of the
+            gradient; None for none.
+        clip_option: What a spike is scaled to, "adaptive_scaling" or "mean".
         mode: "zscore", or "percentile" for t = m + z_thresh * s.
         clip_factor: Factor of t in "adaptive_scaling", above 0.
         skip_update_on_spike: Record nothing where there is a spike.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Do without the way out of a lock (after 50 spikes in a row the
-            statistics begin anew) and record zero norms, as the original does.
+        original: As the original, record zero norms, add 1e-6 to s and n, and never
+            restart. If False, the statistics restart after 50 consecutive spikes, and
+            1e-6 of m is added to s, so that the unit of the gradient does not matter.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -59,8 +62,7 @@ def zclip(
         A transformation with `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range,
-            or there is no such option.
+        ValueError: If a number is out of range, or there is no such option.
 
     Example:
         >>> import optax, optclip
@@ -74,12 +76,13 @@ def zclip(
         z_thresh, alpha=alpha, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
         mode=mode, clip_option=clip_option, clip_factor=clip_factor,
         skip_update_on_spike=skip_update_on_spike,
-        escape_steps=None if original else 50, record_zeros=original,
+        eps=1e-6 if original else None, escape_steps=None if original else 50,
+        record_zeros=original,
     )  # fmt: skip
     return clip(
         rule._replace(name="zclip"),
         scope=scope,
-        action=strict(1e-6),
+        action=strict(1e-6) if original else actions.rescale,
         nonfinite=nonfinite,
         axis_name=axis_name,
         update_dtype=update_dtype,
@@ -99,16 +102,16 @@ def ema_sigma_clip(
     """Clips norms above their running mean plus three deviations (Open-Sora-Plan).
 
     u' = u * min(1, t / n) with t = m + sigmas * s of the norms that were not clipped:
-    see `optclip.rules.ema_sigma`.
+    see `optclip.rules.ema_sigma`. Scale invariant, unless ``original``.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
         decay: Decay of the averages, at least 0 and below 1.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: The first mean is at most 1, and there is no way out of a lock: a run
-            whose norms are above 1 is clipped to 1 for ever, as by the original. If
-            not, the first mean is three times the first norm, and after 50 clipped
-            steps in a row the statistics begin anew.
+        original: As the original, divide by n + 1e-6, begin with a mean of at most 1
+            and never restart: a run whose norms are above 1 is clipped to 1
+            permanently. If False, the first mean is three times the first norm, and the
+            statistics restart after 50 consecutive clipped steps.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -134,7 +137,7 @@ def ema_sigma_clip(
     return clip(
         rule._replace(name="ema_sigma_clip"),
         scope=scope,
-        action=strict(1e-6),
+        action=strict(1e-6) if original else actions.rescale,
         nonfinite=nonfinite,
         axis_name=axis_name,
         update_dtype=update_dtype,
@@ -155,8 +158,9 @@ def dual_ema_clip(
 ) -> Clip:
     """Clips norms above twice a slow average to a little above a fast one.
 
-    Where n > trigger * s, u' = u * target * f / n, with the bias-corrected averages s
-    (slow) and f (fast) of the clipped norms: the rule of PDE-Transformer's trainer.
+    Where n > trigger * s, u' = u * min(1, target * f / n), with the bias-corrected
+    averages s (slow) and f (fast) of the clipped norms: the rule of PDE-Transformer's
+    trainer. Nothing is clipped at the first step. Scale invariant, unless ``original``.
 
     Args:
         trigger: Multiple of the slow average, at least 0.
@@ -164,8 +168,10 @@ def dual_ema_clip(
         fast_decay: At least 0 and below 1.
         slow_decay: At least 0 and below 1.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Do without the way out of a lock (50 clipped steps in a row) and
-            record zero norms.
+        original: As the published trainer, clip a first norm above 10,000 to 1, divide
+            by n + 1e-6, record ``target * f`` after a clip even if n is less, record
+            zero norms, and never restart. If False, both averages restart after 50
+            consecutive clipped steps.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -186,13 +192,29 @@ def dual_ema_clip(
     """
     rule = rules.dual_ema(
         trigger, target, fast_decay=fast_decay, slow_decay=slow_decay,
+        record="target" if original else "clipped",
         escape_steps=None if original else 50, record_zeros=original,
     )  # fmt: skip
+    if original:
+        rule = _first_bounded(rule)
     return clip(
         rule._replace(name="dual_ema_clip"),
         scope=scope,
-        action=strict(1e-6),
+        action=strict(1e-6) if original else actions.rescale,
         nonfinite=nonfinite,
         axis_name=axis_name,
         update_dtype=update_dtype,
     )
+
+
+def _first_bounded(rule: rules.Rule) -> rules.Rule:
+    """Returns `rules.dual_ema` with the trainer's limits while its averages are 0."""
+
+    def update(norm, state, context):
+        limit, after = rule.update(norm, state, context)
+        start = state.slow_ema == 0
+        threshold = jnp.where(start, 1e4, limit.threshold)
+        target = jnp.where(start, 1.0, limit.target)
+        return rules.Limit(threshold, target), after
+
+    return rule._replace(update=update)

@@ -25,14 +25,16 @@ def clip_grad_norm(
     grads' = grads * min(1, max_norm / (n + 1e-6)). Nothing is changed in place, and no
     state is kept; in an optimizer, prefer `clip_by_global_norm`, which keeps both.
 
-    | gradients    | returned                                     |
-    | ------------ | -------------------------------------------- |
-    | NaN in them  | all NaN, norm NaN                            |
-    | inf in them  | NaN where it was, else 0; norm inf           |
+    | gradients    | returned                                                     |
+    | ------------ | ------------------------------------------------------------ |
+    | NaN in them  | all NaN, norm NaN                                            |
+    | inf in them  | NaN where it was, else 0; with ``max_norm=inf`` all NaN;     |
+    |              | norm inf                                                     |
 
     Args:
-        grads: A tree of gradients.
-        max_norm: The largest norm, at least 0.
+        grads: A pytree of gradients.
+        max_norm: The largest norm, at least 0. 0 gives zeros, which stops training; inf
+            switches the clip off.
         norm_type: The norm's order: a number of at least 1, or inf.
         error_if_nonfinite: Whether a norm that is NaN or inf is an error. Under
             `jax.jit`, wrap the function in `jax.experimental.checkify.checkify`.
@@ -61,23 +63,25 @@ def clip_grad_norm(
         )
     tx = clip_by_global_norm(max_norm, ord=norm_type, eps=1e-6)
     clipped, _ = tx.update(grads, tx.init(grads))
-    # Torch multiplies by max_norm / norm also where that is NaN or 0.
-    coefficient = jnp.where(jnp.isnan(norm), jnp.nan, 0.0)
+    # Torch multiplies by max_norm / (norm + 1e-6) also where that is NaN or 0.
+    unknown = jnp.isnan(norm) | jnp.isinf(max_norm)
+    coefficient = jnp.where(unknown, jnp.nan, 0.0)
 
-    def spoilt(bad, good):
-        if not jnp.issubdtype(jnp.asarray(bad).dtype, jnp.inexact):
-            return good
-        return jnp.where(jnp.isfinite(norm), good, bad * coefficient).astype(good.dtype)
+    def as_torch(grad, finite):
+        if not jnp.issubdtype(jnp.asarray(grad).dtype, jnp.inexact):
+            return finite
+        product = (grad * coefficient).astype(finite.dtype)
+        return jnp.where(jnp.isfinite(norm), finite, product)
 
-    return jax.tree.map(spoilt, grads, clipped), norm
+    return jax.tree.map(as_torch, grads, clipped), norm
 
 
 def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
     """Returns gradients clipped to [-clip_value, clip_value], as torch's function.
 
     Args:
-        grads: A tree of gradients.
-        clip_value: The largest magnitude of an entry, at least 0.
+        grads: A pytree of gradients.
+        clip_value: The largest magnitude of an entry, at least 0; 0 gives zeros.
 
     Returns:
         The clipped gradients. NaN stays NaN; inf becomes ``clip_value``.

@@ -25,12 +25,16 @@ def clip_by_unit_norm(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Scales each output unit (neuron, filter) down whose norm is above ``max_norm``.
+    """Scales down each output unit (neuron, filter) whose norm is above ``max_norm``.
 
     For each unit, u' = u * min(1, max_norm / (n + eps)) with n the norm of its entries.
+    By default a matrix [in, out] is summed over axis 0. For an embedding [vocab, dim]
+    that makes one unit of a column across the whole vocabulary, so that one bad row
+    scales down all rows: give ``axis={"embedding": 1}`` to make each row a unit.
 
     Args:
-        max_norm: The largest norm of a unit, at least 0: a number or schedule.
+        max_norm: The largest norm of a unit, at least 0: a number or schedule. 0 gives
+            zeros, which stops training; inf switches the clip off.
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
@@ -50,6 +54,10 @@ def clip_by_unit_norm(
         >>> grads = jnp.array([[0.0, 0.1], [4.0, 0.0]])  # [in, out]
         >>> tx.update(grads, tx.init(grads))[0].round(3).tolist()
         [[0.0, 0.10000000149011612], [1.0, 0.0]]
+        >>> tx = optclip.clip_by_unit_norm(1.0, axis={"embedding": 1})
+        >>> grads = {"embedding": jnp.array([[0.0, 0.5], [0.0, 8.0]])}  # [vocab, dim]
+        >>> tx.update(grads, tx.init(grads))[0]["embedding"].tolist()
+        [[0.0, 0.5], [0.0, 1.0]]
     """
     return clip(
         rules.fixed(max_norm, "max_norm"),
@@ -69,7 +77,7 @@ def clip_by_block_rms(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Scales each leaf down whose root mean square is above ``threshold``.
+    """Scales down each leaf whose root mean square is above ``threshold``.
 
     For each leaf, u' = u / max(1, rms(u) / threshold): Adafactor's update clipping, and
     with ``threshold=1.0`` its default. Placed after `optax.scale_by_adam`, it is the
@@ -77,7 +85,8 @@ def clip_by_block_rms(
 
     Args:
         threshold: The largest root mean square, at least 0: a number, array (one entry
-            a leaf) or schedule.
+            per leaf) or schedule. 0 gives zeros, which stops training; inf switches the
+            clip off.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -121,11 +130,13 @@ def normalize_by_norm(
     """Scales each group, up or down, to the norm ``target``: normalised gradients.
 
     u' = u * target / (n + eps); a zero group stays zero. With ``eps=1e-6`` this is
-    `optax.normalize_by_update_norm`. The length of a gradient no longer counts, so the
-    learning rate has to be chosen anew, and should decay.
+    `optax.normalize_by_update_norm`. The norm of a gradient no longer counts, so the
+    learning rate has to be tuned again, and should decay.
 
     Args:
-        target: The norm to scale to, at least 0: a number, array or schedule.
+        target: The norm to scale to, at least 0 and finite: a number, array or
+            schedule. 0 gives zeros, which stops training. inf does not switch it off,
+            but makes updates overflow.
         eps: Added to the norm, at least 0.
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
@@ -151,6 +162,8 @@ def normalize_by_norm(
         https://arxiv.org/abs/2002.03305
     """
     _checks.non_negative(eps=eps)
+    if target is None:  # inf, which `rules.fixed` would advise, is not "off" here
+        _checks.non_negative(target=target)
     return clip(
         rules.fixed(target, "target"),
         scope=scope,
@@ -172,14 +185,15 @@ def soft_clip(
     axis_name: Any = None,
     update_dtype: Any = None,
 ) -> Clip:
-    """Shortens every group smoothly, so that no norm reaches ``max_norm``.
+    """Scales every group down smoothly, so that no norm reaches ``max_norm``.
 
-    With r = n / max_norm, a group of norm n is brought to ``max_norm * f(r)``; the four
-    curves f are those of `optclip.actions.soften`. No kink, and every step is a little
-    shorter than the gradient: short ones hardly, long ones much.
+    With r = n / max_norm, a group of norm n is scaled to ``max_norm * f(r)``; the four
+    curves f are those of `optclip.actions.soften`. There is no kink at the threshold,
+    and every group is scaled down a little: small ones hardly, large ones a lot.
 
     Args:
-        max_norm: The bound, at least 0: a number, array or schedule.
+        max_norm: The bound, at least 0: a number, array or schedule. 0 gives zeros,
+            which stops training; inf switches the clip off.
         kind: "rational", "tanh", "atan" or "sqrt".
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from optclip import rules, scopes
+from optclip import actions, rules, scopes
 from optclip._checks import Static
 from optclip.clipping import clip
 from optclip.methods._fixed import Clip, hard
@@ -32,14 +32,16 @@ def autoclip(
     u' = u * min(1, t / n) with t the percentile of the last ``window`` norms, this one
     included and unclipped, as `numpy.percentile` gives it. With the published 10, nine
     steps of ten are clipped: choose the learning rate as for normalised gradients.
+    Scale invariant, unless ``original``.
 
     Args:
         percentile: Between 0 and 100.
         window: How many norms are kept; as long as they have not filled it, this is the
-            original with its whole history. None for the whole history in 4 KB a group,
-            to within 6%: `optclip.rules.log_histogram_percentile`.
+            original with its whole history. None for the whole history in 4 KB per
+            group, to within 6%: `optclip.rules.log_histogram_percentile`.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms, as the original does.
+        original: As the original, record zero norms and divide by n + 1e-6, which
+            scales down all norms that are not far above 1e-6.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -48,7 +50,7 @@ def autoclip(
         A transformation with `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is no int.
+        ValueError: If a number is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -66,7 +68,7 @@ def autoclip(
     return clip(
         rule._replace(name="autoclip"),
         scope=scope,
-        action=hard(1e-6),
+        action=hard(1e-6) if original else actions.rescale,
         nonfinite=nonfinite,
         axis_name=axis_name,
         update_dtype=update_dtype,
@@ -87,7 +89,8 @@ def percentile_clip(
 
     u' = u * min(1, t / n) with t the entry number ``percentile * window / 100`` of the
     last norms, sorted, this one included. The first norm fills the whole window, so
-    that it rules the first steps. bitsandbytes removed its option in 2026.
+    that it dominates the first steps. bitsandbytes removed its option in 2026. Scale
+    invariant.
 
     Args:
         percentile: Between 0 and 100.
@@ -102,7 +105,7 @@ def percentile_clip(
         A transformation with `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is no int.
+        ValueError: If a number is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -136,15 +139,16 @@ def rolling_sigma_clip(
 ) -> Clip:
     """Clips norms above the mean plus three deviations of the last 128 (Levanter).
 
-    u' = u * min(1, t / n) with t = m + sigmas * max(s, 1e-6) of the norms before this
-    one, unclipped; nothing is clipped before half the window is filled. Levanter puts
-    it after Adam, on the updates.
+    u' = u * min(1, t / n) with t = m + sigmas * s of the norms before this one,
+    unclipped; nothing is clipped before half the window is filled. Levanter puts it
+    after Adam, on the updates. s counts for at least a millionth of the largest norm in
+    the window, so that the clip is scale invariant.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
         window: How many norms are kept, at least 2.
         scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms, as the original does.
+        original: As the original, record zero norms, and let s count for at least 1e-6.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
@@ -153,7 +157,7 @@ def rolling_sigma_clip(
         A transformation with `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is no int.
+        ValueError: If a number is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -163,7 +167,9 @@ def rolling_sigma_clip(
         The Levanter trainer, its `ClipUpdateNorm`,
         https://github.com/stanford-crfm/levanter
     """
-    rule = rules.window_sigma(sigmas, window=window, record_zeros=original)
+    rule = rules.window_sigma(
+        sigmas, window=window, floor=1e-6 if original else None, record_zeros=original
+    )
     return clip(
         rule._replace(name="rolling_sigma_clip"),
         scope=scope,
@@ -187,20 +193,22 @@ def quantile_clip(
     """Clips to twice a low quantile of the norm, which it follows: nothing to pick.
 
     u' = u * min(1, t / n), t = margin * exp(q), with q the estimate of a quantile of
-    log n: see `optclip.rules.geometric_quantile`. A spike of any size moves q by 0.05
-    at most. While norms stay within ten thresholds, q needs 140 steps to double and 15
-    to halve. No parameter has the unit of a gradient: the same defaults serve any loss
-    scale.
+    log n: see `optclip.rules.geometric_quantile`. From step 20 on, a spike of any size
+    raises q by at most 0.05, the threshold by 5%; at an earlier step, after the
+    warm-up, by at most 1 / step, at step 6 by 18%. While norms stay within ten
+    thresholds, exp(q) needs 140 steps to double and 15 to halve. No parameter has the
+    unit of a gradient: the same defaults fit any loss scale.
 
     It bounds the harm of bad batches, not that of a learning rate that is too high:
-    when norms rise for good, the threshold follows. `optclip.cap_update` is the other
-    half, and `optclip.stabilize` puts both around an optimizer.
+    when norms rise permanently, the threshold follows. `optclip.cap_update` is the
+    other half, and `optclip.stabilize` puts both around an optimizer.
 
     Args:
         quantile: Between 0 and 1.
         margin: The threshold in units of the quantile, above 0.
-        rate: The largest change of log n a step, above 0.
-        warmup_steps: Steps in which the least norm so far counts.
+        rate: The largest change of q per step, above 0, after the first ``1 / rate``
+            steps.
+        warmup_steps: Steps in which q follows the smallest norm so far.
         scope: Which entries share one norm, from `optclip.scopes`.
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.

@@ -13,6 +13,10 @@ sharding nor Optax, so one rule works in every scope. Write your own:
             return Limit(limit, limit), first
 
         return Rule(init, update)
+
+What a rule remembers is float32: a float64 norm above the largest float32 counts as
+that, one below the smallest normal float32 (1e-38) as zero. Rules with a history are
+scale invariant at their defaults: norms times a constant have thresholds times it.
 """
 
 from __future__ import annotations

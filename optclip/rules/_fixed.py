@@ -52,7 +52,7 @@ def constant(value: jax.typing.ArrayLike) -> Rule:
         >>> import optclip
         >>> tx = optclip.clip(optclip.rules.constant(1.0))
     """
-    _checks.non_negative(value=value)
+    _checks.threshold(value=value)
     return _stateless(lambda norm, context: _both(value, norm), "constant")
 
 
@@ -141,7 +141,8 @@ def relative_to_params(
         Brock et al., High-Performance Large-Scale Image Recognition Without
         Normalization, 2021, https://arxiv.org/abs/2102.06171
     """
-    _checks.non_negative(ratio=ratio, floor=floor)
+    _checks.threshold(ratio=ratio)
+    _checks.non_negative(floor=floor)
 
     def limit_of(norm, context):
         size = jnp.maximum(context.params_norm().astype(norm.dtype), floor)

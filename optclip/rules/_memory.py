@@ -1,4 +1,4 @@
-"""What all rules with memory share: what is recorded, and the way out of a lock."""
+"""What all rules with memory share: what is recorded, counters, and restarts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
-from optclip._numbers import root_of, usable_unit
+from optclip._numbers import LAST_COUNT, increment, root_of, usable_unit
 from optclip.rules._base import Limit, Rule, hold
 
 __all__ = [
     "check_escape",
     "first_run",
     "in_a_row",
+    "next_place",
     "one",
     "recorded_norm",
     "remembering",
@@ -25,27 +26,48 @@ __all__ = [
 ]
 
 
+LARGEST, SMALLEST = (float(getattr(jnp.finfo(jnp.float32), n)) for n in ("max", "tiny"))
+
+
 def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> Rule:
     """Returns a rule that records no zero norm, unless ``zeros``, and nothing infinite.
 
-    (The engine has seen to NaN and inf already; what is caught here is an overflow of
-    the statistics themselves.)
+    The engine passes neither NaN nor inf; what is caught here is an overflow of the
+    statistics themselves. These are float32: a float64 norm above the largest float32
+    counts as that, and one below the smallest normal float32 counts as zero, whose
+    threshold is infinite.
     """
 
     def guarded(norm, state, context):
-        limit, after = update(norm, state, context)
-        # A group of which a part would be infinite is not recorded at all.
-        wild = jnp.zeros(norm.shape, bool)
+        value, seen, zero = norm, state, norm == 0
+        wide = jnp.finfo(norm.dtype).bits > 32
+        if wide:
+            zero = jnp.abs(norm) < SMALLEST
+            value = jnp.clip(norm, -LARGEST, LARGEST)
+            value = jnp.where(zero, 0.0, value).astype(norm.dtype)
+            # Or a multiple of a large statistic would overflow in float32.
+            seen = jax.tree.map(lambda x: _in_dtype_of(norm, x), state)
+        limit, after = update(value, seen, context)
+        if wide:
+            free = zero & (norm > 0)
+            limit = limit._replace(threshold=jnp.where(free, jnp.inf, limit.threshold))
+        # A group is not recorded if any part of its new state would be infinite.
+        overflow = jnp.zeros(norm.shape, bool)
         for old, new in zip(
             jax.tree.leaves(state), jax.tree.leaves(after), strict=True
         ):
             bad = ~jnp.isfinite(new.astype(old.dtype))
             own = tuple(range(norm.ndim, bad.ndim))
-            wild |= jnp.any(bad, axis=own) if bad.ndim >= norm.ndim else jnp.any(bad)
-        kept = wild if zeros else wild | (norm == 0)
+            bad = jnp.any(bad, axis=own) if bad.ndim >= norm.ndim else jnp.any(bad)
+            overflow |= bad
+        kept = overflow if zeros else overflow | zero
         return limit, hold(kept, state, after, context.across)
 
     return Rule(init, guarded, name)
+
+
+def _in_dtype_of(norm: jax.Array, x: jax.Array) -> jax.Array:
+    return x.astype(norm.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def one(value: jax.Array) -> Limit:
@@ -70,6 +92,14 @@ def places(rows: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
 
 
+def next_place(count: jax.Array, size: Any) -> jax.Array:
+    """Returns ``count + 1``, or at the end of int32 a smaller count in the same phase.
+
+    So ``count % size`` keeps advancing, and a count of at least ``size`` remains one.
+    """
+    return jnp.where(count < LAST_COUNT, count, LAST_COUNT - size) + 1
+
+
 def recorded_norm(norm: jax.Array, limit: Limit, record: str) -> jax.Array:
     """Returns what enters the history: the norm before the clip, or that after it."""
     if record == "raw":
@@ -88,16 +118,16 @@ def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.A
 def in_a_row(
     over: jax.Array, norm: jax.Array, level: jax.Array, run: Any, steps: Any
 ) -> tuple[Any, Any]:
-    """Counts steps in a row on which a rule has lost the norm.
+    """Counts consecutive steps on which a rule has lost the norm.
 
-    These are steps that are clipped (``over``), or on which the norm is a hundredth of
-    the ``level`` that the rule believes in, or less. Returns the new count, and where
-    ``steps`` of them call for a restart. With ``steps=None`` there never is one.
+    These are steps that are clipped (``over``), or on which the norm is at most a
+    hundredth of the rule's ``level``. Returns the new count, and where ``steps`` of
+    them call for a restart; with ``steps=None`` there never is one.
     """
     if steps is None:
         return None, jnp.zeros_like(over)
     lost = over | (norm < 0.01 * level)
-    run = jnp.where(lost, run + 1, 0)
+    run = jnp.where(lost, increment(run), 0)
     away = run >= steps
     return jnp.where(away, 0, run), away
 

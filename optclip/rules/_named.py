@@ -39,7 +39,7 @@ def fixed(value: Any, name: str = "value") -> Rule:
         return by_name(value)
     if callable(value):
         return schedule(value)
-    _checks.non_negative(**{name: value})
+    _checks.threshold(**{name: value})
     return constant(value)
 
 

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
-from optclip._numbers import root_of
+from optclip._numbers import increment, quotient, root_of
 from optclip.rules._base import Limit, Rule
 from optclip.rules._memory import (
     check_escape,
     first_run,
     in_a_row,
-    one,
     remembering,
     rms_of_two,
 )
@@ -23,16 +22,20 @@ __all__ = ["ScoreState", "ema_sigma", "ema_zscore"]
 
 MODES = ("zscore", "percentile")
 OPTIONS = ("adaptive_scaling", "mean")
+# A norm above the mean by less than this share of it is above by rounding only: where
+# all norms were the same the deviation is 0, and says nothing.
+ROUNDING = 1e-6
 
 
 class ScoreState(NamedTuple):
     """State of `ema_zscore` and `ema_sigma`.
 
     Attributes:
-        mean_norm: float32, one a group. Running mean of the norms; 0 at first.
-        spread_norm: float32, one a group. Running standard deviation; 0 at first.
-        recorded: int32, one a group. How many norms were recorded.
-        clipped_run: int32, one a group. Lost steps in a row; None without an escape.
+        mean_norm: float32, one per group. Running mean of the norms; 0 at first.
+        spread_norm: float32, one per group. Running standard deviation; 0 at first.
+        recorded: int32, one per group. How many norms were recorded.
+        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
+            norm; None with ``escape_steps=None``.
     """
 
     mean_norm: jax.Array
@@ -71,14 +74,14 @@ def ema_zscore(
     clip_option: str = "adaptive_scaling",
     clip_factor: jax.typing.ArrayLike = 1.0,
     skip_update_on_spike: bool = False,
-    eps: jax.typing.ArrayLike = 1e-6,
+    eps: jax.typing.ArrayLike | None = None,
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of ZClip: what lies far above the running mean is a spike.
 
     With running mean m and standard deviation s of the norms recorded, and
-    z = (n - m) / (s + eps), a group with z > z_thresh is brought to the norm
+    z = (n - m) / (s + eps), a group with z > z_thresh is scaled to the norm
 
     | mode         | clip_option        | target                              |
     | ------------ | ------------------ | ----------------------------------- |
@@ -91,26 +94,30 @@ def ema_zscore(
     (x - m)**2 with the new m. In the first ``warmup_steps`` steps only
     ``max_grad_norm`` bounds, and m and s are those of the norms so far.
 
-    The state holds s, not its square, so that it neither over- nor underflows.
+    The rule is scale invariant with the default ``eps`` and without ``max_grad_norm``,
+    which has the unit of the norm. The state holds s, not its square, so that it
+    neither overflows nor underflows.
 
     Args:
         z_thresh: The trigger, in standard deviations; above 0.
         alpha: Decay of the averages, at least 0 and below 1.
         warmup_steps: At least 1.
-        max_grad_norm: A constant bound beside, at least 0; None for none.
+        max_grad_norm: A constant bound as well, at least 0; None for none.
         mode: "zscore" or "percentile".
         clip_option: "adaptive_scaling" or "mean".
         clip_factor: Factor of the target in "adaptive_scaling", above 0.
         skip_update_on_spike: Record nothing where there is a spike.
-        eps: Added to s, at least 0.
-        escape_steps: After so many steps in a row that are spikes, or whose norm is a
-            hundredth of the mean or less, the rule begins anew, at its warm-up; and in
-            the warm-up a norm counts for ten times the mean before it at most. None:
-            as the original, which never leaves a spread of zero.
-        record_zeros: Record norms of zero too, as the original.
+        eps: Added to s in mode "zscore", at least 0: a norm, such as the original's
+            1e-6. None: a millionth of m, in both modes, so that a norm above a
+            constant history by rounding only is not a spike.
+        escape_steps: After so many consecutive steps that are spikes, or whose norm is
+            at most a hundredth of the mean, the rule restarts with its warm-up; and in
+            the warm-up a norm counts for at most ten times the mean before it. None:
+            as in the original, where a deviation of zero stays zero.
+        record_zeros: Record norms of zero too, as the original does.
 
     Returns:
-        A rule with two float32 and two int32 a group.
+        A rule with two float32 and two int32 per group.
 
     Raises:
         ValueError: If a number is out of range, or there is no such mode or option.
@@ -126,7 +133,8 @@ def ema_zscore(
     _checks.positive(
         z_thresh=z_thresh, clip_factor=clip_factor, warmup_steps=warmup_steps
     )
-    _checks.non_negative(eps=eps)
+    if eps is not None:
+        _checks.non_negative(eps=eps)
     _checks.decay(alpha=alpha)
     _checks.steps(warmup_steps=warmup_steps)
     _checks.one_of("mode", mode, MODES)
@@ -139,14 +147,16 @@ def ema_zscore(
 
     def spike_of(norm, state):
         mean, spread = state.mean_norm, state.spread_norm
+        size = spread + (ROUNDING * mean if eps is None else eps)
+        trigger = mean + z_thresh * size
         if mode == "percentile":
-            return mean + z_thresh * spread, mean + z_thresh * spread
-        trigger = mean + z_thresh * (spread + eps)
+            target = mean + z_thresh * spread
+            return (trigger if eps is None else target), target
         if clip_option == "mean":
             return trigger, mean
-        z = (norm - mean) / (spread + eps)
-        share = z_thresh / jnp.where(z > 0, z, 1.0)
-        return trigger, (mean + z_thresh * spread * share) * clip_factor
+        above = (norm > trigger) & (size > 0)
+        z = quotient(jnp.where(above, norm - mean, 1.0), jnp.where(above, size, 1.0))
+        return trigger, (mean + z_thresh * spread * (z_thresh / z)) * clip_factor
 
     def update(norm, state, context):
         del context
@@ -155,7 +165,7 @@ def ema_zscore(
         spike = ~warm & (norm > trigger)
         threshold = jnp.minimum(jnp.where(warm, jnp.inf, trigger), top)
         end = jnp.minimum(jnp.where(spike, jnp.minimum(target, norm), norm), top)
-        count = state.recorded + 1
+        count = increment(state.recorded)
         run, away = in_a_row(
             spike, norm, jnp.where(warm, 0.0, state.mean_norm), state.clipped_run,
             escape_steps,
@@ -168,13 +178,14 @@ def ema_zscore(
             )
             main = main._replace(clipped_run=run)
         # Welford's recursion, of the deviation itself.
-        share = (count - 1).astype(norm.dtype) / count
+        number = count.astype(norm.dtype)
+        share = (number - 1) / number
         value = norm
         if escape_steps is not None:  # one wild norm must not set the scale
             bound = jnp.where(state.recorded > 0, 10 * state.mean_norm, jnp.inf)
             value = jnp.minimum(norm, bound)
         step = value - state.mean_norm
-        mean = state.mean_norm + step / count
+        mean = state.mean_norm + step / number
         spread = rms_of_two(share, state.spread_norm, step * root_of(share))
         early = ScoreState(mean, spread, count, run)
         fresh = ScoreState(norm, jnp.zeros_like(norm), jnp.ones_like(count), run)
@@ -200,22 +211,24 @@ def ema_sigma(
 ) -> Rule:
     """Returns the rule of Open-Sora-Plan: mean plus some deviations, without outliers.
 
-    threshold t = m + sigmas * s with running mean m and standard deviation s; norms
-    above it are not recorded. At the first step nothing is clipped, s = 0 and
-    m = min(3 * n, first_cap).
+    The threshold is t = m + sigmas * s with running mean m and standard deviation s;
+    norms above it are not recorded. At the first step nothing is clipped, s = 0 and
+    m = min(3 * n, first_cap). A norm above m by at most a millionth of m is never
+    clipped: where all norms were the same s is 0. Scale invariant with
+    ``first_cap=inf``.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
         decay: At least 0 and below 1.
         first_cap: The largest mean to begin with; above 0, also inf. (With the
-            original's 1.0, a run whose norms are above 1 is clipped to 1 for ever.)
-        escape_steps: After so many steps in a row that were clipped, or whose norm was
-            a hundredth of the mean or less, the rule begins anew, with m = 3 * n. None:
-            never, as the original.
-        record_zeros: Record norms of zero too, as the original.
+            original's 1.0, a run whose norms are above 1 is clipped to 1 permanently.)
+        escape_steps: After so many consecutive steps that were clipped, or whose norm
+            was at most a hundredth of the mean, the rule restarts with m = 3 * n. None:
+            as in the original, never, and norms above m by a millionth are clipped.
+        record_zeros: Record norms of zero too, as the original does.
 
     Returns:
-        A rule with two float32 and two int32 a group.
+        A rule with two float32 and two int32 per group.
 
     Raises:
         ValueError: If a number is out of range.
@@ -239,13 +252,16 @@ def ema_sigma(
     def update(norm, state, context):
         del context
         start = state.recorded == 0
-        threshold = state.mean_norm + sigmas * state.spread_norm
+        target = state.mean_norm + sigmas * state.spread_norm
+        threshold = target
+        if escape_steps is not None:
+            threshold = jnp.maximum(target, state.mean_norm * (1 + ROUNDING))
         threshold = jnp.where(start, jnp.inf, threshold)
         over = norm > threshold
         run, away = in_a_row(
             over, norm, state.mean_norm, state.clipped_run, escape_steps
         )
-        count = state.recorded + 1
+        count = increment(state.recorded)
         after = followed(state, norm, decay, count, run)
         mean = jnp.where(over, state.mean_norm, after.mean_norm)
         spread = jnp.where(over, state.spread_norm, after.spread_norm)
@@ -253,6 +269,6 @@ def ema_sigma(
         first = jnp.where(away, tripled, jnp.minimum(tripled, first_cap))
         mean = jnp.where(start | away, first, mean)
         spread = jnp.where(start | away, 0.0, spread)
-        return one(threshold), ScoreState(mean, spread, count, run)
+        return Limit(threshold, target), ScoreState(mean, spread, count, run)
 
     return remembering(init, update, "ema_sigma", zeros=record_zeros)

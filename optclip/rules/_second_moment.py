@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numbers import increment, quotient
 from optclip.rules._base import Limit, Rule
 from optclip.rules._memory import (
+    next_place,
     one,
     recorded_norm,
     remembering,
@@ -25,7 +27,8 @@ class SecondMomentState(NamedTuple):
 
     Attributes:
         root_moment: float32, as large as the leaf. Root of the running mean square.
-        recorded: int32, one a leaf. Updates so far.
+        recorded: int32, one per leaf. Updates so far; with ``reset_every``, at the end
+            of int32, a smaller number in the same phase.
     """
 
     root_moment: jax.Array
@@ -44,24 +47,25 @@ def second_moment(
 ) -> Rule:
     """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own size.
 
-    With the running mean square v of an entry, clipped values recorded: threshold
-    t = max(ratio * sqrt(v), floor), and then v = decay * v + (1 - decay) * u'**2.
+    With the running mean square v of an entry, clipped values recorded, the threshold
+    is t = max(ratio * sqrt(v), floor), and then v = decay * v + (1 - decay) * u'**2.
+    Scale invariant with ``floor=0``.
 
     Args:
         ratio: The multiple, at least 0: SPAM's is the root of its 5000.
         decay: At least 0 and below 1.
-        floor: The least threshold, at least 0.
+        floor: The smallest threshold, at least 0, in the unit of the entries.
         debias: Divide v by 1 - decay**step, as AdamWClip does and SPAM does not.
         warmup_steps: Number of the first update that may be clipped, counted from 1
             (SPAM: 20).
-        reset_every: v begins anew at each update whose number is a multiple of this;
-            then ``warmup_steps`` updates are not clipped.
-        pass_unseen: Leave an entry alone whose v is 0. The originals clip it to the
-            floor: without one, an entry that was zero so far stays zero.
+        reset_every: v restarts from 0 at each update whose number is a multiple of
+            this; then ``warmup_steps`` updates are not clipped.
+        pass_unseen: Pass an entry through whose v is 0. The originals clip it to the
+            floor: with ``floor=0`` an entry that was zero so far then stays zero.
 
     Returns:
-        A rule for `optclip.scopes.element`, with one float32 an entry and one int32 a
-        leaf.
+        A rule for `optclip.scopes.element`, with one float32 per entry and one int32
+        per leaf.
 
     Raises:
         ValueError: If a number is out of range.
@@ -89,12 +93,14 @@ def second_moment(
     def update(norm, state, context):
         del context
         root, earlier = state
-        number: Any = state.recorded + 1
+        number: Any = increment(state.recorded)
         phase = number
         if reset_every is not None:
-            phase = number % reset_every
+            period = jnp.asarray(reset_every).astype(jnp.int32)
+            number = next_place(state.recorded, period)
+            phase = number % period
             root = jnp.where(phase == 0, 0.0, root)
-            earlier = jnp.where(number < reset_every, earlier, phase)
+            earlier = jnp.where(number < period, earlier, phase)
         size: Any = root
         if debias:
             size = root / jnp.sqrt(weight_of(decay, earlier, root.dtype))
@@ -115,8 +121,8 @@ class MaximumState(NamedTuple):
     """State of `max_ema`.
 
     Attributes:
-        ema_maximum: float32 scalar, one a leaf. Running average of the largest entry.
-        recorded: int32 scalar, one a leaf. Updates so far.
+        ema_maximum: float32 scalar, one per leaf. Running average of the largest entry.
+        recorded: int32 scalar, one per leaf. Updates so far.
     """
 
     ema_maximum: jax.Array
@@ -137,7 +143,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         record_zeros: Record leaves that are zero too, as the official code.
 
     Returns:
-        A rule for `optclip.scopes.element`, with one float32 and one int32 a leaf.
+        A rule for `optclip.scopes.element`, with one float32 and one int32 per leaf.
 
     Raises:
         ValueError: If ``decay`` is out of range.
@@ -159,11 +165,11 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
     def update(norm, state, context):
         top = context.across(jnp.max(norm, initial=0.0))
         level = decay * state.ema_maximum + (1 - decay) * top
-        count = state.recorded + 1
+        count = increment(state.recorded)
         threshold = level / weight_of(decay, count, level.dtype)
         # At the first step both are the same number, up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
-        share = jnp.minimum(threshold / jnp.where(top > 0, top, 1.0), 1.0)
+        share = jnp.minimum(quotient(threshold, jnp.where(top > 0, top, 1.0)), 1.0)
         return Limit(threshold, norm * share), MaximumState(level, count)
 
     rule = remembering(init, update, "max_ema", zeros=record_zeros)

@@ -1,4 +1,4 @@
-"""The rule that gives a group the norm that Adam would make of its norm."""
+"""The rule whose target is what Adam would make of the norm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numbers import increment, quotient
 from optclip.rules._base import Rule
 from optclip.rules._memory import (
     check_escape,
@@ -26,10 +27,11 @@ class SmoothState(NamedTuple):
     """State of `smoothed_norm`.
 
     Attributes:
-        first_moment: float32, one a group. Running mean of the norm.
-        second_root: float32, one a group. Root of the running mean of its square.
-        recorded: int32, one a group. How many norms were recorded.
-        clipped_run: int32, one a group. Lost steps in a row; None without an escape.
+        first_moment: float32, one per group. Running mean of the norm.
+        second_root: float32, one per group. Root of the running mean of its square.
+        recorded: int32, one per group. How many norms were recorded.
+        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
+            norm; None with ``escape_steps=None``.
     """
 
     first_moment: jax.Array
@@ -42,27 +44,28 @@ def smoothed_norm(
     first_decay: jax.typing.ArrayLike = 0.7,
     *,
     second_decay: jax.typing.ArrayLike = 0.9,
-    eps: jax.typing.ArrayLike = 1e-8,
+    eps: jax.typing.ArrayLike = 0.0,
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of AdaGN: the norm that Adam would make of the norm.
 
-    target t = m / (sqrt(q) + eps) with bias-corrected running averages m of n and q of
-    n**2, this step's included. Meant for `optclip.actions.normalize`, which gives every
-    group its target.
+    The target is t = m / (sqrt(q) + eps) with bias-corrected running averages m of n
+    and q of n**2, this step's included. Meant for `optclip.actions.normalize`, which
+    scales every group to its target. With ``eps=0`` the targets do not depend on the
+    scale of the gradients.
 
     Args:
         first_decay: Decay of m, at least 0 and below 1.
         second_decay: Decay of q, at least 0 and below 1.
-        eps: At least 0.
-        escape_steps: A norm counts for a hundred times the root of q at most; and after
-            so many steps in a row on which it is a hundredth of that or less, the
-            averages begin anew. None: as the original.
+        eps: Added to the root of q, at least 0; the original has 1e-8.
+        escape_steps: A norm counts for at most a hundred times the root of q; and after
+            so many consecutive steps on which it is above that, or at most a hundredth
+            of the root, the averages restart. None: as in the original.
         record_zeros: Record norms of zero too.
 
     Returns:
-        A rule with two float32 and two int32 a group.
+        A rule with two float32 and two int32 per group.
 
     Raises:
         ValueError: If a number is out of range.
@@ -91,7 +94,7 @@ def smoothed_norm(
 
     def update(norm, state, context):
         del context
-        count = state.recorded + 1
+        count = increment(state.recorded)
         size = size_of(state.second_root, state.recorded)
         known = size > 0
         run, away = in_a_row(
@@ -105,7 +108,9 @@ def smoothed_norm(
         first: Any = first_decay * old[0] + (1 - first_decay) * value
         root = rms_of_two(second_decay, old[1], value)
         target: Any = first / weight_of(first_decay, count, first.dtype)
-        target = target / (size_of(root, count) + eps)
+        size = size_of(root, count) + eps
+        known = size > 0  # else all norms so far are 0, and any target will do
+        target = quotient(jnp.where(known, target, 1.0), jnp.where(known, size, 1.0))
         return one(target), SmoothState(first, root, count, run)
 
     return remembering(init, update, "smoothed_norm", zeros=record_zeros)

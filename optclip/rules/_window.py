@@ -11,20 +11,30 @@ from optclip import _checks
 from optclip._checks import Static
 from optclip._numbers import root_of, usable_unit
 from optclip.rules._base import Rule
-from optclip.rules._memory import one, places, recorded_norm, remembering
+from optclip.rules._memory import (
+    next_place,
+    one,
+    places,
+    recorded_norm,
+    remembering,
+)
 
 __all__ = ["WindowState", "window_percentile", "window_sigma"]
 
 # No plain ints: `optax.inject_hyperparams` would make them arrays.
 WINDOW, SHORT_WINDOW = Static(1000), Static(128)
+# Differences below this share of the largest norm are rounding.
+ROUNDING = 1e-6
 
 
 class WindowState(NamedTuple):
     """State of the rules with a window.
 
     Attributes:
-        recent_norms: float32, one row of ``window`` a group: the last norms, in a ring.
-        recorded: int32, one a group. How many norms were recorded.
+        recent_norms: float32, one row of ``window`` per group: the last norms, in a
+            ring buffer.
+        recorded: int32, one per group. How many norms were recorded; at the end of
+            int32, a smaller number at the same place of the ring.
     """
 
     recent_norms: jax.Array
@@ -39,7 +49,7 @@ def _put(state: WindowState, value: jax.Array, first_fills: bool = False):
     if first_fills:
         here |= (count == 0)[..., None]
     put = jnp.where(here, value.astype(ring.dtype)[..., None], ring)
-    return WindowState(put, count + 1)
+    return WindowState(put, next_place(count, ring.shape[-1]))
 
 
 def _empty(norm: jax.Array, window: int) -> WindowState:
@@ -65,10 +75,10 @@ def _percentile(state: WindowState, percentile: Any, by_rank: bool) -> jax.Array
 
     if by_rank:
         return at(jnp.broadcast_to(jnp.asarray(percentile), known.shape))
-    place = percentile / 100 * jnp.maximum(known - 1, 0)
-    low = jnp.floor(place)
+    place = percentile / 100 * jnp.maximum(known - 1, 0).astype(values.dtype)
+    low = jnp.floor(place).astype(jnp.int32)
     below, above = at(low), at(jnp.minimum(low + 1, jnp.maximum(known - 1, 0)))
-    return below + (above - below) * (place - low)
+    return below + (above - below) * (place - low.astype(place.dtype))
 
 
 def window_percentile(
@@ -82,9 +92,10 @@ def window_percentile(
 ) -> Rule:
     """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
 
-    The threshold is that of ``numpy.percentile``: linear between two norms. With
+    The threshold is that of ``numpy.percentile``, with linear interpolation. With
     ``by_rank``, bitsandbytes' rule: the first norm fills the whole window, and the
-    threshold is entry ``percentile * window / 100`` of the sorted norms.
+    threshold is entry ``percentile * window / 100`` of the sorted norms. Scale
+    invariant.
 
     Args:
         percentile: Between 0 and 100.
@@ -96,10 +107,10 @@ def window_percentile(
         record_zeros: Record norms of zero too.
 
     Returns:
-        A rule with ``window`` float32 and one int32 a group.
+        A rule with ``window`` float32 and one int32 per group.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is no int.
+        ValueError: If a number is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -137,38 +148,43 @@ def window_sigma(
     sigmas: jax.typing.ArrayLike = 3.0,
     *,
     window: Any = SHORT_WINDOW,
-    floor: jax.typing.ArrayLike = 1e-6,
+    floor: jax.typing.ArrayLike | None = None,
     unbiased: bool = False,
     record: str = "raw",
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
 
-    threshold t = m + sigmas * max(s, floor) with the mean m and the standard deviation
-    s of the norms before this one; nothing is clipped before half the window, two norms
-    at least, is filled. Of the rules with a history, this one alone can judge numbers
-    that may be negative, such as losses.
+    The threshold is t = m + sigmas * max(s, floor) with the mean m and the standard
+    deviation s of the norms before this one; nothing is clipped before half the window,
+    at least two norms, is filled. It is the only rule with a history that can judge
+    numbers which may be negative, such as losses. Scale invariant with the default
+    ``floor``.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
         window: How many norms are kept, at least 2.
-        floor: The least deviation that counts, at least 0.
+        floor: The smallest deviation that counts, at least 0: a norm, such as
+            Levanter's 1e-6. None: a millionth of the largest magnitude in the window,
+            so that a norm above a constant history by rounding only is not clipped.
         unbiased: Whether the squares in s are divided by one less than their number, as
             OLMo-core and MaxText do, and not by it, as Levanter does.
         record: "raw" or "clipped": the norm before or after the clip.
-        record_zeros: Record norms of zero too, as the original.
+        record_zeros: Record norms of zero too, as the original does.
 
     Returns:
-        A rule with ``window`` float32 and one int32 a group.
+        A rule with ``window`` float32 and one int32 per group.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is no int.
+        ValueError: If a number is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
         >>> tx = optclip.clip(optclip.rules.window_sigma(3.0))
     """
-    _checks.non_negative(sigmas=sigmas, floor=floor)
+    _checks.non_negative(sigmas=sigmas)
+    if floor is not None:
+        _checks.non_negative(floor=floor)
     _checks.one_of("record", record, ("raw", "clipped"))
     window = _checks.size("window", window, least=2)
 
@@ -178,15 +194,16 @@ def window_sigma(
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
         # In units of the largest, whose square can't overflow.
-        unit = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
-        unit = usable_unit(unit)
+        largest = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
+        unit = usable_unit(largest)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
-        number = jnp.maximum(known, 1)
+        number = jnp.maximum(known, 1).astype(ring.dtype)
         mean = jnp.sum(share, axis=-1) / number
         apart = jnp.where(valid, share - mean[..., None], 0.0)
         freedom = jnp.maximum(number - 1, 1) if unbiased else number
         spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / freedom)
-        threshold = unit * mean + sigmas * jnp.maximum(unit * spread, floor)
+        least = ROUNDING * largest if floor is None else floor
+        threshold = unit * mean + sigmas * jnp.maximum(unit * spread, least)
         ready = count >= max(2, window // 2)
         limit = one(jnp.where(ready, threshold, jnp.inf))
         return limit, _put(state, recorded_norm(norm, limit, record))
