@@ -9,7 +9,7 @@ import numpy as np
 
 
 class EmaRatio:
-    def __init__(self, ratio, decay, *, record="clipped", eps=1e-8, warmup=None):
+    def __init__(self, ratio, decay, *, record="clipped", eps=0.0, warmup=None):
         self.ratio, self.decay, self.record, self.eps = ratio, decay, record, eps
         self.warmup, self.level, self.count = warmup, 0.0, 0
 
@@ -35,11 +35,11 @@ class EmaRatio:
 
 class ZScore:
     def __init__(self, thresh, alpha, warmup, *, top=np.inf, mode="zscore",
-                 option="adaptive_scaling", factor=1.0, skip=False,
-                 escape=None):  # fmt: skip
+                 option="adaptive_scaling", factor=1.0, skip=False, escape=None,
+                 eps=None):  # fmt: skip
         self.thresh, self.alpha, self.warmup, self.top = thresh, alpha, warmup, top
         self.mode, self.option, self.factor, self.skip = mode, option, factor, skip
-        self.escape, self.seen, self.run = escape, [], 0
+        self.escape, self.seen, self.run, self.eps = escape, [], 0, eps
         self.mean = self.var = 0.0
 
     def step(self, n):
@@ -50,10 +50,12 @@ class ZScore:
                 self.mean, self.var = np.mean(self.seen), np.var(self.seen)
             return self.top, self.top
         std = np.sqrt(self.var)
-        z = (n - self.mean) / (std + 1e-6)
-        trigger = self.mean + self.thresh * (std + 1e-6)
+        padded = std + (1e-6 * self.mean if self.eps is None else self.eps)
+        z = (n - self.mean) / padded
+        trigger = self.mean + self.thresh * padded
         if self.mode == "percentile":
-            trigger = target = self.mean + self.thresh * std
+            target = self.mean + self.thresh * std
+            trigger = trigger if self.eps is None else target
             spike = n > trigger
         else:
             spike = z > self.thresh
@@ -82,6 +84,7 @@ class Sigma:
         limit = np.inf
         if self.count:
             limit = self.mean + self.sigmas * np.sqrt(self.var)
+            limit = max(limit, self.mean * (1 + 1e-6)) if self.escape else limit
         over = n > limit
         self.run = self.run + 1 if over else 0
         away = bool(self.escape) and self.run >= self.escape
@@ -148,13 +151,15 @@ class Window:
 
 
 class WindowSigma:
-    def __init__(self, sigmas, window):
+    def __init__(self, sigmas, window, floor=None):
         self.sigmas, self.window, self.kept = sigmas, window, []
+        self.floor = floor
 
     def step(self, n):
         limit, kept = np.inf, self.kept[-self.window :]
         if len(kept) >= max(2, self.window // 2):
-            limit = np.mean(kept) + self.sigmas * max(np.std(kept), 1e-6)
+            floor = 1e-6 * np.max(kept) if self.floor is None else self.floor
+            limit = np.mean(kept) + self.sigmas * max(np.std(kept), floor)
         self.kept += [n] if n > 0 else []
         return limit, limit
 

@@ -45,7 +45,19 @@ CASES = {
                      lambda: oracles.WindowSigma(2.0, 32)),
     "quantile": (rules.geometric_quantile(),
                  lambda: oracles.Quantile(0.1, 2.0, 0.05, 5)),
-    "smooth": (rules.smoothed_norm(), lambda: oracles.Smooth(0.7, 0.9, 1e-8)),
+    "smooth": (rules.smoothed_norm(), lambda: oracles.Smooth(0.7, 0.9, 0.0)),
+    "olmo-eps": (rules.ema_ratio(1.5, decay=0.9, eps=2.0),
+                 lambda: oracles.EmaRatio(1.5, 0.9, eps=2.0)),
+    "zscore-eps": (
+        rules.ema_zscore(eps=0.3, escape_steps=None),
+        lambda: oracles.ZScore(2.5, 0.97, 25, eps=0.3)),
+    "percentile-eps": (
+        rules.ema_zscore(mode="percentile", eps=0.3, escape_steps=None),
+        lambda: oracles.ZScore(2.5, 0.97, 25, mode="percentile", eps=0.3)),
+    "window-sigma-floor": (rules.window_sigma(2.0, window=32, floor=0.5),
+                           lambda: oracles.WindowSigma(2.0, 32, floor=0.5)),
+    "smooth-eps": (rules.smoothed_norm(eps=0.5),
+                   lambda: oracles.Smooth(0.7, 0.9, 0.5)),
 }  # fmt: skip
 
 
@@ -82,7 +94,7 @@ def test_rules_follow_their_formulas_step_by_step(name):
     np.testing.assert_allclose(lengths[over], wanted[over, 1], rtol=2e-5)
     under = positive & (norms < wanted[:, 0] * (1 - 1e-5))
     np.testing.assert_allclose(lengths[under], norms[under], rtol=1e-6)
-    assert over.sum() > 3 or name == "smooth"
+    assert over.sum() > 3 or name.startswith("smooth")
 
 
 def test_states_hold_what_the_oracles_hold():
@@ -273,3 +285,36 @@ def test_element_rules_are_per_leaf_and_entry():
     tx = optclip.clip(rules.max_ema(), scope=scopes.element())
     state = tx.init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
     assert [s.ema_maximum.shape for s in state.rule_state] == [(), ()]
+
+
+WIDE = {
+    "adagc": optclip.adagc(lambda_abs=np.inf, warmup_steps=0),
+    "autoclip": optclip.autoclip(50.0, window=8),
+    "autoclip-all": optclip.autoclip(50.0, window=None),
+    "dual_ema_clip": optclip.dual_ema_clip(),
+    "ema_sigma_clip": optclip.ema_sigma_clip(),
+    "norm_growth_limiter": optclip.norm_growth_limiter(),
+    "percentile_clip": optclip.percentile_clip(50.0, window=8),
+    "quantile_clip": optclip.quantile_clip(),
+    "rolling_sigma_clip": optclip.rolling_sigma_clip(window=8),
+    "zclip": optclip.zclip(warmup_steps=3, max_grad_norm=None),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_float64_norms_beyond_the_range_of_float32(name, x64):
+    """What is too large counts as the largest float32, what is too small as zero."""
+    del x64
+    tx = WIDE[name]
+    follow = jax.jit(
+        lambda s, xs: jax.lax.scan(lambda s, g: tx.update(g[None], s)[::-1], s, xs)
+    )
+    first = tx.init(jnp.zeros(1, jnp.float64))
+    tiny = np.full(20, 1e-100)
+    state, out = follow(first, tiny)
+    np.testing.assert_array_equal(out[:, 0], tiny)  # passes, and is not recorded
+    chex.assert_trees_all_equal(state.rule_state, first.rule_state)
+    state, out = follow(first, np.r_[np.full(10, 1e100), 1e300, np.full(9, 1e100)])
+    chex.assert_tree_all_finite((state.rule_state, out))
+    assert np.all(out > 0)
+    assert np.max(out[10:]) < 1e39  # it is bounded, by the largest float32

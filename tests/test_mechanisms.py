@@ -111,6 +111,30 @@ def test_u_clip_bounds_the_carry_and_keeps_it_over_a_nan():
     chex.assert_trees_all_equal(after.carry, state.carry)
 
 
+INNER = {
+    "value": optclip.clip_by_value(1e3), "tree": optclip.clip(1e3),
+    "leaf": optclip.clip_by_leaf_norm(1e3), "off": optclip.clip(np.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e5m2"])
+@pytest.mark.parametrize("inner", INNER)
+def test_u_clip_passes_what_is_not_clipped_to_the_bit(inner, dtype):
+    least = jnp.finfo(dtype).smallest_subnormal
+    grads = np.array([-0.0, 0.0, least, -3 * least, 0.5, -7.0]).astype(dtype)
+    tx = optclip.u_clip(INNER[inner])
+    step = jax.jit(tx.update)
+    state = tx.init(grads)
+    for _ in range(2):
+        out, state = step(grads, state)
+        assert np.asarray(out).tobytes() == grads.tobytes()
+    # An entry that carries something is added up; the others stay as they are.
+    state = state._replace(carry=jnp.array([0, 0, 0, 0, 0, 1.0], jnp.float32))
+    out, _ = step(grads, state)
+    assert np.asarray(out)[:5].tobytes() == grads[:5].tobytes()
+    assert float(out[5]) == -6
+
+
 def stable_adam(grads, w, lr, b1, b2, eps, decay):
     """StableAdamW in NumPy, as optimi writes it."""
     m = v = np.zeros_like(w)
@@ -142,6 +166,22 @@ def test_stable_adam_follows_its_formula():
     wanted = stable_adam(grads, start, 0.05, 0.9, 0.99, 1e-6, 0.1)
     np.testing.assert_allclose(w, wanted, rtol=2e-5)
     assert float(state[0].largest_rms) > 0
+
+
+def test_the_state_of_stable_adam_is_float32_whatever_x64_and_its_decays(x64):
+    del x64
+    grads = {"w": jnp.ones(3, jnp.float32), "d": jnp.ones(2, jnp.float64)}
+    for b1, b2 in ((0.9, 0.99), (np.float64(0.9), jnp.float64(0.99))):
+        tx = optclip.scale_by_stable_adam(b1, b2)
+        state = tx.init(grads)
+        after, out = jax.jit(
+            lambda s, tx=tx: jax.lax.scan(
+                lambda s, _: tx.update(grads, s)[::-1], s, None, 3
+            )
+        )(state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
+        chex.assert_trees_all_equal_dtypes(jax.tree.map(lambda x: x[0], out), grads)
 
 
 def test_stable_adam_decays_only_what_the_mask_says():
@@ -286,3 +326,83 @@ def test_a_first_gradient_that_overflows_squares_does_not_stop_stabilize():
         out, state = tx.update(jnp.full(3, 1.0), state, params)
     assert float(jnp.max(jnp.abs(out))) > 1e-3
     chex.assert_tree_all_finite(state.optimizer_state)
+
+
+@functools.cache
+def spectral_slope(method):
+    """Returns a jitted (x, cap, weights, move) -> value, gradients, derivative."""
+
+    def value(x, cap, weights):
+        tx = optclip.spectral_clip(cap, method=method)
+        return jnp.vdot(weights, tx.update(x, optclip.spectral_clip(1.0).init(x))[0])
+
+    def both(x, cap, weights, move):
+        at, slopes = jax.value_and_grad(value, (0, 1))(x, cap, weights)
+        _, along = jax.jvp(lambda x: value(x, cap, weights), (x,), (move,))
+        return at, slopes, along
+
+    return jax.jit(both)
+
+
+def waves(shape):
+    size = int(np.prod(shape))
+    return np.sin(1.0 + np.arange(size)).reshape(shape), np.cos(
+        3.0 * np.arange(size)
+    ).reshape(shape)
+
+
+# Singular values that are equal, zero, or both, below and above the cap, which is 1.
+SPECTRA = {
+    "distinct": [50.0, 7.0, 0.5], "equal": [3.0, 3.0, 3.0], "low": [0.4, 0.4, 0.4],
+    "mixed": [2.0, 2.0, 0.3], "singular": [5.0, 0.0, 0.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", CURVES)
+def test_derivatives_of_spectral_clips_equal_finite_differences(method, x64):
+    del x64
+    slope, step = spectral_slope(method), 1e-6
+    points = [matrix((3, 5), s) for s in SPECTRA.values()]
+    points += [matrix((5, 3), SPECTRA["mixed"]), np.diag([4.0, 0.2, 0.2])]
+    points += [np.array([3.0, -4.0, 0.1]), np.array([0.1, 0.2, 0.0]), np.array(5.0)]
+    # The iteration of "hardcap" multiplies tiny singular values by 1.5**30.
+    points += [] if method == "hardcap" else [np.zeros((3, 5))]
+    for x in points:
+        weights, move = waves(x.shape)
+        if method == "hardcap" and np.linalg.matrix_rank(np.atleast_2d(x)) < min(
+            np.atleast_2d(x).shape
+        ):
+            continue
+        _, (by_x, by_cap), along = slope(x, 1.0, weights, move)
+        ends = [slope(x + s * step * move, 1.0, weights, move)[0] for s in (1, -1)]
+        wanted = float(ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose(np.vdot(by_x, move), wanted, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(along, wanted, rtol=2e-5, atol=1e-7)
+        ends = [slope(x, 1.0 + s * step, weights, move)[0] for s in (1, -1)]
+        wanted = float(ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose(by_cap, wanted, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", CURVES)
+def test_derivatives_of_spectral_clips_are_finite_at_every_size(method):
+    slope = spectral_slope(method)
+    normal = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    points = [0 * normal, np.eye(3, 5, dtype=np.float32), normal]
+    points += [np.float32(size) * normal for size in (1e-38, 1e-30, 1e30, 1e38)]
+    points += [np.full((3, 5), 3e38, np.float32)]
+    points += [x[0] for x in points] + [x[0, 0] for x in points]
+    for x in points:
+        weights, move = (w.astype(np.float32) for w in waves(x.shape))
+        for cap in (0.0, 1e-30, 1.0, 1e30, np.inf):
+            _, (by_x, by_cap), along = slope(x, np.float32(cap), weights, move)
+            for got in (by_x, by_cap, along):
+                assert np.all(np.isfinite(got)), (x, cap)
+            if cap > 1e6 * float(np.max(np.abs(x))):
+                np.testing.assert_allclose(by_x, weights, rtol=1e-5, atol=1e-6)
+    # The derivative does not depend on the unit of length.
+    weights, move = (w.astype(np.float32) for w in waves(normal.shape))
+    _, (wanted, _), _ = slope(2 * normal, np.float32(1.0), weights, move)
+    for size in (2.0**-80, 2.0**80, 2.0**120):
+        at = (np.float32(2 * size) * normal, np.float32(size))
+        _, (got, _), _ = slope(*at, weights, move)
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)

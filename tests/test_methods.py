@@ -105,6 +105,19 @@ def test_clip_grad_norm_of_non_finite_gradients_is_that_of_torch(value):
     np.testing.assert_array_equal(got["n"], [0, 1])
 
 
+def test_clip_grad_norm_of_infinite_gradients_without_a_bound_is_nan_as_in_torch():
+    # Torch multiplies by inf / (inf + 1e-6).
+    grads = {"a": jnp.array([np.inf, 1.0]), "b": jnp.zeros(1), "n": jnp.arange(2)}
+    for bound in (np.inf, jnp.float32(np.inf)):
+        got, norm = optclip.clip_grad_norm(grads, bound)
+        np.testing.assert_array_equal(got["a"], [np.nan, np.nan])
+        np.testing.assert_array_equal(got["b"], [np.nan])
+        np.testing.assert_array_equal(got["n"], [0, 1])
+        assert float(norm) == np.inf
+    got, _ = optclip.clip_grad_norm({"a": jnp.ones(2)}, np.inf)
+    np.testing.assert_array_equal(got["a"], [1, 1])
+
+
 def test_clip_grad_norm_raises_eagerly_and_through_checkify():
     bad = jnp.array([np.nan])
     with pytest.raises(checkify.JaxRuntimeError, match="is nan, so they can't"):
@@ -207,3 +220,55 @@ def test_a_pair_must_have_two_numbers():
 def test_an_unknown_curve_is_an_error():
     with pytest.raises(ValueError, match="`kind` must be one of"):
         optclip.soft_clip(1.0, kind="cubic")
+
+
+THRESHOLDS = {
+    "clip": optclip.clip, "clip_by_value": optclip.clip_by_value,
+    "clip_by_global_norm": optclip.clip_by_global_norm,
+    "clip_by_leaf_norm": optclip.clip_by_leaf_norm,
+    "clip_per_layer": lambda t: optclip.clip_per_layer(t, 0),
+    "clip_by_unit_norm": optclip.clip_by_unit_norm,
+    "clip_by_block_rms": optclip.clip_by_block_rms,
+    "adaptive_grad_clip": optclip.adaptive_grad_clip, "soft_clip": optclip.soft_clip,
+    "cap_update": optclip.cap_update, "trust_ratio_clip": optclip.trust_ratio_clip,
+    "spectral_clip": optclip.spectral_clip, "spam_clip": optclip.spam_clip,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_none_is_an_error_that_says_how_to_switch_a_clip_off(name):
+    with pytest.raises(TypeError, match=r"got None\. Pass inf to switch"):
+        THRESHOLDS[name](None)
+
+
+def test_none_is_not_said_to_switch_a_normalization_off():
+    with pytest.raises(TypeError, match="must be a number >= 0, got None") as error:
+        optclip.normalize_by_norm(None)
+    assert "inf" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [n for n in THRESHOLDS if n != "spam_clip"])
+def test_zero_gives_zeros_and_inf_the_updates(name):
+    params = {"a": jnp.ones(2), "b": jnp.ones((2, 2))}
+    zeros = clipped(THRESHOLDS[name](0.0), params=params)
+    assert all(np.all(x == 0) for x in zeros.values())
+    same = clipped(THRESHOLDS[name](np.inf), params=params)
+    assert all(np.array_equal(same[k], GRADS[k]) for k in GRADS)
+
+
+@pytest.mark.parametrize(
+    "make", [optclip.clip_by_unit_norm, optclip.adaptive_grad_clip]
+)
+def test_an_axis_by_name_makes_each_row_of_an_embedding_a_unit(make):
+    table = jnp.full((50, 4), 0.01).at[7].set(100.0)  # one bad row of [vocab, dim]
+    grads = {"embedding": table, "dense": jnp.full((3, 2), 0.01)}
+    ones = {k: jnp.full_like(x, 10.0) for k, x in grads.items()}
+    # By default a unit is a column across the vocabulary: every row pays.
+    shared = clipped(make(1.0), grads, ones)
+    assert np.max(shared["embedding"][0]) < 0.009
+    own = clipped(make(1.0, axis={"embedding": 1}), grads, ones)
+    good = np.delete(np.arange(50), 7)
+    np.testing.assert_array_equal(own["embedding"][good], table[good])
+    bound = 1.0 if make is optclip.clip_by_unit_norm else 20.0
+    np.testing.assert_allclose(np.linalg.norm(own["embedding"][7]), bound, rtol=1e-6)
+    np.testing.assert_array_equal(own["dense"], grads["dense"])
