@@ -22,6 +22,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# `make test-x64`: what is promised holds where float64 is on, too.
+X64 = os.environ.get("OPTCLIP_TEST_X64", "") not in ("", "0")
+jax.config.update("jax_enable_x64", X64)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,4 +44,4 @@ def x64():
     """Turns float64 on for one test."""
     jax.config.update("jax_enable_x64", True)
     yield
-    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_enable_x64", X64)

@@ -1,0 +1,201 @@
+"""Contract 6: JAX's modes for finding faults find none in a jitted step or metrics.
+
+Promised under `jax.numpy_dtype_promotion("strict")`, `jax.numpy_rank_promotion("raise")`,
+`jax.transfer_guard("disallow")`, `jax.debug_nans`, `jax.debug_infs` and
+`jax.checking_leaks`: ``init`` and ``update`` under `jax.jit`, at finite gradients of any
+size, and `metrics`, `leaf_metrics` and `culprits` of the state, outside of jit. Outside of
+jit, ``update`` is not promised under a transfer guard, which refuses any constant that
+an operation brings along (also Optax's), nor under `jax.debug_infs`, as an unknown
+threshold is infinite until it is stored.
+"""
+
+import contextlib
+
+import every
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+
+MODES = {
+    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "leaks": jax.checking_leaks,
+}
+# Leaks are looked for while tracing, which then takes twice as long.
+AT_ONCE = [mode for mode in MODES if mode != "leaks"]
+EAGER = ("strict_promotion", "rank_promotion", "debug_nans")
+# Ordinary gradients, and what a rule meets at its worst: its first norm is ordinary,
+# unknown (zero), huge, or next to nothing.
+SIZES = (1.0, 1e30, 0.0, 1e-30, 1.0, 3e37)
+HARD_STARTS = ((0.0, 0.0, 1.0), (1e30, 1.0, 0.0), (1e-30, 1e30, 1.0))
+
+
+@contextlib.contextmanager
+def switched_on(*modes):
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(MODES[mode]())
+        yield
+
+
+def read(state, params):
+    """Returns all that is logged of a state; the names of leaves where it has them."""
+    logged = optclip.metrics(state)
+    for reader in (optclip.leaf_metrics, optclip.culprits):
+        try:
+            found = reader(state, params)
+        except ValueError as error:
+            assert "`opt_state` " in str(error), error  # nothing to read there
+            continue
+        logged |= found if isinstance(found, dict) else {}
+        assert isinstance(found, dict) or not found, "a culprit of finite gradients"
+    return logged
+
+
+def run(tx, modes, dtype, starts=(SIZES,), wrap=jax.jit):
+    params = every.on_device(dtype, seed=9)
+    grads = {s: every.on_device(dtype, s, seed=1) for s in sum(starts, ())}
+    init, update = wrap(tx.init), wrap(tx.update)
+    with switched_on(*modes):
+        for sizes in starts:
+            state = init(params)
+            for size in sizes:
+                out, state = update(grads[size], state, params)
+            logged = read(state, params)
+    for tree in (out, logged):
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree)), tree
+
+
+@pytest.mark.parametrize("name", every.DISTINCT)
+def test_a_jitted_step_and_its_metrics_pass_all_modes_at_once(name):
+    run(every.EVERY[name](), AT_ONCE, "mixed", (SIZES, *HARD_STARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", every.EVERY)
+def test_a_jitted_step_passes_each_mode(name, mode, dtype):
+    run(every.EVERY[name](), [mode], dtype, (SIZES, *HARD_STARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every.VARIANTS)
+def test_options_pass_all_modes_at_once(name):
+    run(every.VARIANTS[name](), MODES, "mixed", (SIZES, *HARD_STARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", EAGER)
+@pytest.mark.parametrize("name", every.EVERY)
+def test_a_step_outside_of_jit_passes(name, mode):
+    run(every.EVERY[name](), [mode], "mixed", wrap=lambda f: f)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*every.EVERY, *(pytest.param(n, marks=pytest.mark.slow) for n in every.VARIANTS)],
+)
+def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
+    params = every.numbers("mixed")
+
+    def traced(params):
+        tx = every.EVERY.get(name, every.VARIANTS.get(name))()
+        state = tx.init(params)
+        out, state = tx.update(params, state, params)
+        return out, state, optclip.metrics(state)
+
+    with switched_on("strict_promotion", "rank_promotion", "leaks"):
+        jax.eval_shape(traced, params)
+
+
+# Thresholds that are arrays: a number of any dtype without the mode; with it, of float32
+# as the norms are, or what becomes that without float64.
+@pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32], ids=str)
+@pytest.mark.parametrize("name", every.NUMERIC)
+def test_arrays_in_place_of_numbers_are_not_mixed_with_other_dtypes(name, kind):
+    params = every.numbers("mixed")
+    with switched_on("strict_promotion", "rank_promotion"):
+        tx = every.with_numbers(name, kind)
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+
+
+def loss_fn(params, x):
+    parts = jax.tree.map(lambda p: jnp.sum(p.astype(jnp.float32)), params)
+    return jnp.tanh(sum(jax.tree.leaves(parts)) * x)
+
+
+FUNCTIONS = {
+    "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0),
+    "clip_grad_norm-inf": lambda g: optclip.clip_grad_norm(g, 1.0, float("inf")),
+    "clip_grad_value": lambda g: optclip.clip_grad_value(g, 1.0),
+    "per_example_clip": lambda g: optclip.per_example_clip(loss_fn, 1.0)(
+        g, g["blocks"].reshape(-1)
+    ),
+    "per_example_clip-microbatch": lambda g: optclip.per_example_clip(
+        loss_fn, 1.0, microbatch_size=5
+    )(g, g["blocks"].reshape(-1)),
+    "global_norm": optclip.norms.global_norm,
+    "leaf_norms": optclip.norms.leaf_norms,
+    "unit_norms": optclip.norms.unit_norms,
+    "global_norm-1": lambda g: optclip.norms.global_norm(g, ord=1),
+    "global_norm-inf": lambda g: optclip.norms.global_norm(g, ord=np.inf),
+    "leaf_norms-rms": lambda g: optclip.norms.leaf_norms(g, ord="rms"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_pass_all_modes_at_once(name):
+    function = jax.jit(FUNCTIONS[name])
+    for size in (1.0, 0.0, 1e30, 1e-30, 3e37):
+        grads = every.on_device("mixed", size)
+        with switched_on(*MODES):
+            out = function(grads)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out))
+
+
+def test_a_threshold_is_suggested_from_a_state_in_all_modes_at_once():
+    tx = optclip.autoclip(window=16)
+    params = every.on_device("mixed")
+    grads = [every.on_device("mixed", 1.0 + i / 16, seed=i) for i in range(16)]
+    update = jax.jit(tx.update)
+    with switched_on(*AT_ONCE):
+        state = jax.jit(tx.init)(params)
+        for g in grads:
+            _, state = update(g, state, params)
+        suggestion = optclip.suggest_threshold(state)
+    assert suggestion.samples > 0
+
+
+CHAINS = {
+    "chain": lambda tx: optax.chain(tx, optax.sgd(0.1)),
+    "partition": lambda tx: optax.partition(
+        {"a": tx, "b": optax.sgd(0.1)},
+        {"blocks": "a", "kernel": "a", "bias": "b", "scale": "b"},
+    ),
+    "masked": lambda tx: optax.masked(tx, {k: k != "bias" for k in every.SHAPES}),
+}
+
+
+@pytest.mark.parametrize("wrapper", CHAINS)
+def test_wrappers_of_optax_pass_under_a_transfer_guard(wrapper):
+    tx = CHAINS[wrapper](optclip.clip_by_leaf_norm(1.0, nonfinite="skip"))
+    run(tx, ["transfer_guard", "debug_nans", "debug_infs"], "mixed")
+
+
+def test_state_made_under_jit_stays_on_the_mesh_of_the_parameters():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = jax.device_put({"w": np.ones((16, 2), np.float32)}, sharding)
+    tx = optclip.skip_steps(optax.chain(optclip.clip_by_leaf_norm(1.0), optax.sgd(1.0)))
+    with switched_on("transfer_guard"):
+        state = jax.jit(tx.init)(params)
+        _, state = jax.jit(tx.update)(params, state, params)
+        read(state, params)
