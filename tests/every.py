@@ -28,17 +28,20 @@ EVERY: dict[str, Callable] = {
 DISTINCT = [n for n in EVERY if n not in registry.TWINS]
 
 SHAPES = {"blocks": (2, 3, 2), "kernel": (3, 2), "bias": (2,), "scale": ()}
-MIXED = {"blocks": "float32", "kernel": "bfloat16", "bias": "bfloat16",
-         "scale": "float32"}  # fmt: skip
+# What several dtypes in one tree are.
+DTYPES = {
+    "mixed": ("float32", "bfloat16", "bfloat16", "float32"),
+    "all": ("float32", "bfloat16", "float64", "float32"),
+}
 
 
 def numbers(dtype="float32", size=1.0, seed=0):
     """Returns a pytree of NumPy arrays with normal entries times ``size``."""
     rng = np.random.default_rng(seed)
-    kinds = MIXED if dtype == "mixed" else dict.fromkeys(SHAPES, dtype)
+    dtypes = DTYPES.get(dtype, (dtype,) * len(SHAPES))
     return {
-        k: np.asarray(size * rng.normal(size=s)).astype(jnp.dtype(kinds[k]))
-        for k, s in SHAPES.items()
+        k: np.asarray(size * rng.normal(size=s)).astype(jnp.dtype(d))
+        for (k, s), d in zip(SHAPES.items(), dtypes, strict=True)
     }
 
 

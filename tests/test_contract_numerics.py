@@ -64,7 +64,7 @@ def runs(name, dtype):
     trees = [(s, registry.normal_tree(dtype, s)) for s in SIZES[dtype]]
     if dtype in FULL:
         trees.append((FULL[dtype], registry.full_tree(dtype, FULL[dtype])))
-    done, wide = [], jax.config.jax_enable_x64
+    done, wide = [], dtype in ("f64", "c128")
     for size, updates in trees:
         for threshold in (1.0, 0.7 * size, 1e3 * size):
             if not wide:
