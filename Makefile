@@ -15,10 +15,10 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive fuzz docs notebooks notebooks-check bench constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench constraints clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 # --- environments ---------------------------------------------------------------------
 
@@ -77,6 +77,14 @@ test-all: $(call stamp,test)  ## All tests, with the variants that `make test` l
 
 test-exhaustive: $(call stamp,test)  ## Every layout in every mode of sharding: half an hour
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
+
+# Every contract, and what checks numbers and states of each method.
+x64_tests := $(wildcard tests/test_contract_*.py) $(patsubst %,tests/test_%.py, \
+  actions adaptive_rules checkpoints laws mechanisms methods norms per_example rules \
+  scopes skipping telemetry)
+
+test-x64: $(call stamp,test)  ## The contracts again, with float64 on
+	@OPTCLIP_TEST_X64=1 $(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(x64_tests) $(ARGS)
 
 fuzz: $(call stamp,test)  ## Any tree, rule and value: 20,000 examples
 	@OPTCLIP_FUZZ_EXAMPLES=20000 $(bin)/python -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)

@@ -75,8 +75,9 @@ def _variants():
             yield f"{name}-{policy}", make
     for name, scope in adaptive.PAIRS:
         if scope not in ("own", "tree"):
-            yield f"{name}-{scope}", (
-                lambda n=name, s=scope: EVERY[n](scope=adaptive.SCOPES[s])
+            yield (
+                f"{name}-{scope}",
+                (lambda n=name, s=scope: EVERY[n](scope=adaptive.SCOPES[s])),
             )
     for name in optclip.__all__:
         function = getattr(optclip, name)
@@ -86,7 +87,7 @@ def _variants():
         if "update_dtype" in known and name in adaptive.ADAPTIVE:
             yield f"{name}-update_dtype", _by(function, update_dtype=jnp.float32)
     for options in ({"mode": "percentile"}, {"clip_option": "mean"}):
-        yield f"zclip-{list(options.values())[0]}", _by(optclip.zclip, **options)
+        yield f"zclip-{next(iter(options.values()))}", _by(optclip.zclip, **options)
     yield "zclip-skips", _by(optclip.zclip, skip_update_on_spike=True)
     yield "spam_clip-resets", _by(optclip.spam_clip, reset_every=3)
     yield "adaptive_grad_clip-axis", lambda: optclip.adaptive_grad_clip(0.1, axis=-1)
@@ -95,10 +96,13 @@ def _variants():
         yield f"unit-{order}", _by(optclip.clip_by_unit_norm, max_norm=1.0, ord=order)
         yield f"monitor-{order}", _by(optclip.monitor, ord=order)
     for kind in ("rational", "tanh", "atan", "sqrt"):
-        yield f"element-soften-{kind}", (
-            lambda kind=kind: optclip.clip(
-                1.0, scope=scopes.element(), action=actions.soften(kind)
-            )
+        yield (
+            f"element-soften-{kind}",
+            (
+                lambda kind=kind: optclip.clip(
+                    1.0, scope=scopes.element(), action=actions.soften(kind)
+                )
+            ),
         )
     for name in ("normalize", "zero"):
         yield f"element-{name}", _by(
@@ -109,31 +113,40 @@ def _variants():
     for name in ("clip_by_global_norm", "clip_by_leaf_norm", "clip_by_unit_norm"):
         function = getattr(optclip, name)
         yield f"{name}-schedule", _by(function, max_norm=_schedule(1.0, 0.1))
-    yield "clip_by_value-schedule", _by(
-        optclip.clip_by_value, max_value=_schedule(1.0, 0.1)
+    yield (
+        "clip_by_value-schedule",
+        _by(optclip.clip_by_value, max_value=_schedule(1.0, 0.1)),
     )
     yield "spectral_clip-schedule", lambda: optclip.spectral_clip(_schedule(1.0, 0.1))
-    for number, rule in enumerate((
-        rules.ema_ratio(2.0, decay=0.9, warmup_steps=1, record="raw"),
-        rules.ema_ratio(2.0, decay=0.9, record_zeros=True, escape_steps=None),
-        rules.previous_norm(record="raw", escape_steps=None),
-        rules.window_percentile(50.0, window=4, by_rank=True, include_current=False),
-        rules.window_sigma(window=4, unbiased=True, record="clipped"),
-        rules.log_histogram_percentile(50.0, forgetting=0.1),
-        rules.second_moment(2.0, debias=True, pass_unseen=False),
-        rules.dual_ema(record="raw", escape_steps=None, record_zeros=True),
-    )):
-        scope = scopes.unit() if rule.name == "second_moment" else scopes.leaf()
-        yield f"rule-{rule.name}-{number}", _by(
-            optclip.clip, rule=rule, scope=scope
+    for number, rule in enumerate(
+        (
+            rules.ema_ratio(2.0, decay=0.9, warmup_steps=1, record="raw"),
+            rules.ema_ratio(2.0, decay=0.9, record_zeros=True, escape_steps=None),
+            rules.previous_norm(record="raw", escape_steps=None),
+            rules.window_percentile(
+                50.0, window=4, by_rank=True, include_current=False
+            ),
+            rules.window_sigma(window=4, unbiased=True, record="clipped"),
+            rules.log_histogram_percentile(50.0, forgetting=0.1),
+            rules.second_moment(2.0, debias=True, pass_unseen=False),
+            rules.dual_ema(record="raw", escape_steps=None, record_zeros=True),
         )
+    ):
+        scope = scopes.unit() if rule.name == "second_moment" else scopes.leaf()
+        yield f"rule-{rule.name}-{number}", _by(optclip.clip, rule=rule, scope=scope)
     yield "u_clip-capped", lambda: optclip.u_clip(optclip.clip(1.0), max_carry=3.0)
     yield "skip_steps-number", lambda: optclip.skip_steps(optax.sgd(1e-3), when=2.0)
-    yield "skip_steps-never", lambda: optclip.skip_steps(
-        optax.sgd(1e-3), when=lambda step: jnp.inf, max_consecutive=None
+    yield (
+        "skip_steps-never",
+        lambda: optclip.skip_steps(
+            optax.sgd(1e-3), when=lambda step: jnp.inf, max_consecutive=None
+        ),
     )
-    yield "stable_adam-mask", lambda: optclip.scale_by_stable_adam(
-        weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    yield (
+        "stable_adam-mask",
+        lambda: optclip.scale_by_stable_adam(
+            weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+        ),
     )
 
 

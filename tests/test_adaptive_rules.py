@@ -202,7 +202,7 @@ def test_second_moment_clips_follow_their_formula(tx, oracle):
 def test_max_ema_brings_the_largest_entry_to_the_average_and_shrinks_the_others():
     tx = optclip.stable_spam_clip(0.5)
     state = tx.init(jnp.zeros(3))
-    out, state = tx.update(jnp.array([1.0, -0.5, 0.1]), state)
+    out, state = tx.update(jnp.float32([1.0, -0.5, 0.1]), state)
     np.testing.assert_array_equal(out, np.float32([1.0, -0.5, 0.1]))
     # T = (0.5 * 0.5 + 0.5 * 4) / (1 - 0.25) = 3
     out, state = tx.update(jnp.array([4.0, -3.5, 0.1]), state)

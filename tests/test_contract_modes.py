@@ -1,12 +1,13 @@
 """Contract 6: JAX's modes for finding faults find none in a jitted step or metrics.
 
-Promised under `jax.numpy_dtype_promotion("strict")`, `jax.numpy_rank_promotion("raise")`,
-`jax.transfer_guard("disallow")`, `jax.debug_nans`, `jax.debug_infs` and
-`jax.checking_leaks`: ``init`` and ``update`` under `jax.jit`, at finite gradients of any
-size, and `metrics`, `leaf_metrics` and `culprits` of the state, outside of jit. Outside of
-jit, ``update`` is not promised under a transfer guard, which refuses any constant that
-an operation brings along (also Optax's), nor under `jax.debug_infs`, as an unknown
-threshold is infinite until it is stored.
+The modes are strict dtype promotion, no rank promotion, `jax.transfer_guard`,
+`jax.debug_nans`, `jax.debug_infs` and `jax.checking_leaks`. Promised in all of them:
+``init`` and ``update`` under `jax.jit`, at finite gradients of any size, and `metrics`,
+`leaf_metrics` and `culprits` of the state, outside of jit.
+
+Two modes are not for an ``update`` outside of jit. A transfer guard refuses each
+constant there, those of Optax's optimizers too. `jax.debug_infs` checks each operation,
+and an unknown threshold is infinite until it is stored.
 """
 
 import contextlib
@@ -52,10 +53,11 @@ def read(state, params):
         try:
             found = reader(state, params)
         except ValueError as error:
-            assert "`opt_state` " in str(error), error  # nothing to read there
+            if "`opt_state` " not in str(error):  # it is not that nothing is there
+                raise
             continue
-        logged |= found if isinstance(found, dict) else {}
-        assert isinstance(found, dict) or not found, "a culprit of finite gradients"
+        if reader is optclip.leaf_metrics:
+            logged |= found
     return logged
 
 
@@ -99,15 +101,23 @@ def test_a_step_outside_of_jit_passes(name, mode):
     run(every.EVERY[name](), [mode], "mixed", wrap=lambda f: f)
 
 
+# Each is another part of the library, or holds a function that is called once.
+LEAKY = ("adaptive_grad_clip", "clip_by_value", "monitor", "skip_steps", "stabilize",
+         "scale_by_stable_adam", "spectral_clip-soft", "u_clip", "zclip")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name",
-    [*every.EVERY, *(pytest.param(n, marks=pytest.mark.slow) for n in every.VARIANTS)],
+    [
+        pytest.param(n, marks=() if n in LEAKY else pytest.mark.slow)
+        for n in (*every.EVERY, *every.VARIANTS)
+    ],
 )
 def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
     params = every.numbers("mixed")
 
     def traced(params):
-        tx = every.EVERY.get(name, every.VARIANTS.get(name))()
+        tx = (every.EVERY.get(name) or every.VARIANTS[name])()
         state = tx.init(params)
         out, state = tx.update(params, state, params)
         return out, state, optclip.metrics(state)
@@ -116,9 +126,15 @@ def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
         jax.eval_shape(traced, params)
 
 
-# Thresholds that are arrays: a number of any dtype without the mode; with it, of float32
-# as the norms are, or what becomes that without float64.
-@pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32], ids=str)
+# With strict promotion, of the norms' float32, or what becomes that without float64.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(np.float32, marks=pytest.mark.slow, id="numpy"),
+        pytest.param(np.float64, marks=pytest.mark.slow, id="numpy-wide"),
+        pytest.param(jnp.float32, id="jax"),
+    ],
+)
 @pytest.mark.parametrize("name", every.NUMERIC)
 def test_arrays_in_place_of_numbers_are_not_mixed_with_other_dtypes(name, kind):
     params = every.numbers("mixed")
@@ -188,14 +204,3 @@ CHAINS = {
 def test_wrappers_of_optax_pass_under_a_transfer_guard(wrapper):
     tx = CHAINS[wrapper](optclip.clip_by_leaf_norm(1.0, nonfinite="skip"))
     run(tx, ["transfer_guard", "debug_nans", "debug_infs"], "mixed")
-
-
-def test_state_made_under_jit_stays_on_the_mesh_of_the_parameters():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    params = jax.device_put({"w": np.ones((16, 2), np.float32)}, sharding)
-    tx = optclip.skip_steps(optax.chain(optclip.clip_by_leaf_norm(1.0), optax.sgd(1.0)))
-    with switched_on("transfer_guard"):
-        state = jax.jit(tx.init)(params)
-        _, state = jax.jit(tx.update)(params, state, params)
-        read(state, params)

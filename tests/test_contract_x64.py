@@ -71,19 +71,27 @@ def test_options_keep_the_dtypes(name, dtype):
     params = every.numbers(dtype)
     wanted = params
     if name.endswith("update_dtype"):  # float32, or what is wider
-        wanted = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, "f4")), params)
+        wanted = jax.tree.map(
+            lambda x: x.astype(np.promote_types(x.dtype, "f4")), params
+        )
     check(every.VARIANTS[name](), params, wanted)
 
 
-@pytest.mark.parametrize("kind", [np.float64, jnp.float64], ids=["numpy", "jax"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(np.float64, id="numpy"),
+        pytest.param(jnp.float64, marks=pytest.mark.slow, id="jax"),
+    ],
+)
 @pytest.mark.parametrize("name", every.NUMERIC)
 def test_numbers_of_float64_leave_the_dtypes_of_updates_and_state(name, kind):
     check(every.with_numbers(name, kind), every.numbers("float32"))
 
 
 # Each keeps another kind of memory.
-RUN = ("clip_by_value", "autoclip", "autoclip-all", "zclip", "u_clip", "spectral_clip",
-       "scale_by_stable_adam", "skip_steps", "stabilize")  # fmt: skip
+RUN = ("autoclip-all", "clip_by_value", "scale_by_stable_adam", "skip_steps",
+       "spectral_clip", "u_clip")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_nan_or_inf_makes_the_norm_nan_or_inf():
 
 
 def test_a_norm_beyond_float32_is_the_largest_float32():
-    tree = [jnp.full(100, 3e38)]
+    tree = [jnp.full(100, 3e38, jnp.float32)]
     for p in (1, 2, 3):
         assert norms.global_norm(tree, ord=p) == jnp.finfo(jnp.float32).max
 
