@@ -81,17 +81,23 @@ def test_a_jitted_step_and_its_metrics_pass_all_modes_at_once(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", AT_ONCE)
 @pytest.mark.parametrize("name", every.EVERY)
-def test_a_jitted_step_passes_each_mode(name, mode, dtype):
-    run(every.EVERY[name](), [mode], dtype, (SIZES, *HARD_STARTS))
+def test_a_jitted_step_passes_each_mode(name, mode):
+    run(every.EVERY[name](), [mode], "mixed", (SIZES, *HARD_STARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", every.DISTINCT)
+def test_one_dtype_passes_all_modes_at_once(name, dtype):
+    run(every.EVERY[name](), AT_ONCE, dtype, (SIZES, *HARD_STARTS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", every.VARIANTS)
 def test_options_pass_all_modes_at_once(name):
-    run(every.VARIANTS[name](), MODES, "mixed", (SIZES, *HARD_STARTS))
+    run(every.VARIANTS[name](), AT_ONCE, "mixed", (SIZES, *HARD_STARTS))
 
 
 @pytest.mark.slow
