@@ -196,6 +196,54 @@ def test_a_threshold_is_suggested_from_a_state_in_all_modes_at_once():
     assert suggestion.samples > 0
 
 
+@contextlib.contextmanager
+def explicit_fetches(monkeypatch):
+    """Lets nothing but `jax.device_get` fetch an array, as a guard does on a GPU.
+
+    On a CPU, where fetching is free, JAX's guard lets everything pass.
+    """
+    inside, fetch = [], jax.device_get
+
+    def device_get(x):
+        inside.append(x)
+        try:
+            return fetch(x)
+        finally:
+            inside.pop()
+
+    def guarded(function):
+        def call(x, *args, **options):
+            assert inside or not isinstance(x, jax.Array), "fetched without saying so"
+            return function(x, *args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", device_get)
+        for name in ("asarray", "array"):
+            patch.setattr(np, name, guarded(getattr(np, name)))
+        array = type(jnp.zeros(()))
+        for name in ("__float__", "__int__", "__bool__", "item", "tolist"):
+            patch.setattr(array, name, guarded(getattr(array, name)))
+        yield
+
+
+READ = ("clip-leaf", "clip-layer", "monitor", "skip_steps", "stabilize")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_reads_a_state_fetches_it_explicitly(name, monkeypatch):
+    tx, params = every.EVERY[name](), every.on_device("mixed")
+    bad = params | {"kernel": params["kernel"] * jnp.nan}
+    update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
+    for grads in (params, bad):
+        _, state = update(grads, state, params)
+    with explicit_fetches(monkeypatch):
+        read(state, params)
+        found = optclip.culprits(state, params)
+    assert [c.path for c in found] == ["kernel"]
+
+
 CHAINS = {
     "chain": lambda tx: optax.chain(tx, optax.sgd(0.1)),
     "partition": lambda tx: optax.partition(
