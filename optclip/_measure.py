@@ -75,7 +75,10 @@ def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = Non
         return largest_of(norms, add, most)
     # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
     norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
-    unit = usable_unit(most(lax.stop_gradient(norms)))
+    top = most(lax.stop_gradient(norms))
+    # Next to an infinite norm the others' squares must not overflow either: the product
+    # of their derivative and that of the root, 0, would be NaN.
+    unit = usable_unit(jnp.minimum(top, jnp.finfo(top.dtype).max))
     ratio = norms / (unit if back is None else back(unit))
     powers = jnp.square(ratio) if order == 2.0 else ratio**order
     return root(add(powers), order) * unit

@@ -62,7 +62,9 @@ def test_derivatives_are_finite_everywhere(name):
     zeros = jax.tree.map(np.zeros_like, ones)
     half = {"blocks": np.zeros_like(ones["blocks"]), "w": ones["w"]}
     points = [zeros, half, *(tree(s, np.float32) for s in (1e-30, 1.0, 1e30, 1e37))]
-    points.append(jax.tree.map(lambda x: np.full_like(x, 3e38), ones))
+    # At the first, the norm of one leaf is above the largest float32, the other below.
+    points += [jax.tree.map(lambda x, s=s: np.full_like(x, s), ones)
+               for s in (1.3e38, 3e38)]  # fmt: skip
     for updates in points:
         for threshold in (0.0, 1.0, np.inf):
             tiny = np.max(updates["w"]) < 1e-20
