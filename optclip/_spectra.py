@@ -211,7 +211,8 @@ def _svd_slope(y, bound, x_dot, cap_dot):
     mid = _transposed(left) @ x_dot @ _transposed(right)
     turned = _transposed(mid)
     inner = 0.5 * (even * (mid + turned) + odd * (mid - turned))
-    inner = inner + cap_dot * jnp.eye(s.shape[-1], dtype=s.dtype) * over[..., None, :]
+    one = jnp.expand_dims(jnp.eye(s.shape[-1], dtype=s.dtype), tuple(range(s.ndim - 1)))
+    inner = inner + cap_dot * one * over[..., None, :]
     outside_left = (x_dot @ _transposed(right) - left @ mid) * share[..., None, :]
     outside_right = share[..., :, None] * (_transposed(left) @ x_dot - mid @ right)
     slope = left @ (inner @ right + outside_right) + outside_left @ right

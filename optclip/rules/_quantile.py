@@ -177,7 +177,7 @@ def log_histogram_percentile(
 
     def update(norm, state, context):
         del context
-        x: Any = jnp.log2(jnp.maximum(norm, LEAST)).astype(jnp.float32)
+        x: Any = jnp.log2(jnp.maximum(norm, LEAST)).astype(state.first_log.dtype)
         start = jnp.sum(state.norm_counts, axis=-1) == 0
         outside = ~start & (jnp.abs(x - state.first_log) > OCTAVES / 2)
         run, away = in_a_row(
@@ -195,7 +195,7 @@ def log_histogram_percentile(
         upto = jnp.cumsum(counts, axis=-1)
         # The place of the percentile among the norms, where the first is number 0.
         wanted = percentile / 100 * jnp.maximum(upto[..., -1] - 1, 0.0)
-        bin_of = jnp.sum(upto <= wanted[..., None], axis=-1)
+        bin_of = jnp.sum(upto <= wanted[..., None], axis=-1, dtype=jnp.int32)
         bin_of = jnp.minimum(bin_of, jnp.max(jnp.where(counts > 0, numbers, 0), -1))
         pick = numbers == bin_of[..., None]
         inside = jnp.sum(jnp.where(pick, counts, 0.0), axis=-1)

@@ -265,7 +265,7 @@ def ema_sigma(
         after = followed(state, norm, decay, count, run)
         mean = jnp.where(over, state.mean_norm, after.mean_norm)
         spread = jnp.where(over, state.spread_norm, after.spread_norm)
-        tripled = jnp.minimum(3 * norm, jnp.finfo(jnp.float32).max)
+        tripled = jnp.minimum(3 * norm, float(jnp.finfo(jnp.float32).max))
         first = jnp.where(away, tripled, jnp.minimum(tripled, first_cap))
         mean = jnp.where(start | away, first, mean)
         spread = jnp.where(start | away, 0.0, spread)

@@ -169,8 +169,10 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         threshold = level / weight_of(decay, count, level.dtype)
         # At the first step both are the same number, up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
-        share = jnp.minimum(quotient(threshold, jnp.where(top > 0, top, 1.0)), 1.0)
-        return Limit(threshold, norm * share), MaximumState(level, count)
+        # The entries are divided first, so that no sum over them is in their derivative.
+        unit = jnp.broadcast_to(jnp.where(top > 0, top, 1.0), norm.shape)
+        target = jnp.where(threshold < top, quotient(norm, unit) * threshold, norm)
+        return Limit(threshold, target), MaximumState(level, count)
 
     rule = remembering(init, update, "max_ema", zeros=record_zeros)
     return rule._replace(elements_only=True)

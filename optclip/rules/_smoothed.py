@@ -107,10 +107,13 @@ def smoothed_norm(
         count = jnp.where(away, 1, count)
         first: Any = first_decay * old[0] + (1 - first_decay) * value
         root = rms_of_two(second_decay, old[1], value)
-        target: Any = first / weight_of(first_decay, count, first.dtype)
-        size = size_of(root, count) + eps
+        # The moments are divided first: each over its weight may be above 3.4e38.
+        weights = [weight_of(d, count, first.dtype) for d in (first_decay, second_decay)]
+        scale = jnp.sqrt(weights[1])
+        size = root + eps * scale
         known = size > 0  # else all norms so far are 0, and any target will do
-        target = quotient(jnp.where(known, target, 1.0), jnp.where(known, size, 1.0))
+        target = quotient(jnp.where(known, first, 1.0), jnp.where(known, size, 1.0))
+        target = target * (scale / weights[0])
         return one(target), SmoothState(first, root, count, run)
 
     return remembering(init, update, "smoothed_norm", zeros=record_zeros)
