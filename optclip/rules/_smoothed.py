@@ -108,7 +108,9 @@ def smoothed_norm(
         first: Any = first_decay * old[0] + (1 - first_decay) * value
         root = rms_of_two(second_decay, old[1], value)
         # The moments are divided first: each over its weight may be above 3.4e38.
-        weights = [weight_of(d, count, first.dtype) for d in (first_decay, second_decay)]
+        weights = [
+            weight_of(d, count, first.dtype) for d in (first_decay, second_decay)
+        ]
         scale = jnp.sqrt(weights[1])
         size = root + eps * scale
         known = size > 0  # else all norms so far are 0, and any target will do
