@@ -169,7 +169,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         threshold = level / weight_of(decay, count, level.dtype)
         # At the first step both are the same number, up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
-        # The entries are divided first, so that no sum over them is in their derivative.
+        # Entries are divided first: their sum, in a derivative, might overflow.
         unit = jnp.broadcast_to(jnp.where(top > 0, top, 1.0), norm.shape)
         target = jnp.where(threshold < top, quotient(norm, unit) * threshold, norm)
         return Limit(threshold, target), MaximumState(level, count)
