@@ -429,7 +429,7 @@ def test_an_empty_group_of_a_partition_is_no_error():
         {"kernel": "b", "bias": "b"},
     )
     out, state = tx.update(gradients(), tx.init(PARAMS), PARAMS)
-    assert float(optclip.metrics(state)["skip/steps"]) == 1
+    assert float(optclip.metrics(state)["skip/a/steps"]) == 1
     assert float(jnp.sum(jnp.abs(out["kernel"]))) > 0
 
 
