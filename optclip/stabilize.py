@@ -50,7 +50,7 @@ def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
 
 
 def _has_hyperparams(node: Any) -> bool:
-    return hasattr(node, "hyperparams") and hasattr(node, "_replace")
+    return {"hyperparams", "inner_state"} <= set(getattr(node, "_fields", ()))
 
 
 def _started_again(inner: Any, params: Any, old: Any) -> Any:
