@@ -33,7 +33,7 @@ def run(tx, norms, losses):
 # --- rules for norm and loss apart ----------------------------------------------------
 
 
-@pytest.mark.parametrize("bound", [7.0, -1.0, 7, np.float32(7), jnp.float32(7)])
+@pytest.mark.parametrize("bound", [7, -1.0, jnp.float32(7)])
 def test_a_bound_on_the_loss_alone(bound):
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=bound)
     low, high = (6.9, 7.1) if bound > 0 else (-1.1, -0.9)
@@ -153,7 +153,7 @@ MASKS = {
 @pytest.mark.parametrize(
     ("wrapper", "mask"),
     [("stabilize-leaf", "prefix"),
-     *((w, m) for w in ("skip_steps", "stabilize") for m in MASKS)],
+     ("stabilize", "function"), *(("skip_steps", m) for m in MASKS)],
 )  # fmt: skip
 def test_what_is_masked_neither_skips_nor_changes_a_step(wrapper, mask):
     tx = WRAPPERS[wrapper](mask=MASKS[mask])
@@ -186,7 +186,7 @@ def test_masked_gradients_reach_the_optimizer_as_they_are(wrapper):
 
 def test_without_a_mask_a_frozen_nan_skips_the_step():
     tx = WRAPPERS["skip_steps"]()
-    _, state = tx.update(of_norm(1.0, jnp.nan), tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.update)(of_norm(1.0, jnp.nan), tx.init(PARAMS), PARAMS)
     assert not bool(optclip.step_taken(state))
 
 
@@ -194,14 +194,14 @@ def test_without_a_mask_a_frozen_nan_skips_the_step():
 def test_culprits_and_metrics_know_only_what_is_judged(wrapper):
     tx = WRAPPERS[wrapper](mask=TRAINED)
     state = tx.init(PARAMS)
-    _, state = tx.update(of_norm(jnp.nan, jnp.nan), state, PARAMS)
+    _, state = jax.jit(tx.update)(of_norm(jnp.nan, jnp.nan), state, PARAMS)
     assert [c.path for c in optclip.culprits(state, PARAMS)] == ["train"]
 
 
 @pytest.mark.parametrize("mask", [False, {"train": False, "frozen": False}])
 def test_a_mask_of_nothing_leaves_the_optimizer_alone(mask):
     tx = optclip.skip_steps(optax.sgd(1.0), mask=mask)
-    out, state = tx.update(of_norm(jnp.nan), tx.init(PARAMS), PARAMS)
+    out, state = jax.jit(tx.update)(of_norm(jnp.nan), tx.init(PARAMS), PARAMS)
     assert np.isnan(out["train"]).all()
     assert int(state.skipped_steps) == 0
 
@@ -291,7 +291,7 @@ def test_counters_stop_at_their_end_and_the_last_bad_steps_are_still_kept():
 def test_a_run_of_skipped_steps_stops_at_the_end_of_its_counter():
     tx = optclip.skip_steps(optax.sgd(1.0))
     state = tx.init(PARAMS)._replace(skipped_run=jnp.int32(MAX))
-    _, state = tx.update(of_norm(jnp.nan), state, PARAMS)
+    _, state = jax.jit(tx.update)(of_norm(jnp.nan), state, PARAMS)
     assert int(state.skipped_run) == MAX
     assert not bool(optclip.step_taken(state))
 

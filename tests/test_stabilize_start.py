@@ -55,7 +55,13 @@ def regression(tx, steps=2000, bad=3):
     return last
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = ("adam", "adamw-schedule", "sgd-momentum", "schedule-free")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+)
 def test_three_first_gradients_that_are_too_large_are_forgotten(name):
     last = regression(optclip.stabilize(OPTIMIZERS[name]()))
     without, _ = last(1.0)
@@ -63,9 +69,9 @@ def test_three_first_gradients_that_are_too_large_are_forgotten(name):
         loss, state = last(size)
         assert float(loss) < 1.5 * float(without) + 1e-8, size
         assert int(state.restarts) == (size < 1e18)  # else these steps are skipped
-    # As good as a fixed bound that happens to fit.
-    clipped = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name]())
-    assert float(loss) < 2 * float(regression(clipped)(1e4)[0]) + 1e-5
+    if name == "adam":  # as good as a fixed bound that happens to fit
+        clipped = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name]())
+        assert float(loss) < float(regression(clipped)(1e4)[0]) + 1e-9
 
 
 PARAMS = {"w": jnp.ones(3), "b": jnp.ones(2)}
@@ -75,19 +81,20 @@ def of_norm(norm):
     return {"w": jnp.array([0.0, 0.6, 0.0]) * norm, "b": jnp.array([0.8, 0]) * norm}
 
 
-def stepped(tx, norms):
-    step = jax.jit(lambda g, s: tx.update(g, s, PARAMS))
-    state, states = tx.init(PARAMS), []
+ADAMW = optclip.stabilize(optax.adamw(1e-2))
+STEP = jax.jit(lambda g, s: ADAMW.update(g, s, PARAMS))
+
+
+def stepped(norms):
+    state = ADAMW.init(PARAMS)
     for norm in norms:
-        _, state = step(of_norm(norm), state)
-        states.append(state)
-    return states
+        _, state = STEP(of_norm(norm), state)
+    return state
 
 
 def test_after_a_bad_start_the_optimizer_is_as_one_that_begins():
-    tx = optclip.stabilize(optax.adamw(1e-2))
-    late = stepped(tx, [1e4, 3e4, 1.0, 2.0, 1.5])[-1]
-    fresh = stepped(tx, [1.0, 2.0, 1.5])[-1]
+    late = stepped([1e4, 3e4, 1.0, 2.0, 1.5])
+    fresh = stepped([1.0, 2.0, 1.5])
     chex.assert_trees_all_equal(late.optimizer_state, fresh.optimizer_state)
     assert int(late.restarts) == 1
     assert int(fresh.restarts) == 0
@@ -105,8 +112,7 @@ def test_after_a_bad_start_the_optimizer_is_as_one_that_begins():
     ],
 )
 def test_what_counts_as_a_bad_start(norms, restarts):
-    tx = optclip.stabilize(optax.adam(1e-2))
-    assert int(stepped(tx, norms)[-1].restarts) == restarts
+    assert int(stepped(norms).restarts) == restarts
 
 
 def test_hyperparameters_that_a_loop_has_set_are_kept():
@@ -135,16 +141,15 @@ def test_hyperparameters_that_a_loop_has_set_are_kept():
 
 
 def test_counters_stop_at_their_end():
-    tx = optclip.stabilize(optax.sgd(0.1))
     end = jnp.int32(np.iinfo(np.int32).max)
-    state = tx.init(PARAMS)._replace(
+    state = ADAMW.init(PARAMS)._replace(
         least_norm=jnp.float32(1.0), taken_steps=end, skipped_run=end, restarts=end
     )
     for norm in (jnp.nan, 1e-3):
-        _, state = tx.update(of_norm(norm), state, PARAMS)
+        _, state = STEP(of_norm(norm), state)
     assert int(state.taken_steps) == int(state.restarts) == end
     assert int(state.skipped_run) == 0
-    _, state = tx.update(of_norm(jnp.nan), state._replace(skipped_run=end), PARAMS)
+    _, state = STEP(of_norm(jnp.nan), state._replace(skipped_run=end))
     assert int(state.skipped_run) == end
 
 
