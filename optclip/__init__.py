@@ -52,6 +52,7 @@ from optclip.skipping import BadSteps, SkipState, skip_steps
 from optclip.spectral import spectral_clip
 from optclip.stabilize import StabilizeState, stabilize
 from optclip.stable_adam import StableAdamState, scale_by_stable_adam
+from optclip.taken import step_taken
 from optclip.telemetry import leaf_metrics, metrics
 
 __version__ = "0.1.0"
@@ -114,6 +115,7 @@ __all__ = [
     "stabilize",
     "stable_spam_clip",
     "state_specs",
+    "step_taken",
     "suggest_threshold",
     "tap",
     "trust_ratio_clip",

@@ -77,6 +77,11 @@ def percentile(**named: Any) -> None:
     _require("between 0 and 100", lambda x: (x >= 0) & (x <= 100), named)
 
 
+def not_nan(**named: Any) -> None:
+    """Raises for the first number that is NaN."""
+    _require("a number and not NaN", lambda x: x == x, named)
+
+
 def size(name: str, value: Any, least: int = 1) -> int:
     """Returns an int of at least ``least`` that shapes arrays of the state."""
     value = value.value if isinstance(value, Static) else value

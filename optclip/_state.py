@@ -132,18 +132,29 @@ class SkipState(NamedTuple):
     """State of `skip_steps`.
 
     Attributes:
-        optimizer_state: State of the optimizer inside, as no bad step had been.
-        norm_rule_state: What the rule remembers of the norms.
-        loss_rule_state: What it remembers of the losses.
-        offered_steps: int32 scalar. Steps so far, those left out included.
-        skipped_steps: int32 scalar. Steps left out, for whatever reason.
-        spike_steps: int32 scalar. Steps left out though all was finite.
-        skipped_run: int32 scalar. Steps left out in a row until now.
-        spike_run: int32 scalar. Spikes left out since the last step that was taken.
+        optimizer_state: State of the optimizer inside, as if no bad step had been.
+        norm_rule_state: State of the rule for the norm.
+        loss_rule_state: State of the rule for the loss; () without one.
+        recent_norms: float32[512]. The last finite norms, the newest first, those of
+            skipped steps included; the lowest float32 where there was none yet; () if
+            the rule has no memory or ``max_similar`` is None.
+        recent_losses: float32[512]. The same for the loss.
+        recent_skips: int32[512]. 1 where a step was skipped, the newest first.
+        recent_fraction: float32 scalar. Share of the last 512 steps, or of all steps
+            while they are fewer, that was skipped.
+        recent_since: int32 scalar. Number of the first skipped step after 512 steps
+            without one; -1 if the last 512 steps were all taken.
+        offered_steps: int32 scalar. Steps so far, those skipped included. All counters
+            stop at 2**31 - 1.
+        skipped_steps: int32 scalar. Steps skipped, for whatever reason.
+        spike_steps: int32 scalar. Steps skipped though all was finite.
+        skipped_run: int32 scalar. Steps skipped in a row until now.
+        spike_run: int32 scalar. Spikes skipped since the last step that was taken.
         offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
         offered_loss: float32 scalar. The last loss; 0 where none was given.
-        skip_above: float32 scalar. The last bound on the norm; 0 at first.
-        skip_loss_above: float32 scalar. The last bound on the loss; 0 where none was.
+        skip_above: float32 scalar. The last threshold of the norm, the largest float32
+            where there was none; 0 at first.
+        skip_loss_above: float32 scalar. The same of the loss; 0 where none was judged.
         last_bad: A `BadSteps`.
         seen: A `Seen`: the non-finite entries.
     """
@@ -151,6 +162,11 @@ class SkipState(NamedTuple):
     optimizer_state: Any
     norm_rule_state: Any
     loss_rule_state: Any
+    recent_norms: Any
+    recent_losses: Any
+    recent_skips: jax.Array
+    recent_fraction: jax.Array
+    recent_since: jax.Array
     offered_steps: jax.Array
     skipped_steps: jax.Array
     spike_steps: jax.Array

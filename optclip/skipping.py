@@ -1,123 +1,122 @@
-"""Leaving bad steps out: an optimizer whose state they never reach."""
+"""Skipping bad steps: an optimizer whose state they never reach."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optclip import _checks, _engine, _measure, _state, _trees, rules
+from optclip import _checks, _masks, _measure, _spikes, _state, _trees, rules
 from optclip._checks import EUCLIDEAN, Static
+from optclip._spikes import pushed
 from optclip._state import BadSteps, SkipState
 
 __all__ = ["BadSteps", "SkipState", "skip_steps"]
 
-IN_A_ROW, KEPT = Static(10), Static(8)
-NEAR = 2.0**-20
+MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
 
 
 def _worst(norms: jax.Array, entries: jax.Array) -> jax.Array:
-    """Returns the number of the leaf with most bad entries, or the largest norm."""
+    """Returns the index of the leaf with most bad entries, or the largest norm."""
     counts = jnp.sum(entries, axis=1)
     by_norm = jnp.argmax(jnp.where(jnp.isfinite(norms), norms, 0.0))
     worst = jnp.where(jnp.any(counts > 0), jnp.argmax(counts), by_norm)
     return worst.astype(jnp.int32)
 
 
-def _mean_loss(loss: Any, names: Any) -> jax.Array:
-    """Returns the loss, averaged over the devices on which it differs."""
-    try:
-        loss = jnp.asarray(loss)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`loss` must be a real scalar, got {loss!r}.") from error
-    if loss.ndim or jnp.iscomplexobj(loss):
-        raise ValueError(
-            f"`loss` must be a real scalar, got {loss.dtype} of shape {loss.shape}."
-        )
-    if jnp.issubdtype(loss.dtype, jnp.floating):
-        loss = _measure.widen(loss)
-    loss = _state.figures(loss)
-    names = _trees.varying(loss) if names is None else names
-    return lax.pmean(loss, names) if names else loss
+def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
+    """Returns a counter after one more step, which stops at the largest int32."""
+    return jnp.where(flag, optax.safe_increment(count), count)
 
 
-class _Verdict(NamedTuple):
-    over: jax.Array
-    threshold: jax.Array
-    after: Any
-
-
-def _judge(
-    rule: rules.Rule, value: jax.Array, state: Any, step: jax.Array, signed: bool
-) -> _Verdict:
-    """Asks the rule whether ``value`` is a spike, and what it would remember of it."""
-
-    def no_params():
-        raise ValueError("`when` must be a rule that does not look at the parameters.")
-
-    fine = jnp.where(jnp.isfinite(value), value, 0.0)
-    context = rules.Context(step, fine, no_params)
-    limit, after = _engine.apply_rule(rule, fine, state, context, signed=signed)
-    bound = jnp.asarray(limit.threshold).astype(fine.dtype)
-    # What is above by rounding only is no spike: a constant is not above its own mean.
-    over = ~(fine - bound <= NEAR * jnp.abs(bound))
-    after = jax.tree.map(lambda old, new: new.astype(old.dtype), state, after)
-    return _Verdict(over, bound, after)
+def _recent(state: SkipState, skip: jax.Array) -> dict[str, jax.Array]:
+    """Returns the new fields that tell of the last steps."""
+    before, after = state.recent_skips, pushed(state.recent_skips, skip)
+    begins = skip & ~jnp.any(before > 0)
+    since = jnp.where(begins, state.offered_steps, state.recent_since)
+    steps = jnp.minimum(optax.safe_increment(state.offered_steps), after.size)
+    skipped = jnp.sum(after, dtype=jnp.int32).astype(jnp.float32)
+    return {
+        "recent_skips": after,
+        "recent_fraction": skipped / steps.astype(jnp.float32),
+        "recent_since": jnp.where(jnp.any(after > 0), since, -1),
+    }
 
 
 def skip_steps(
     optimizer: optax.GradientTransformation,
     *,
     when: Any = None,
-    max_consecutive: Any = IN_A_ROW,
+    when_loss: Any = None,
+    max_consecutive: Any = MAX_CONSECUTIVE,
+    max_similar: Any = MAX_SIMILAR,
     keep_last: Any = KEPT,
+    mask: Any = None,
     ord: float | str = EUCLIDEAN,
     axis_name: Any = None,
     loss_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that bad steps leave no trace in it.
 
-    A step is left out if its gradients or its loss hold NaN or inf, or if the norm of
-    its gradients is a spike: above the threshold of the rule ``when``, by more than
-    rounding, a millionth of it. So is a loss, by a rule that fits numbers which may be
-    negative: of those of this library `rules.window_sigma`, the default.
+    A step is skipped if its gradients or its loss hold NaN or inf, or if the norm of
+    its gradients or its loss is a spike. Then the updates are zeros, and the
+    optimizer's state, with its count of steps, stays as it was: bitwise as if the batch
+    had never been.
 
-    The updates of such a step are zeros, and the optimizer's state, with its count of
-    steps, stays as it was: bitwise as if the batch had never been. The rule remembers
-    no such step either.
+    A spike is above the threshold of its rule, and rare. With the threshold t and the
+    last 512 finite values, those of skipped steps included, the norm n is a spike if
 
-    | ``when``                                  | as                                  |
-    | ----------------------------------------- | ----------------------------------- |
-    | `rules.window_sigma(6.0, unbiased=True)`  | OLMo-core, MaxText; what None means |
-    | `rules.window_sigma(6.0)`                 | Levanter                            |
-    | a number                                  | paxml                               |
-    | inf                                       | only NaN and inf                    |
+        n > t  and  fewer than ``max_similar`` of the 512 norms were n / 2 or more
 
-    They, unlike this, let a spike or a NaN into their history. After
-    ``max_consecutive`` spikes without a step taken, what looked like spikes is how
-    things are now: a rule with a memory begins anew, and that step is taken. A number
-    remembers nothing, and stays the bound that it is. A step that is not finite is
-    never taken, and does not count.
+    (for the loss: half as far above t, or more). The rule records only steps that are
+    taken, so a spike does not raise t. New data with large gradients is taken after
+    about ``max_similar`` of its batches, and then the rule adapts to it: of any 512
+    steps, at most ``max_similar`` whose norms are within a factor of two of each other
+    are skipped, and of norms in random order at most a share of ``max_similar / 513``.
+    A number or a schedule has no memory, and stays the bound that it is.
+
+    | ``when``                                  | a step is skipped if its norm is     |
+    | ----------------------------------------- | ------------------------------------ |
+    | None: `rules.log_window_sigma()`          | 5 deviations of its logarithm above  |
+    |                                           | its mean, and twice that, or more    |
+    | `rules.window_sigma(6.0, unbiased=True)`  | 6 deviations above its mean, as      |
+    |                                           | in OLMo-core and MaxText             |
+    | `rules.window_sigma(6.0)`                 | the same, as in Levanter             |
+    | a number or a schedule                    | above it, as in paxml                |
+    | inf                                       | NaN or inf                           |
+
+    ``when_loss`` is the same for the loss: a number, of any sign, a schedule, or a rule
+    for numbers that may be negative, of those of this library `rules.window_sigma`.
+    None is ``rules.window_sigma(6.0, unbiased=True)`` if ``when`` is None too, and else
+    only NaN and inf. For a bound on the loss alone, give ``when=jnp.inf``.
+
+    After ``max_consecutive`` spikes without a step taken, a rule with a memory restarts
+    and the step is taken. A step that is not finite is never taken, and does not count.
 
     Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
-    as Optax calls it, ``value=loss``, which the optimizer inside is given too; ``loss``
-    ends here, even if that is another `skip_steps`. Around `optax.MultiSteps` a bad
-    microbatch is left out, within it a bad mean.
+    as Optax calls it, ``value=loss``, which is passed to the optimizer inside too;
+    ``loss`` is not. Around `optax.MultiSteps` a bad microbatch is skipped, inside it a
+    bad mean.
 
-    A rule knows no spike before it knows what is usual: by default, in the first 64
-    steps, and in the 64 after it began anew. Chain a clip inside for these: a finite
-    gradient of 1e25 would make Adam's squares infinite for good.
+    In its first steps a rule knows no spike: by default in the first 64, and in the 64
+    after a restart. Chain a clip inside for a bad start: a finite gradient of 1e25
+    would make Adam's second moment infinite permanently.
 
     Args:
-        optimizer: An Optax optimizer, with its clip. Put this inside of
+        optimizer: An Optax optimizer, with its clip. Put this inside
             `optax.lookahead`, not around it: its parameters come in pairs.
         when: A rule of `optclip.rules`, a number, an array or a schedule.
-        max_consecutive: Spikes after which the rule begins anew; at least 1. None:
-            never.
+        when_loss: A rule for numbers that may be negative, a number or a schedule.
+        max_consecutive: Spikes after which a rule restarts; at least 1. None: never.
+        max_similar: A value is a spike only if fewer than this many of the last 512
+            were similar; at least 1. None: however many were.
         keep_last: How many of the last bad steps are kept in the state, at least 1.
+        mask: Which leaves are judged, as in `optax.masked`: a pytree of booleans, laid
+            out as the updates or as their first levels, or a function of the updates
+            that returns one. The others, such as those of frozen parameters, are not
+            measured, and reach the optimizer as they are.
         ord: The norm's order: a number of at least 1, inf or "rms".
         axis_name: As in `optclip.clip`.
         loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
@@ -125,12 +124,14 @@ def skip_steps(
             judged, or devices would decide differently. Elsewhere types tell.
 
     Returns:
-        A transformation with `SkipState`. Read it with `optclip.metrics` and
-        `optclip.culprits`.
+        A transformation with `SkipState`. Read it with `optclip.metrics`,
+        `optclip.step_taken` and `optclip.culprits`.
 
     Raises:
-        TypeError: If ``optimizer`` is no transformation.
-        ValueError: If a number is out of range, or ``loss`` is no scalar.
+        TypeError: If ``optimizer`` is not a transformation, or ``mask`` holds something
+            else than booleans.
+        ValueError: If a number is out of range, ``when_loss`` is a rule that does not
+            fit a loss, ``loss`` is not a scalar, or ``mask`` does not fit the updates.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -145,24 +146,38 @@ def skip_steps(
         OLMo et al., 2 OLMo 2 Furious, 2024, https://arxiv.org/abs/2501.00656
     """
     inner: Any = _checks.transformation(optimizer=optimizer)
-    if when is None:
-        when = rules.window_sigma(6.0, unbiased=True)
-    rule = rules.as_rule(when, "when")
-    by_loss = rule.signed
+    by_loss = _spikes.loss_rule(when_loss, when)
+    by_norm = rules.log_window_sigma() if when is None else rules.as_rule(when, "when")
     if max_consecutive is not None:
         max_consecutive = _checks.size("max_consecutive", max_consecutive)
+    if max_similar is not None:
+        max_similar = _checks.size("max_similar", max_similar)
     keep_last = _checks.size("keep_last", keep_last)
     order = _checks.order(ord)
+    _masks.check(mask)
 
     def count():
         return _state.scalar(0, jnp.int32)
 
-    def first(params, optimizer_state):
-        zero = jnp.zeros([], jnp.float32)
+    def memories(rule):
+        """Returns the first state of a rule, and of the memory of the last values."""
+        if rule is None:
+            return (), ()
+        state = _state.copied(rule.init(jnp.zeros([], jnp.float32)))
+        counts = max_similar is not None and jax.tree.leaves(state)
+        return state, _spikes.no_values() if counts else ()
+
+    def first(judged, optimizer_state):
+        (norm_rule, norms), (loss_rule, losses) = memories(by_norm), memories(by_loss)
         return SkipState(
             optimizer_state=optimizer_state,
-            norm_rule_state=_state.copied(rule.init(zero)),
-            loss_rule_state=_state.copied(rule.init(zero)) if by_loss else (),
+            norm_rule_state=norm_rule,
+            loss_rule_state=loss_rule,
+            recent_norms=norms,
+            recent_losses=losses,
+            recent_skips=jnp.zeros(_spikes.RECENT, jnp.int32),
+            recent_fraction=_state.scalar(0.0),
+            recent_since=_state.scalar(-1, jnp.int32),
             offered_steps=count(),
             skipped_steps=count(),
             spike_steps=count(),
@@ -179,89 +194,103 @@ def skip_steps(
                 bad_leaf=jnp.zeros(keep_last, jnp.int32),
                 bad_entries=jnp.zeros((keep_last, 3), jnp.int32),
             ),
-            seen=_state.first_seen(_trees.leaves_of(params).paths),
+            seen=_state.first_seen(_trees.leaves_of(judged).paths),
         )
 
     def init_fn(params) -> Any:
-        return first(params, inner.init(params))
+        judged = _masks.kept(_masks.selected(mask, params), params)
+        return first(judged, inner.init(params))
 
     def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
-        def empty():
-            return first(updates, ())
-
-        found, inside = _trees.leaves_of(updates), ("optimizer_state",)
-        state = _state.own(state, empty, foreign=inside, absent=found.absent)
+        judged = _masks.kept(_masks.selected(mask, updates), updates)
+        found, inside = _trees.leaves_of(judged), ("optimizer_state",)
+        state = _state.own(
+            state, lambda: first(judged, ()), foreign=inside, absent=found.absent
+        )
         if not found.leaves:  # an empty group of a partition
             inside = state.optimizer_state
             out, inside = inner.update(updates, inside, params, **extra_args)
-            count = state.offered_steps + 1
-            return out, state._replace(optimizer_state=inside, offered_steps=count)
+            steps = optax.safe_increment(state.offered_steps)
+            return out, state._replace(optimizer_state=inside, offered_steps=steps)
         measured, norm = _measure.measure_leaves(
-            updates, found, order=order, axis_name=axis_name
+            judged, found, order=order, axis_name=axis_name
         )
         norm = _state.figures(norm)
         step, paths = state.offered_steps, found.paths
         loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, _state.scalar(0.0)
         if given:
-            level = _mean_loss(loss, loss_axis_name)
+            level = _spikes.mean_loss(loss, loss_axis_name)
         bad_entries = jnp.any(measured.entries > 0)
         bad = bad_entries | ~jnp.isfinite(level)
+        due = jnp.zeros([], bool)
+        if max_consecutive is not None:
+            due = state.spike_run >= max_consecutive
 
-        about_norm = _judge(rule, norm, state.norm_rule_state, step, False)
-        about_loss, loss_bound = about_norm, _state.scalar(0.0)
-        spike = about_norm.over
-        if given and by_loss:
-            about_loss = _judge(rule, level, state.loss_rule_state, step, True)
-            spike |= about_loss.over
-            loss_bound = about_loss.threshold
-        spike &= ~bad
-        anew = jnp.zeros([], bool)
-        if max_consecutive is not None and jax.tree.leaves(state.norm_rule_state):
-            anew = spike & (state.spike_run >= max_consecutive)
-        spike &= ~anew
-        skip = bad | spike
+        def verdict(rule, value, rule_state, recent, signed):
+            """Returns what the rule says, whether it restarts, and the new memory."""
+            said = _spikes.judge(
+                rule, value, rule_state, recent, step,
+                signed=signed, max_similar=max_similar,
+            )  # fmt: skip
+            restart = said.spike & due & bool(jax.tree.leaves(rule_state))
+            if not isinstance(recent, tuple):
+                kept = jnp.isfinite(value)
+                recent = _state.chosen(kept, pushed(recent, value), recent)
+            return said, restart, recent
 
-        def remembered(about, value, old):
-            zero = jnp.zeros([], jnp.float32)
-            again = _judge(rule, value, rule.init(zero), step, True).after
-            after = _state.chosen(anew, again, about.after)
+        def recorded(rule, value, old, said, restart):
+            again = _spikes.restarted(rule, value, step)
+            after = _state.chosen(restart, again, said.after)
             return _state.chosen(skip, old, after)
 
-        loss_state = state.loss_rule_state
-        if given and by_loss:
-            loss_state = remembered(about_loss, level, loss_state)
+        old_norms, old_losses = state.norm_rule_state, state.loss_rule_state
+        norm_said, norm_restart, norms = verdict(
+            by_norm, norm, old_norms, state.recent_norms, False
+        )
+        spike = norm_said.spike & ~norm_restart
+        loss_said, loss_restart, losses = None, None, state.recent_losses
+        if given and by_loss is not None:
+            loss_said, loss_restart, losses = verdict(
+                by_loss, level, old_losses, losses, True
+            )
+            spike |= loss_said.spike & ~loss_restart
+        spike &= ~bad
+        skip = bad | spike
+        norm_rule = recorded(by_norm, norm, old_norms, norm_said, norm_restart)
+        loss_rule, loss_above = old_losses, _state.scalar(0.0)
+        if by_loss is not None and loss_said is not None:
+            loss_above = _state.figures(loss_said.threshold)
+            loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
         out, after = inner.update(updates, state.optimizer_state, params, **extra_args)
         out = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), out)
 
-        one = skip.astype(jnp.int32)
-        place = jnp.where(skip, state.skipped_steps % keep_last, keep_last)
         worst = _worst(measured.norm[0], measured.entries)
-        counts = measured.entries[worst]
+        entries = measured.entries[worst]
         if state.seen.leaf_code.size != len(paths):
             worst = _state.row_numbers(state.seen, paths)[worst]
-        worst = jnp.where(bad_entries | about_norm.over, worst, -1)
-        noted = (step, norm, level, worst, counts)
-        last_bad = BadSteps(*(
-            jnp.asarray(ring).at[place].set(value.astype(ring.dtype), mode="drop")
-            for ring, value in zip(state.last_bad, noted, strict=True)
-        ))  # fmt: skip
-        spikes = spike.astype(jnp.int32)
+        worst = jnp.where(bad_entries | norm_said.spike, worst, -1)
+        noted = BadSteps(step, norm, level, worst, entries)
+        last_bad = jax.tree.map(pushed, state.last_bad, noted)
+        run = {"skipped_run": skip, "spike_run": spike}
+        runs = {k: _counted(getattr(state, k), flag) for k, flag in run.items()}
         return out, SkipState(
             optimizer_state=_state.chosen(skip, state.optimizer_state, after),
-            norm_rule_state=remembered(about_norm, norm, state.norm_rule_state),
-            loss_rule_state=loss_state,
-            offered_steps=step + 1,
-            skipped_steps=state.skipped_steps + one,
-            spike_steps=state.spike_steps + spikes,
-            skipped_run=(state.skipped_run + 1) * one,
-            spike_run=(state.spike_run + spikes) * one,
+            norm_rule_state=norm_rule,
+            loss_rule_state=loss_rule,
+            recent_norms=norms,
+            recent_losses=losses,
+            offered_steps=_counted(step, jnp.ones([], bool)),
+            skipped_steps=_counted(state.skipped_steps, skip),
+            spike_steps=_counted(state.spike_steps, spike),
             offered_norm=_state.copied(norm),
             offered_loss=_state.copied(level),
-            skip_above=_state.finite_threshold(about_norm.threshold),
-            skip_loss_above=_state.finite_threshold(loss_bound),
-            last_bad=last_bad,
+            skip_above=_state.figures(norm_said.threshold),
+            skip_loss_above=loss_above,
+            last_bad=_state.chosen(skip, last_bad, state.last_bad),
             seen=_state.look(state.seen, measured.entries, bad_entries, step, paths),
+            **_state.chosen(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
+            **_recent(state, skip),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

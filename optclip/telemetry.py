@@ -78,6 +78,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | `skip/spike_steps`       | those left out though all was finite                  |
     | `skip/nonfinite_steps`   | those whose gradients held a NaN or inf               |
     | `skip/in_a_row`          | left out in a row until now: 0 if the last was taken  |
+    | `skip/recent_fraction`   | share of the last 512 steps that was skipped          |
+    | `skip/recent_since`      | first step skipped after 512 taken; -1 if all were    |
     | `skip/last_skipped_step` | number of the last step left out; -1 if there is none |
 
     Args:
@@ -137,6 +139,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/spike_steps": state.spike_steps,
             f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
             f"{name}/in_a_row": state.skipped_run,
+            f"{name}/recent_fraction": state.recent_fraction,
+            f"{name}/recent_since": state.recent_since,
             f"{name}/last_skipped_step": _latest(state.last_bad.bad_step),
         }
     return out

@@ -164,6 +164,21 @@ class WindowSigma:
         return limit, limit
 
 
+class LogWindowSigma:
+    """Deviations of the logarithm; the largest float32 where nothing is known."""
+
+    def __init__(self, sigmas, window, ratio=2.0):
+        self.sigmas, self.window, self.ratio, self.kept = sigmas, window, ratio, []
+
+    def step(self, n):
+        limit, kept = float(np.finfo(np.float32).max), self.kept[-self.window :]
+        if len(kept) >= max(2, self.window // 2):
+            above = max(self.sigmas * np.std(kept), np.log(self.ratio))
+            limit = np.exp(np.mean(kept) + above)
+        self.kept += [np.log(n)] if n > 0 else []
+        return limit, limit
+
+
 class Quantile:
     def __init__(self, quantile, margin, rate, warmup):
         self.p, self.margin, self.rate, self.warmup = quantile, margin, rate, warmup

@@ -43,6 +43,8 @@ CASES = {
                     lambda: oracles.Window(25.0, 40, rank=True)),
     "window-sigma": (rules.window_sigma(2.0, window=32),
                      lambda: oracles.WindowSigma(2.0, 32)),
+    "log-window-sigma": (rules.log_window_sigma(2.0, window=32, min_ratio=1.5),
+                         lambda: oracles.LogWindowSigma(2.0, 32, 1.5)),
     "quantile": (rules.geometric_quantile(),
                  lambda: oracles.Quantile(0.1, 2.0, 0.05, 5)),
     "smooth": (rules.smoothed_norm(), lambda: oracles.Smooth(0.7, 0.9, 0.0)),
@@ -95,6 +97,20 @@ def test_rules_follow_their_formulas_step_by_step(name):
     under = positive & (norms < wanted[:, 0] * (1 - 1e-5))
     np.testing.assert_allclose(lengths[under], norms[under], rtol=1e-6)
     assert over.sum() > 3 or name.startswith("smooth")
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37])
+def test_deviations_of_the_logarithm_have_no_unit_and_do_not_overflow(scale):
+    norms = 1 + 0.1 * (np.arange(100, dtype=np.float32) % 5)
+    rule = rules.log_window_sigma(window=16)
+    (wanted, _), _, _ = followed(rule, norms)
+    (scaled, _), _, states = followed(rule, norms * np.float32(scale))
+    np.testing.assert_allclose(scaled[8:], wanted[8:] * scale, rtol=2e-5)
+    assert np.isfinite(states.recent_norms).all()
+    wild = np.where(np.arange(100) % 2, 1e-38, 3e38).astype(np.float32)
+    (limits, _), _, _ = followed(rule, wild)
+    assert np.isfinite(limits).all()
+    assert limits.min() >= 3e38
 
 
 def test_states_hold_what_the_oracles_hold():
@@ -240,6 +256,8 @@ def test_a_spike_recorded_raw_raises_the_average_and_one_recorded_clipped_hardly
             "`window` must be an int >= 1",
         ),
         (lambda: rules.window_sigma(window=1), "`window` must be an int >= 2"),
+        (lambda: rules.log_window_sigma(window=1), "`window` must be an int >= 2"),
+        (lambda: rules.log_window_sigma(min_ratio=0.0), "`min_ratio` must be > 0"),
         (lambda: rules.geometric_quantile(1.5), "`quantile` must be between 0 and 1"),
         (lambda: rules.geometric_quantile(rate=0.0), "`rate` must be > 0"),
         (lambda: rules.log_histogram_percentile(np.nan), "between 0 and 100"),

@@ -53,12 +53,15 @@ MAY_IMPORT = {
         "_checks", "_groups", "_measure", "_names", "_trees", "actions", "methods",
         "rules",
     },
-    "stabilize": {"_checks", "_state", "_trees", "methods", "scopes"},
+    "_masks": set(),
+    "stabilize": {"_checks", "_masks", "_state", "_trees", "methods", "scopes"},
+    "_spikes": {"_checks", "_engine", "_measure", "_state", "_trees", "rules"},
     "skipping": {
-        "_checks", "_engine", "_measure", "_state", "_trees", "rules",
+        "_checks", "_masks", "_measure", "_spikes", "_state", "_trees", "rules",
     },
     "sharding": {"_names"},
     "_lookup": {"_names", "_trees"},
+    "taken": {"_lookup", "skipping", "stabilize"},
     "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
     "attribution": {"_lookup", "clipping", "monitoring", "skipping"},
     "diagnosis": {

@@ -75,20 +75,28 @@ def test_a_bad_step_is_bitwise_as_if_it_had_never_been(bad):
     chex.assert_trees_all_equal(zeros, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
-def test_the_default_is_six_unbiased_deviations_over_128_steps():
+@pytest.mark.parametrize("rule", ["log_window_sigma", "window_sigma"])
+def test_spikes_are_those_of_the_rule_over_the_last_128_steps_taken(rule):
     rng = np.random.default_rng(0)
-    norms = (5 + rng.normal(size=400)).astype(np.float32)
-    norms[[150, 200, 201, 300]] = [12.5, 11.0, 11.2, 10.0]
+    norms = np.exp(0.2 * rng.normal(size=400)).astype(np.float32)
+    norms[[150, 200, 201, 300]] *= [3.3, 2.4, 20.0, 8.0]
     history, wanted = [], []
     for n in norms:
         past = np.asarray(history[-128:], np.float64)
-        spike = len(past) >= 64 and n > past.mean() + 6 * past.std(ddof=1)
+        spike = False
+        if len(past) >= 64 and rule == "window_sigma":
+            spike = n > past.mean() + 6 * past.std(ddof=1)
+        elif len(past) >= 64:
+            logs = np.log(past)
+            spike = np.log(n) > logs.mean() + max(5 * logs.std(), np.log(2))
         wanted.append(bool(spike))
         if not spike:
             history.append(n)
     assert 0 < sum(wanted) < 4
-    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
-    assert skipped == wanted
+    six = rules.window_sigma(6.0, unbiased=True)
+    for when in [None, rules.log_window_sigma()] if "log" in rule else [six]:
+        skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=when), norms)
+        assert skipped == wanted
 
 
 def test_losses_are_judged_too_also_negative_ones():
@@ -136,7 +144,7 @@ def test_a_rule_of_your_own_judges_the_loss_if_it_says_so():
         return rules.Limit(jnp.float32(5.0), jnp.float32(5.0)), state
 
     rule = rules.Rule(lambda norm: (), below, "below", signed=True)
-    tx = optclip.skip_steps(optax.sgd(1.0), when=rule)
+    tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=rule)
     skipped, _ = run(tx, np.ones(3), [-1.0, 6.0, 1.0])
     assert skipped == [False, True, False]
 
@@ -193,7 +201,9 @@ def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when, shif
 
 @pytest.mark.parametrize("when", [2.0, rules.previous_norm(2.0)])
 def test_without_a_limit_spikes_are_left_out_for_ever(when):
-    tx = optclip.skip_steps(optax.sgd(1.0), when=when, max_consecutive=None)
+    tx = optclip.skip_steps(
+        optax.sgd(1.0), when=when, max_consecutive=None, max_similar=None
+    )
     assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
 
 
@@ -248,6 +258,13 @@ def test_the_scale_of_the_norms_does_not_matter_unless_a_floor_is_given():
     rule = rules.window_sigma(6.0, unbiased=True, floor=1e-6)
     skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=rule), norms)
     assert np.flatnonzero(skipped).tolist() == [101]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e30])
+def test_the_default_does_not_depend_on_the_scale_of_the_norms(scale):
+    norms = [*(scale * (1 + 0.1 * (np.arange(100) % 3))), 3 * scale, 1.9 * scale]
+    skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
+    assert np.flatnonzero(skipped).tolist() == [100]
 
 
 def test_a_norm_beyond_float32_is_judged_as_the_largest_float32():
@@ -421,7 +438,7 @@ def test_an_empty_group_of_a_partition_is_no_error():
         {"kernel": "b", "bias": "b"},
     )
     out, state = tx.update(gradients(), tx.init(PARAMS), PARAMS)
-    assert float(optclip.metrics(state)["skip/steps"]) == 1
+    assert float(optclip.metrics(state)["skip/a/steps"]) == 1
     assert float(jnp.sum(jnp.abs(out["kernel"]))) > 0
 
 
@@ -505,5 +522,5 @@ def test_errors_say_what_to_do():
     with pytest.raises(TypeError, match="`state` must be the `SkipState`"):
         tx.update(PARAMS, optax.EmptyState(), PARAMS)
     by_params = optclip.skip_steps(optax.sgd(1.0), when=rules.relative_to_params(1.0))
-    with pytest.raises(ValueError, match="`when` must be a rule that does not look at"):
+    with pytest.raises(ValueError, match="must be rules that do not look at the par"):
         by_params.update(PARAMS, by_params.init(PARAMS), PARAMS)

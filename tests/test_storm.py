@@ -31,6 +31,7 @@ FACTORS = {
         rules.window_percentile(10.0, window=100, by_rank=True), 1.001, 200,
     ),
     "window_sigma": (rules.window_sigma(window=64), 1.001, 128),
+    "log_window_sigma": (rules.log_window_sigma(window=64), 1.001, 128),
     "geometric_quantile": (rules.geometric_quantile(), 1.3, 300),
     "log_histogram_percentile": (
         rules.log_histogram_percentile(50.0, forgetting=0.02), 1.2, 300,

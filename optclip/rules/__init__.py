@@ -29,7 +29,11 @@ from optclip.rules._running import dual_ema, ema_ratio, previous_norm
 from optclip.rules._scores import ema_sigma, ema_zscore
 from optclip.rules._second_moment import max_ema, second_moment
 from optclip.rules._smoothed import smoothed_norm
-from optclip.rules._window import window_percentile, window_sigma
+from optclip.rules._window import (
+    log_window_sigma,
+    window_percentile,
+    window_sigma,
+)
 
 __all__ = [
     "Context",
@@ -46,6 +50,7 @@ __all__ = [
     "geometric_quantile",
     "interval",
     "log_histogram_percentile",
+    "log_window_sigma",
     "max_ema",
     "previous_norm",
     "relative_to_params",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from optclip.rules._memory import (
     remembering,
 )
 
-__all__ = ["WindowState", "window_percentile", "window_sigma"]
+__all__ = ["WindowState", "log_window_sigma", "window_percentile", "window_sigma"]
 
 # No plain ints: `optax.inject_hyperparams` would make them arrays.
 WINDOW, SHORT_WINDOW = Static(1000), Static(128)
@@ -213,3 +214,70 @@ def window_sigma(
 
     rule = remembering(init, update, "window_sigma", zeros=record_zeros)
     return rule._replace(signed=True)
+
+
+# The least and the largest logarithm of a norm: those of normal float32 numbers, a
+# little inside, so that `exp` of the second is finite.
+LEAST_LOG, LARGEST_LOG = -87.3, 88.7
+
+
+def log_window_sigma(
+    sigmas: jax.typing.ArrayLike = 5.0,
+    *,
+    window: Any = SHORT_WINDOW,
+    min_ratio: jax.typing.ArrayLike = 2.0,
+) -> Rule:
+    """Returns the rule of `skip_steps`: deviations of the logarithm of the norm.
+
+    With the mean m and the standard deviation s of the logarithms of the last
+    ``window`` norms, before this one,
+
+        t = exp(m + max(sigmas * s, log(min_ratio)))
+
+    and no threshold, the largest float32, before half the window, two norms at least,
+    is filled. The norms of a training run are nearly log-normal: on this scale large
+    norms that belong to the noise are not outliers, and the rule has no unit. Norms of
+    zero are not recorded. A norm below 1e-38 counts as that.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        window: How many norms are kept, at least 2.
+        min_ratio: The least threshold, relative to the geometric mean of the norms;
+            above 0. It matters where the norms hardly vary.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.log_window_sigma(3.0))
+    """
+    _checks.non_negative(sigmas=sigmas)
+    _checks.positive(min_ratio=min_ratio)
+    window = _checks.size("window", window, least=2)
+
+    def update(norm, state, context):
+        del context
+        ring, count = state
+        known = jnp.minimum(count, window)
+        valid = places(ring) < known[..., None]
+        # The places that are not filled yet hold 0, whose logarithm is not finite.
+        logs = jnp.log(jnp.where(valid, jnp.maximum(ring, math.exp(LEAST_LOG)), 1.0))
+        number = jnp.maximum(known, 1).astype(logs.dtype)
+        mean = jnp.sum(logs, axis=-1) / number
+        apart = jnp.where(valid, logs - mean[..., None], 0.0)
+        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / number)
+        above = jnp.maximum(sigmas * spread, jnp.log(min_ratio))
+        threshold = jnp.exp(jnp.minimum(mean + above, LARGEST_LOG))
+        ready = count >= max(2, window // 2)
+        largest = float(jnp.finfo(jnp.float32).max)
+        threshold = jnp.where(ready, threshold, largest).astype(norm.dtype)
+        return one(threshold), _put(state, norm)
+
+    def init(norm):
+        return _empty(norm, window)
+
+    return remembering(init, update, "log_window_sigma", zeros=False)
