@@ -144,8 +144,9 @@ def diagnose(
 
     Nothing that is not finite is called healthy. Parts of the program that can't be
     looked inside, as functions with a custom derivative, are judged from outside, by
-    gradients, losses and trial steps; the headline then says so. It costs about 60 training steps and
-    compiles five programs or so: run it when a run goes wrong, or before a long one.
+    gradients, losses and trial steps; the headline then says so. It costs about 60
+    training steps and compiles five programs or so: run it when a run goes wrong, or
+    before a long one.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over keys of
