@@ -288,6 +288,14 @@ def test_a_nan_skips_one_step_where_theirs_skip_all_while_it_is_remembered():
     assert run(page("MaxText, OLMo-core")["optimizer"], norms, losses) == [150]
 
 
+@pytest.mark.parametrize(("spike", "skipped"), [(63, []), (64, [64])])
+def test_maxtext_judges_one_step_earlier(spike, skipped):
+    norms, losses = noise(0, steps=100), noise(1, 0.05, steps=100)
+    norms[spike] *= 100
+    assert skipped_by_sigma(norms, losses, ddof=1, needed=63) == [spike]
+    assert run(page("MaxText, OLMo-core")["optimizer"], norms, losses) == skipped
+
+
 def levanter_updates(grads, params, rates):
     """Adam, decay, a clip by the last 128 norms of that, then the rate; in float64."""
     params = {k: np.asarray(p, np.float64) for k, p in params.items()}
