@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.ode import odeint
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
@@ -194,6 +195,19 @@ def test_products_that_can_not_be_measured_are_counted(name):
 
     found = optclip.tap(loss_fn, HE, BATCHES[0])
     assert (len(found.sites), found.total) == (1, 2), found
+
+
+def test_an_ode_solver_is_out_of_reach_and_counted():
+    def field(y, _, params):
+        return jnp.tanh(y @ params["w0"]) @ params["w1"]
+
+    def loss_fn(params, x):
+        return jnp.mean(odeint(field, x, jnp.array([0.0, 1.0]), params)[-1] ** 2)
+
+    found = optclip.tap(loss_fn, HE, BATCHES[0])
+    assert not found.sites
+    assert found.total >= 2
+    assert "the custom derivative" in found.not_seen[0]
 
 
 def test_a_callback_is_named_and_one_of_parameters_alone_is_no_use():
