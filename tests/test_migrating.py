@@ -4,6 +4,7 @@ The code is taken from the page. Optax is called; the formulas of the others are
 down here in NumPy, in float64. `tests/parity` calls the packages themselves.
 """
 
+import functools
 import pathlib
 import re
 
@@ -24,6 +25,7 @@ PREAMBLE, *SECTIONS = re.split(r"^## ", TEXT, flags=re.M)
 SECTIONS = {words.split("\n", 1)[0]: words for words in SECTIONS}
 
 
+@functools.cache
 def page(heading):
     """Returns the names that the code below a heading of the page defines."""
     names = {}
@@ -66,8 +68,14 @@ def by_adamw(grads):
     return adamw.update(grads, adamw.init(PARAMS), PARAMS)[0]
 
 
+@functools.cache
+def update_of(tx):
+    """Returns the jitted update: one compilation for gradients of all sizes."""
+    return jax.jit(tx.update)
+
+
 def out(tx, grads, **extra):
-    return tx.update(grads, tx.init(PARAMS), PARAMS, **extra)[0]
+    return update_of(tx)(grads, tx.init(PARAMS), PARAMS, **extra)[0]
 
 
 def close(ours, theirs, rtol=2e-6, atol=1e-8):
@@ -77,7 +85,7 @@ def close(ours, theirs, rtol=2e-6, atol=1e-8):
 def clip_of(chain, grads):
     """Returns what the first transformation of a chain with AdamW makes of grads."""
     # Adam hides a constant factor: compare what reaches its first moment.
-    _, state = chain.update(grads, chain.init(PARAMS), PARAMS)
+    _, state = update_of(chain)(grads, chain.init(PARAMS), PARAMS)
     (moments,) = [
         s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu"))
         if hasattr(s, "mu")
@@ -145,17 +153,23 @@ ROWS = re.findall(
 )
 
 
+@functools.cache
+def line(code):
+    """Returns what a line of the table makes."""
+    return eval(code, page("Optax"))
+
+
 @each_size
 @pytest.mark.parametrize(("theirs", "ours"), ROWS, ids=[row[0] for row in ROWS])
 def test_optax(theirs, ours, size):
     assert len(ROWS) == 7
-    names, grads = page("Optax"), draw(size)
-    close(out(eval(ours, names), grads), out(eval(theirs, names), grads), rtol=2e-5)
+    grads = draw(size)
+    close(out(line(ours), grads), out(line(theirs), grads), rtol=2e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_optax_leaves_infinity_where_it_replaces_nan(bad):
-    theirs, ours = (eval(x, page("Optax")) for x in ROWS[-1])
+    theirs, ours = map(line, ROWS[-1])
     grads = draw(7.0)
     grads["b"] = grads["b"].at[1].set(bad)
     mine, peer = out(ours, grads), out(theirs, grads)
@@ -168,7 +182,7 @@ def test_optax_leaves_infinity_where_it_replaces_nan(bad):
 
 
 def test_optax_applies_the_sixth_nan_in_a_row_and_skip_steps_none():
-    theirs, ours = (eval(x, page("Optax")) for x in ROWS[-2])
+    theirs, ours = map(line, ROWS[-2])
     bad = jax.tree.map(lambda g: g * jnp.nan, draw(1.0))
     for tx, applied in ((theirs, [False] * 5 + [True]), (ours, [False] * 6)):
         state, found, update = tx.init(PARAMS), [], jax.jit(tx.update)
@@ -198,7 +212,7 @@ def test_adaptive_clips_differ_where_one_axis_at_most_is_longer_than_one(shape):
     )
 
     def by(tx):
-        return tx.update(grads, tx.init(params), params)[0]
+        return jax.jit(tx.update)(grads, tx.init(params), params)[0]
 
     peer = by(optax.adaptive_grad_clip(0.01))
     mine = by(optclip.adaptive_grad_clip(0.01))
