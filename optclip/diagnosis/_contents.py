@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optclip.attribution import Culprit
-from optclip.diagnosis.findings import Finding, Report
+from optclip.diagnosis.findings import Finding, Report, nothing_found
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
 from optclip.diagnosis.thresholds import (
@@ -79,7 +79,7 @@ def _findings(diagnosis: Report) -> Section:
     numbered = enumerate(diagnosis.findings, 1)
     items = [_finding(number, finding) for number, finding in numbered]
     if not items:
-        items = [Item("Nothing was found that makes the gradients explode.")]
+        items = [Item(nothing_found(diagnosis.signals))]
     items += [Item(f"Not seen: {words}") for words in diagnosis.not_seen]
     return Section("Diagnosis", tuple(items))
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from optclip import _names
 
-__all__ = ["batches_of", "fitted", "not_finite_leaves", "outside_jit"]
+__all__ = ["batches_of", "broken_parts", "fitted", "not_finite_leaves", "outside_jit"]
 
 
 def outside_jit(name: str, *trees: Any) -> None:
@@ -130,3 +130,18 @@ def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
             )
         found.append(leaf)
     return jax.tree.unflatten(treedef, found)
+
+
+def broken_parts(params: Any, batches: list[Any]) -> dict[str, Any]:
+    """Returns what of the arguments may be why no batch has a finite gradient."""
+    bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
+    empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
+    found = {
+        "parameters": not_finite_leaves(params), "batches": tuple(bad),
+        "empty": tuple(empty),
+    }  # fmt: skip
+    return {name: where for name, where in found.items() if where}
+
+
+def _is_empty(batch: Any) -> bool:
+    return any(np.size(x) == 0 for x in jax.tree.leaves(batch))

@@ -24,6 +24,9 @@ from optclip.diagnosis._program import (
     SiteSpec,
     Step,
     closed,
+    inner_programs,
+    name_of,
+    opaque_uses,
 )
 
 __all__ = ["plan_program", "scan_layout"]
@@ -62,13 +65,6 @@ def _is_elementwise(eqn: Any) -> bool:
     return all(_is_elementwise(e) for e in closed(inner).jaxpr.eqns)
 
 
-def _name_of(eqn: Any) -> str:
-    inner = eqn.params.get("call_jaxpr")
-    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
-    called = str(eqn.params.get("name") or getattr(info, "func_name", "") or "")
-    return called or eqn.primitive.name
-
-
 def _chained(eqn: Any, mades: list[Made]) -> Chain | None:
     """Returns the chain of an elementwise function's result."""
     data = [(v, m) for v, m in zip(eqn.invars, mades, strict=True) if m.data]
@@ -83,7 +79,7 @@ def _chained(eqn: Any, mades: list[Made]) -> Chain | None:
     scaled = name in ("mul", "div") and len(data) == 1
     if name not in LINEAR and not (scaled and (name == "mul" or mades[0].data)):
         before = data[0][0] if before is None else before
-        functions[_name_of(eqn)] = None
+        functions[name_of(eqn)] = None
     first = chains[0]
     return first and Chain(first.site, tuple(functions), before)
 
@@ -145,24 +141,6 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
     )  # fmt: skip
 
 
-def _inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
-    """Returns the programs in an equation, and what their arguments are made of."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "while":
-        start = params["cond_nconsts"]
-        return [(closed(params["body_jaxpr"]), mades[start:])]
-    if name == "cond":
-        return [(closed(b), mades[1:]) for b in params["branches"]]
-    found = []
-    for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
-        inner = params.get(key)
-        if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-            inner = closed(inner)
-            if len(inner.jaxpr.invars) == len(mades):
-                found.append((inner, mades))
-    return found[:1]
-
-
 def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
     """Plans a scan's body: a carry is of parameters only if it stays so."""
     consts, carries = scan_layout(eqn)
@@ -197,27 +175,43 @@ BETTER = {
     "custom_vjp_call": "the custom derivative",
     "custom_jvp_call": "the custom derivative",
     "shard_map": "jax.shard_map",
+    "pure_callback": "jax.pure_callback",
+    "io_callback": "jax.experimental.io_callback",
+    "pallas_call": "a Pallas kernel",
 }
 
 
-def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, list[str]]:
-    """Plans the programs in an equation; also returns why sites are out of reach."""
+class _Beyond(NamedTuple):
+    """Sites out of reach: why, for each, and those that are written down."""
+
+    reasons: tuple[str, ...] = ()
+    unseen: tuple[SiteSpec, ...] = ()
+
+
+def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
+    """Plans the programs in an equation; also returns the sites out of reach."""
     name, plans = eqn.primitive.name, []
     if name == "scan":
         plans = [_scan_plan(eqn, made, place)]
     else:
-        for inner, given in _inner_programs(eqn, made):
+        for inner, given in inner_programs(eqn, made):
             cross = _crossing if name in INLINED else Made.without_chain
             plans.append(_make_plan(inner, list(map(cross, given)), place))
             place = place._replace(first=place.first + len(plans[-1].sites))
     if name in OPENED:
         step = Step(eqn, None, tuple(plans), any(p.sites for p in plans))
-        return step, [words for p in plans for words in p.hidden]
-    called = _name_of(eqn)
+        reasons = tuple(words for p in plans for words in p.hidden)
+        return step, _Beyond(reasons, tuple(x for p in plans for x in p.unseen))
+    called = name_of(eqn)
     reason = f"inside {BETTER.get(name, name)}"
     reason += f" {called}" if called != name else ""
     count = sum(len(p.sites) + len(p.hidden) for p in plans)
-    return Step(eqn, None, tuple(plans) if name in RULED else ()), [reason] * count
+    if not count:
+        count = opaque_uses(eqn, made)
+    step = Step(eqn, None, tuple(plans) if name in RULED else ())
+    return step, _Beyond(
+        (reason,) * count, tuple(x for p in plans for x in (*p.sites, *p.unseen))
+    )
 
 
 def _outs_of(step: Step) -> list[Made]:
@@ -243,6 +237,7 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
     steps: list[Step] = []
     sites: list[SiteSpec] = []
     hidden: list[str] = []
+    unseen: list[SiteSpec] = []
 
     def look(atom):
         return CONSTANT if isinstance(atom, core.Literal) else env[atom]
@@ -256,18 +251,19 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
             sites.append(site)
             env[eqn.outvars[0]] = DATA._replace(chain=Chain(site.number, (), None))
             continue
-        step, reasons = _step(eqn, made, here)
+        step, beyond = _step(eqn, made, here)
         steps.append(step)
-        hidden.extend(reasons)
+        hidden.extend(beyond.reasons)
+        unseen.extend(beyond.unseen)
         if step.opened:
             for plan in step.plans:
                 sites.extend(plan.sites)
             outs = _outs_of(step)
         else:
-            outs = [_result(eqn, made, bool(reasons))] * len(eqn.outvars)
+            outs = [_result(eqn, made, bool(beyond.reasons))] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     outs = tuple(look(v) for v in jaxpr.outvars)
-    return Plan(program, tuple(steps), tuple(sites), tuple(hidden), outs)
+    return Plan(program, tuple(steps), tuple(sites), tuple(hidden), outs, tuple(unseen))
 
 
 def plan_program(program: Any, params: int) -> Plan:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import norms
+from optclip import _names, norms
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
@@ -43,12 +43,14 @@ class Batch(NamedTuple):
         norm: Norm of its gradient.
         bad_leaves: Paths of leaves whose gradient is not finite.
         sites: What was seen in the program, or nothing.
+        leaf_norms: Norm of the gradient of each leaf.
     """
 
     loss: float
     norm: float
     bad_leaves: tuple[str, ...]
     sites: tuple[Site, ...]
+    leaf_norms: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -67,6 +69,12 @@ def halves_of(batch: Any, axis: int) -> list[Any]:
     return [jax.tree.map(lambda x, k=k: x[(*before, k)], batch) for k in kept]
 
 
+def _each_norm(grads: Any) -> jax.Array:
+    return jnp.stack(
+        [x.astype(jnp.float32) for x in jax.tree.leaves(norms.leaf_norms(grads))]
+    )
+
+
 def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
     wide = jnp.promote_types(jnp.result_type(g, u), jnp.float32)
     return jnp.vdot(g.astype(wide), u.astype(wide)).real
@@ -83,6 +91,7 @@ class Probe:
         tapped: The program that was read, or None where that failed.
         why_not: Why it failed, in words.
         no_steps: Why no steps can be tried, in words; "" if they can.
+        paths: Paths of the parameters, known even where the program can't be read.
     """
 
     loss_fn: Callable[[Any, Any], jax.Array]
@@ -91,9 +100,11 @@ class Probe:
     tapped: Tapped | None = None
     why_not: str = ""
     no_steps: str = ""
+    paths: tuple[str, ...] = ()
 
     def read(self, params: Any, batch: Any) -> None:
         """Reads the program of the loss, if this version of JAX can be read."""
+        self.paths = tuple(_names.leaf_names(params))
         self._programs: dict[Any, Tapped | None] = {}
         self.tapped = self._read(params, batch)
         self._gradient = jax.jit(self._gradients)
@@ -144,10 +155,10 @@ class Probe:
             probes = no_probes(seen.plan)
             (loss, figures), (grads, signals) = both(params, probes)
         fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
-        norm = norms.global_norm(grads)
+        norm, each = norms.global_norm(grads), _each_norm(grads)
         # Of complex parameters JAX gives the conjugate of what leads downhill.
         grads = jax.tree.map(jnp.conj, grads)
-        return (loss, norm, jnp.stack(fine), figures, signals), grads
+        return (loss, norm, each, jnp.stack(fine), figures, signals), grads
 
     def _changed_norm(self, params, batch, change):
         """Returns loss and norm of the gradient of the program with a change."""
@@ -161,10 +172,11 @@ class Probe:
 
     def _one_step(self, params, opt_state, batch, part):
         loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
+        each = _each_norm(grads)
         grads = jax.tree.map(jnp.conj, grads)
         updates, opt_state = self._updates(grads, opt_state, params, batch, loss)
         updates = jax.tree.map(lambda u: part * u, updates)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, loss, each
 
     def _updates(self, grads, opt_state, params, batch, loss):
         """Returns the updates, with all that optimizers of Optax may ask for."""
@@ -182,13 +194,14 @@ class Probe:
 
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns what one batch gives, and its gradients."""
-        (loss, norm, fine, figures, signals), grads = self._gradient(params, batch)
+        found, grads = self._gradient(params, batch)
+        loss, norm, each, fine, figures, signals = found
         seen = self._read(params, batch)
-        paths = seen.paths if seen else ()
-        flags = zip(paths, np.asarray(fine), strict=False)
+        flags = zip(self.paths, np.asarray(fine), strict=True)
         sites = seen.sites(figures, signals) if seen else ()
         bad = tuple(path for path, good in flags if not good)
-        return Batch(float(loss), float(norm), bad, sites), grads
+        sizes = tuple(np.asarray(each, float).tolist())
+        return Batch(float(loss), float(norm), bad, sites, sizes), grads
 
     def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
         """Returns loss and norm with a change, NaN where it can't be made."""
@@ -226,12 +239,17 @@ class Probe:
 
     def rehearse(
         self, params: Any, opt_state: Any, batches: Iterable[Any], part: float
-    ) -> list[float]:
-        """Trains a few steps, with ``part`` of each update; returns the losses."""
-        losses = []
+    ) -> tuple[list[float], list[tuple[float, ...]]]:
+        """Trains a few steps, with ``part`` of each update.
+
+        Returns:
+            The loss of each step, and the norm of its gradient for each leaf.
+        """
+        losses, sizes = [], []
         for batch in batches:
-            params, opt_state, loss = self._step(params, opt_state, batch, part)
+            params, opt_state, loss, each = self._step(params, opt_state, batch, part)
             losses.append(float(loss))
+            sizes.append(tuple(np.asarray(each, float).tolist()))
             if not np.isfinite(losses[-1]):
                 break
-        return losses
+        return losses, sizes

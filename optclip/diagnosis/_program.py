@@ -2,11 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend import core
 
 __all__ = [
-    "CONSTANT", "DATA", "ELEMENTWISE", "INLINED", "LINEAR", "LOST", "OPENED", "RULED",
-    "Chain", "Made", "Plan", "SiteSpec", "Step", "closed",
+    "CONSTANT", "DATA", "ELEMENTWISE", "INLINED", "LINEAR", "LOST", "OPAQUE", "OPENED",
+    "RULED", "Chain", "Made", "Plan", "SiteSpec", "Step", "closed", "inner_programs",
+    "name_of", "opaque_uses",
 ]  # fmt: skip
 
 # Elementwise functions that are linear in their one argument of data, and moves.
@@ -27,6 +29,11 @@ LOST = "in another program"
 INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 OPENED = INLINED | {"scan", "cond"}
 RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+# What these do with their operands is not written in the program, or not as a product.
+OPAQUE = {
+    "custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback",
+    "ragged_dot", "ragged_dot_general", "triangular_solve",
+}  # fmt: skip
 
 
 class Chain(NamedTuple):
@@ -117,6 +124,8 @@ class Plan(NamedTuple):
         sites: All sites, those of containers included, in the order of execution.
         hidden: Reasons for the sites that can't be reached, one for each.
         outs: What its results are made of.
+        unseen: Those of the hidden sites that are written in the program all the same,
+            as in a function with a custom derivative.
     """
 
     jaxpr: Any
@@ -124,6 +133,7 @@ class Plan(NamedTuple):
     sites: tuple[SiteSpec, ...]
     hidden: tuple[str, ...]
     outs: tuple[Made, ...]
+    unseen: tuple[SiteSpec, ...] = ()
 
 
 def closed(jaxpr: Any, consts: Any = ()) -> Any:
@@ -131,3 +141,42 @@ def closed(jaxpr: Any, consts: Any = ()) -> Any:
     if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
         return jaxpr
     return core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def name_of(eqn: Any) -> str:
+    inner = eqn.params.get("call_jaxpr")
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    called = str(eqn.params.get("name") or getattr(info, "func_name", "") or "")
+    return called or eqn.primitive.name
+
+
+def inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
+    """Returns the programs in an equation, and what their arguments are made of."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "while":
+        start = params["cond_nconsts"]
+        return [(closed(params["body_jaxpr"]), mades[start:])]
+    if name == "cond":
+        return [(closed(b), mades[1:]) for b in params["branches"]]
+    found = []
+    for key in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
+        inner = params.get(key)
+        if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+            inner = closed(inner)
+            if len(inner.jaxpr.invars) == len(mades):
+                found.append((inner, mades))
+    return found[:1]
+
+
+def opaque_uses(eqn: Any, made: list[Made]) -> int:
+    """Returns how many operands of parameters meet data where nothing can be read."""
+    impl = getattr(eqn.primitive, "impl", None)
+    module = getattr(getattr(impl, "func", impl), "__module__", None) or "jax"
+    # The primitives of other libraries do with their operands what they like.
+    if eqn.primitive.name not in OPAQUE and module.split(".")[0] == "jax":
+        return 0
+    if not any(m.data for m in made):
+        return 0
+    pairs = zip(eqn.invars, made, strict=True)
+    floats = [m for v, m in pairs if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    return sum(bool(m.leaves) and not m.data for m in floats)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optclip.diagnosis import _growth
-from optclip.diagnosis._inputs import not_finite_leaves
+from optclip.diagnosis._inputs import broken_parts, not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._models import is_weight
+from optclip.diagnosis._outside import unseen_ratios
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
@@ -30,7 +31,7 @@ class Signals:
         layers: The layers of the program, in the order of depth.
         depth: Growth over them, or None.
         time: Growth over the steps of a recurrence, or None.
-        he: Size of the weights beside He initialization, by leaf.
+        he: Size of the weights relative to He initialization, by leaf.
         gains: Backward and forward gains of activations.
         relu_norm: Norm of the gradient with relu for every activation; NaN if not
             asked.
@@ -58,6 +59,8 @@ class Signals:
         empty_loss: If the run has begun, the loss of the same model with parameters of
             0, which knows nothing.
         begun: Whether the run has begun.
+        rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
+            with the whole rate.
     """
 
     batches: tuple[Batch, ...]
@@ -87,6 +90,7 @@ class Signals:
     starts: list[float] = dataclasses.field(default_factory=list)
     empty_loss: float = math.nan
     begun: bool = False
+    rehearsed_norms: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
 
     @property
     def first(self) -> Batch:
@@ -192,21 +196,6 @@ def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
         raise
 
 
-def _broken(params: Any, batches: list[Any]) -> dict[str, Any]:
-    """Returns what of the arguments may be why no batch has a finite gradient."""
-    bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
-    empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
-    found = {
-        "parameters": not_finite_leaves(params), "batches": tuple(bad),
-        "empty": tuple(empty),
-    }  # fmt: skip
-    return {name: where for name, where in found.items() if where}
-
-
-def _is_empty(batch: Any) -> bool:
-    return any(np.size(x) == 0 for x in jax.tree.leaves(batch))
-
-
 def measure(
     probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
 ) -> Signals:
@@ -218,16 +207,19 @@ def measure(
     batch, this = batches[usual], seen[usual]
     grads = probe.batch(params, batch)[1]
     layers = _growth.layers_of(this.sites)
+    he = _growth.he_ratios(layers)
+    he |= unseen_ratios(probe.tapped, params, he)
     signals = Signals(
         tuple(seen), outliers, usual, layers,
         _growth.depth_growth(layers) if len(layers) >= _growth.FEWEST else None,
-        _growth.time_growth(this.sites), _growth.he_ratios(layers),
+        _growth.time_growth(this.sites),
+        he,
         _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
         begun=begun,
     )  # fmt: skip
     more: dict[str, Any] = {}
     if not any(b.finite for b in seen):
-        more["broken"] = _broken(params, batches)
+        more["broken"] = broken_parts(params, batches)
     gained = [max(b, f) for _, b, f in signals.gains if np.isfinite(max(b, f))]
     if signals.gains and (
         not this.finite or max(gained, default=0) > LIMITS.activation
@@ -271,7 +263,7 @@ def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]
     if s.begun:
         zeros = jax.tree.map(_emptied, params)
         more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
-    more["rehearsals"] = _rehearsals(probe, params, opt_state, run)
+    more |= _rehearsals(probe, params, opt_state, run)
     return more
 
 
@@ -285,14 +277,15 @@ def ended(losses: list[float]) -> float:
     return float(tail.mean()) if len(losses) and np.isfinite(tail).all() else math.inf
 
 
-def _rehearsals(probe, params, opt_state, run) -> dict[float, list[float]]:
+def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
     """Trains with the whole rate, a tenth and, as long as that is better, less."""
     found: dict[float, list[float]] = {}
-    last = math.inf
+    last, sizes = math.inf, []
     for part in (1.0, 0.1, 0.03, 0.01, 0.001):
-        found[part] = probe.rehearse(params, opt_state, run, part)
+        found[part], each = probe.rehearse(params, opt_state, run, part)
+        sizes = sizes or each
         end = ended(found[part])
         if math.isfinite(last) and not end < last - LIMITS.worse * abs(last):
             break
         last = end
-    return found
+    return {"rehearsals": found, "rehearsed_norms": sizes}

@@ -13,6 +13,7 @@ import optax
 from optclip import _checks
 from optclip.diagnosis import _models, _probe, _rules, _signals
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
+from optclip.diagnosis._outside import norms_by_path
 from optclip.diagnosis.findings import Report
 from optclip.diagnosis.taps import scalar_loss
 
@@ -52,7 +53,11 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
         "limits": _signals.LIMITS,
         "sites": signals.first.sites,
-        **({"uses": (seen, seen + len(plan.hidden))} if plan else {}),
+        "uses": (seen, seen + len(plan.hidden)) if plan else None,
+        "leaf_norms": norms_by_path(
+            probe.paths, [b.leaf_norms for b in signals.batches]
+        ),
+        "rehearsed_leaf_norms": norms_by_path(probe.paths, signals.rehearsed_norms),
     }
 
 
@@ -137,8 +142,11 @@ def diagnose(
     | `vanishing`      | the opposite of growth                                  |
     | `uphill`         | the change of the loss that the gradient predicts       |
 
-    Nothing that is not finite is called healthy. It costs about 60 training steps and
-    compiles five programs or so: run it when a run goes wrong, or before a long one.
+    Nothing that is not finite is called healthy. Parts of the program that can't be
+    looked inside, as functions with a custom derivative, are judged from outside, by
+    gradients, losses and trial steps; the headline then says so. It costs about 60
+    training steps and compiles five programs or so: run it when a run goes wrong, or
+    before a long one.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over keys of

@@ -1,6 +1,8 @@
 """What a diagnosis says: findings with evidence and a remedy, and what was not seen."""
 
 import dataclasses
+import math
+import statistics
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -90,6 +92,56 @@ class Finding:
         return "\n".join(lines)
 
 
+NOTHING = "nothing was found that makes the gradients explode."
+# What needs no look into the program.
+OUTSIDE = "from outside (gradients of the batches, losses, trial steps)"
+
+
+def nothing_found(signals: Mapping[str, Any]) -> str:
+    """Returns the headline of a report without findings.
+
+    A model that could not be looked inside is not said to be healthy.
+    """
+    uses = signals.get("uses", (1, 1))
+    if uses is None:
+        return (
+            "Could not look inside the model: its program could not be read. "
+            f"{OUTSIDE.capitalize()}, {NOTHING}"
+        )
+    seen, total = uses
+    if seen == total:
+        return NOTHING.capitalize()
+    words = f"{seen} of {total} uses of parameters were seen"
+    if not seen:
+        return (
+            f"Could not look inside the model: {words}. "
+            f"{OUTSIDE.capitalize()}, {NOTHING}"
+        )
+    return (
+        f"Could look inside only part of the model: {words}. In these, and {OUTSIDE}, "
+        f"{NOTHING}"
+    )
+
+
+def largest_gradient(signals: Mapping[str, Any]) -> str:
+    """Returns in which parameter the gradient is largest, in words; "" if unknown."""
+    norms, steps = (
+        signals.get(key, {}) for key in ("leaf_norms", "rehearsed_leaf_norms")
+    )
+    medians = {path: statistics.median(values) for path, values in norms.items()}
+    known = {path: size for path, size in medians.items() if math.isfinite(size)}
+    if not known:
+        return ""
+    most = max(known, key=lambda path: known[path])
+    words = (
+        f"The gradient is largest in {most}: its norm is {known[most]:.3g}, the median "
+        f"of {len(norms[most])} batches"
+    )
+    if len(after := steps.get(most, ())) > 1:
+        words += f", and {after[-1]:.3g} in the last of {len(after)} rehearsed steps"
+    return textwrap.fill(f"{words}.", 80)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `optclip.diagnose` found.
@@ -114,16 +166,17 @@ class Report:
     def __str__(self) -> str:
         """Returns the report as text."""
         if self.healthy:
-            head = "Nothing was found that makes the gradients explode."
+            head = textwrap.fill(nothing_found(self.signals), 80)
         else:
             numbered = enumerate(self.findings, 1)
             head = "\n\n".join(f"{n}. {finding}" for n, finding in numbered)
             if len(self.findings) > 1:
                 head += "\n\nDo the first, then ask again: others may go away with it."
         notes = [f"Not seen: {words}." for words in self.not_seen]
-        if "uses" in self.signals:
+        if self.signals.get("uses"):
             seen, total = self.signals["uses"]
             batches = len(self.signals["batch_norms"])
             looked = f"{batches} batches and {seen} of {total} uses of parameters"
-            notes = [f"Looked at {looked}.", *notes]
+            outside = [] if seen == total else [largest_gradient(self.signals)]
+            notes = [f"Looked at {looked}.", *filter(None, outside), *notes]
         return "\n\n".join([head, "\n".join(notes)]) if notes else head

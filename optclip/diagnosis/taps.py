@@ -1,4 +1,4 @@
-"""What a program does with its parameters, seen at each use, in any model."""
+"""What a program does with its parameters, seen at each use that can be reached."""
 
 from __future__ import annotations
 
@@ -238,8 +238,8 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
 
     It sees through `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
     `jax.lax.cond`. A function with a custom derivative keeps it; what is inside it, or
-    inside a `jax.lax.while_loop`, a `jax.shard_map` or a kernel of one's own, is out of
-    reach, counted and named.
+    inside a `jax.lax.while_loop`, a `jax.shard_map`, a callback, a Pallas kernel or a
+    linear solve, is out of reach, counted and named.
 
     It costs about one training step, and compiles a program of its own: call it now and
     then, not in each step.

@@ -73,6 +73,16 @@ def test_zclip(options):
         close(spreads, np.sqrt(variances[known]), atol=1e-6)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_zclip_at_its_defaults_gives_the_package_numbers_where_that_is_not_locked(
+    max_grad_norm,
+):
+    grads = BOTH[0]  # without zeros, and no 50 spikes in a row
+    peers, _, _ = by_zclip(grads, alpha=0.97, z_thresh=2.5, max_grad_norm=max_grad_norm)
+    ours, _ = run(optclip.zclip(2.5, alpha=0.97, max_grad_norm=max_grad_norm), grads)
+    all_close(ours, peers)
+
+
 @pytest.mark.parametrize("mode", ["zscore", "percentile"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("size", [0.5, 1e-7])

@@ -62,6 +62,18 @@ def test_gradients_and_norms_are_theirs_in_float32(microbatch_size):
         np.testing.assert_allclose(mine, peer, rtol=1e-5, atol=1e-7)
 
 
+def test_their_sum_is_our_mean_times_the_examples():
+    batch = drawn()
+    ours, _ = jax.jit(optclip.per_example_clip(loss_fn, BOUND))(*batch)
+    theirs = jax.jit(
+        jax_privacy.clipped_grad(
+            loss_fn, l2_clip_norm=BOUND, batch_argnums=(1, 2), keep_batch_dim=False
+        )
+    )(*batch)
+    for mine, peer in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(16 * mine, peer, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_gradients_stay_within_the_bound_where_theirs_do_not():
     theirs, ours = [], []
     peer_fn = their_gradients(1)

@@ -1,0 +1,48 @@
+"""What is known of the parts of a model that can't be looked inside."""
+
+import collections
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from optclip.diagnosis._replay import magnitude
+from optclip.diagnosis.taps import Tapped
+
+__all__ = ["norms_by_path", "unseen_ratios"]
+
+
+def unseen_ratios(
+    tapped: Tapped | None, params: Any, seen: Collection[str]
+) -> dict[str, float]:
+    """Returns the size of weights that no site showed, relative to He initialization.
+
+    Of the matrix products and convolutions that are written in the program but can't
+    be measured there, as those in a function with a custom derivative: the signal is
+    out of reach, and the parameters are not.
+    """
+    if tapped is None:
+        return {}
+    leaves = jax.tree.leaves(params)
+    ratios = collections.defaultdict(list)
+    for spec in tapped.plan.unseen:
+        if spec.kind in ("matmul", "conv") and len(spec.leaves) == 1:
+            (leaf,) = spec.leaves
+            size = float(magnitude(leaves[leaf], mean=True))
+            ratios[tapped.paths[leaf]].append(size / math.sqrt(2 / max(spec.fan_in, 1)))
+    return {
+        path: float(np.median(found))
+        for path, found in ratios.items()
+        if path not in seen
+    }
+
+
+def norms_by_path(
+    paths: Sequence[str], rows: Sequence[Sequence[float]]
+) -> dict[str, tuple[float, ...]]:
+    """Returns the numbers of each leaf by its path, given one row for each step."""
+    if not rows:
+        return {}
+    return dict(zip(paths, zip(*rows, strict=True), strict=True))
