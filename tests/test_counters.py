@@ -31,7 +31,6 @@ FIXED = [f"fixed:{name}" for name in registry.CASES]
 QUICK = {f"fixed:{n}" for n in ("clip", "clip-layer", "clip-element", "monitor")}
 NAMES = [*adaptive.ADAPTIVE, *EXTRA, *FIXED]
 # The skipping of steps counts in other files.
-NAMES.remove("skip_steps")
 
 
 def build(name):
