@@ -75,7 +75,7 @@ unit: $(call stamp,test)  ## Tests and examples only, without lint
 test-all: $(call stamp,test)  ## All tests, with the variants that `make test` leaves out
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m "not exhaustive" $(ARGS)
 
-test-exhaustive: $(call stamp,test)  ## Every layout in every mode of sharding: half an hour
+test-exhaustive: $(call stamp,test)  ## The widest products of layouts, modes and options: hours
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
 
 # Every contract, and what checks numbers and states of each method.

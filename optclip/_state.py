@@ -135,10 +135,10 @@ class SkipState(NamedTuple):
         optimizer_state: State of the optimizer inside, as if no bad step had been.
         norm_rule_state: State of the rule for the norm.
         loss_rule_state: State of the rule for the loss; () without one.
-        recent_norms: float32[512]. The last finite norms, the newest first, those of
+        offered_norms: float32[512]. The last finite norms, the newest first, those of
             skipped steps included; the lowest float32 where there was none yet; () if
             the rule has no memory or ``max_similar`` is None.
-        recent_losses: float32[512]. The same for the loss.
+        offered_losses: float32[512]. The same for the loss.
         recent_skips: int32[512]. 1 where a step was skipped, the newest first.
         recent_fraction: float32 scalar. Share of the last 512 steps, or of all steps
             while they are fewer, that was skipped.
@@ -162,8 +162,8 @@ class SkipState(NamedTuple):
     optimizer_state: Any
     norm_rule_state: Any
     loss_rule_state: Any
-    recent_norms: Any
-    recent_losses: Any
+    offered_norms: Any
+    offered_losses: Any
     recent_skips: jax.Array
     recent_fraction: jax.Array
     recent_since: jax.Array

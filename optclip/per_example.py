@@ -67,15 +67,16 @@ def _names_of(axis_name: Any) -> tuple[str, ...]:
 
 
 def _check_params(params: Any) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
+    leaves = jax.tree.leaves(params)
+    for name, x in zip(_names.leaf_names(params), leaves, strict=True):
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(
                 "`params` must hold real or complex arrays only, got "
-                f"{jnp.result_type(x)} at `{_names.path_name(path)}`. Give what is not "
+                f"{jnp.result_type(x)} at `{name}`. Give what is not "
                 "trained to `loss_fn` by name; of a Flax NNX model, take "
                 "`nnx.split(model, nnx.Param, ...)`."
             )
-    if not jax.tree.leaves(params):
+    if not leaves:
         raise ValueError(f"`params` must hold arrays, got {params!r}.")
 
 

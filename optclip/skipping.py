@@ -173,8 +173,8 @@ def skip_steps(
             optimizer_state=optimizer_state,
             norm_rule_state=norm_rule,
             loss_rule_state=loss_rule,
-            recent_norms=norms,
-            recent_losses=losses,
+            offered_norms=norms,
+            offered_losses=losses,
             recent_skips=jnp.zeros(_spikes.RECENT, jnp.int32),
             recent_fraction=_state.scalar(0.0),
             recent_since=_state.scalar(-1, jnp.int32),
@@ -246,10 +246,10 @@ def skip_steps(
 
         old_norms, old_losses = state.norm_rule_state, state.loss_rule_state
         norm_said, norm_restart, norms = verdict(
-            by_norm, norm, old_norms, state.recent_norms, False
+            by_norm, norm, old_norms, state.offered_norms, False
         )
         spike = norm_said.spike & ~norm_restart
-        loss_said, loss_restart, losses = None, None, state.recent_losses
+        loss_said, loss_restart, losses = None, None, state.offered_losses
         if given and by_loss is not None:
             loss_said, loss_restart, losses = verdict(
                 by_loss, level, old_losses, losses, True
@@ -278,8 +278,8 @@ def skip_steps(
             optimizer_state=_state.chosen(skip, state.optimizer_state, after),
             norm_rule_state=norm_rule,
             loss_rule_state=loss_rule,
-            recent_norms=norms,
-            recent_losses=losses,
+            offered_norms=norms,
+            offered_losses=losses,
             offered_steps=_counted(step, jnp.ones([], bool)),
             skipped_steps=_counted(state.skipped_steps, skip),
             spike_steps=_counted(state.spike_steps, spike),

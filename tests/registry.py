@@ -190,7 +190,8 @@ HARD = [n for n in CLIPS if CASES[n].settings.get("action", "rescale") == "resca
 # Public functions that are no transformations.
 OTHERS = {
     "clip_grad_norm", "clip_grad_value", "culprits", "diagnose", "leaf_metrics",
-    "metrics", "per_example_clip", "report", "state_specs", "suggest_threshold", "tap",
+    "metrics", "per_example_clip", "report", "state_specs", "step_taken",
+    "suggest_threshold", "tap",
 }  # fmt: skip
 
 DTYPES = {

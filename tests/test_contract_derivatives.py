@@ -137,7 +137,7 @@ def stepper(name, dtype):
 
 def quickly(*quick):
     return [
-        pytest.param(n, marks=() if n in quick else pytest.mark.slow)
+        pytest.param(n, marks=() if n in quick else pytest.mark.exhaustive)
         for n in REMEMBERING
     ]
 
@@ -167,7 +167,7 @@ def test_derivatives_through_a_memory_are_finite_everywhere(name):
             assert all(np.all(np.isfinite(x)) for x in slope.values()), (start, size)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", every.VARIANTS)
 def test_derivatives_through_options_are_finite_everywhere(name):
     test_derivatives_through_a_memory_are_finite_everywhere(name)

@@ -80,27 +80,27 @@ def test_a_jitted_step_and_its_metrics_pass_all_modes_at_once(name):
     run(every.EVERY[name](), AT_ONCE, "mixed", (SIZES, *HARD_STARTS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", AT_ONCE)
 @pytest.mark.parametrize("name", every.EVERY)
 def test_a_jitted_step_passes_each_mode(name, mode):
     run(every.EVERY[name](), [mode], "mixed", (SIZES, *HARD_STARTS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", every.DISTINCT)
 def test_one_dtype_passes_all_modes_at_once(name, dtype):
     run(every.EVERY[name](), AT_ONCE, dtype, (SIZES, *HARD_STARTS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", every.VARIANTS)
 def test_options_pass_all_modes_at_once(name):
     run(every.VARIANTS[name](), AT_ONCE, "mixed", (SIZES, *HARD_STARTS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", EAGER)
 @pytest.mark.parametrize("name", every.EVERY)
 def test_a_step_outside_of_jit_passes(name, mode):
@@ -115,7 +115,7 @@ LEAKY = ("adaptive_grad_clip", "clip_by_value", "monitor", "skip_steps", "stabil
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=() if n in LEAKY else pytest.mark.slow)
+        pytest.param(n, marks=() if n in LEAKY else pytest.mark.exhaustive)
         for n in (*every.EVERY, *every.VARIANTS)
     ],
 )

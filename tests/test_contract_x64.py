@@ -16,7 +16,7 @@ import optclip
 pytestmark = pytest.mark.usefixtures("x64")
 
 DTYPES = ["float32", "all", *(
-    pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float64")
+    pytest.param(d, marks=pytest.mark.exhaustive) for d in ("bfloat16", "float64")
 )]  # fmt: skip
 # Norms of float32 and of float64 in one tree have to be mixed.
 PROMOTION = {"all": "standard"}
@@ -68,7 +68,7 @@ def test_updates_and_state_keep_their_dtypes(name, dtype):
     check(every.EVERY[name](), every.numbers(dtype), promotion=promotion)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "all"])
 @pytest.mark.parametrize("name", every.VARIANTS)
 def test_options_keep_the_dtypes(name, dtype):
@@ -86,7 +86,7 @@ def test_options_keep_the_dtypes(name, dtype):
     "kind",
     [
         pytest.param(np.float64, id="numpy"),
-        pytest.param(jnp.float64, marks=pytest.mark.slow, id="jax"),
+        pytest.param(jnp.float64, marks=pytest.mark.exhaustive, id="jax"),
     ],
 )
 @pytest.mark.parametrize("name", every.NUMERIC)
@@ -102,7 +102,10 @@ RUN = ("autoclip-all", "clip_by_value", "scale_by_stable_adam", "skip_steps",
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in RUN else pytest.mark.slow) for n in every.EVERY],
+    [
+        pytest.param(n, marks=() if n in RUN else pytest.mark.exhaustive)
+        for n in every.EVERY
+    ],
 )
 def test_one_trace_serves_all_steps_and_gives_what_float32_does(name):
     tx, params = every.EVERY[name](), every.numbers("float32", seed=9)

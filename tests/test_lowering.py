@@ -22,7 +22,7 @@ PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 # Names of `optclip.__all__` that make no update: modules, states, readers.
 READERS = {
     "culprits", "diagnose", "leaf_metrics", "metrics", "per_example_clip", "report",
-    "state_specs", "suggest_threshold", "tap",
+    "state_specs", "step_taken", "suggest_threshold", "tap",
 }  # fmt: skip
 # Functions on gradients, without a state.
 PURE = {

@@ -103,7 +103,7 @@ PAIRS = [
     pytest.param(
         name,
         scope,
-        marks=pytest.mark.slow if scope == "leaf" and name not in QUICK else (),
+        marks=pytest.mark.exhaustive if scope == "leaf" and name not in QUICK else (),
         id=f"{name}-{scope}",
     )
     for name, case in CASES.items()

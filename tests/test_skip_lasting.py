@@ -160,7 +160,7 @@ def test_the_loss_is_judged_by_the_same_definition():
     for got, column in zip(skipped.T, np.float32(losses).T, strict=True):
         np.testing.assert_array_equal(got, spikes_by_hand(column, 128, True))
     assert skipped.sum() > 30
-    assert np.isfinite(states.recent_losses).all()
+    assert np.isfinite(states.offered_losses).all()
 
 
 def test_a_decreasing_loss_that_rises_to_a_new_level_is_followed():
@@ -178,7 +178,7 @@ def test_without_the_count_of_similar_values_a_new_source_is_left_out():
     norms[200::5] = 10
     skipped, states = runner(max_similar=None)(norms)
     assert skipped[200::5].all()
-    assert states.recent_norms == states.recent_losses == ()
+    assert states.offered_norms == states.offered_losses == ()
     skipped, _ = runner(max_similar=3)(norms)
     assert skipped[200::5].sum() == 3
 
@@ -189,7 +189,7 @@ def test_a_bound_without_memory_stays_what_it_is(when):
     norms[200::5] = 10
     skipped, states = runner(when=when)(norms)
     assert skipped[200::5].all()
-    assert states.recent_norms == ()
+    assert states.offered_norms == ()
 
 
 def test_both_of_two_tasks_are_learned_as_by_adam_alone():

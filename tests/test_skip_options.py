@@ -64,7 +64,7 @@ def test_norm_and_loss_each_have_a_rule():
     norms[20], losses[30] = 11, -1
     skipped, state = run(tx, norms, losses)
     assert np.flatnonzero(skipped).tolist() == [20, 30]
-    assert state.norm_rule_state == state.recent_norms == ()
+    assert state.norm_rule_state == state.offered_norms == ()
 
 
 def test_a_rule_for_the_norm_says_nothing_of_the_loss():
