@@ -195,9 +195,10 @@ for name, (_, record) in first.items():
 #
 # ## Which steps were left out, and why?
 #
-# `skip_steps` leaves out what is not finite, and spikes: a norm or a loss more than six
-# standard deviations above the mean of the last 128. `optclip.metrics` gives both and
-# their thresholds, at each step.
+# `skip_steps` leaves out what is not finite, and spikes: a norm whose logarithm is more
+# than five standard deviations above the mean of the last 128, or a loss more than six
+# above its own, as long as such values are rare. `optclip.metrics` gives both and their
+# thresholds, at each step.
 
 # %%
 (_, state), kept = first[SKIP]
@@ -235,7 +236,7 @@ for axis, what, bound in (
     axis.set(ylabel=what)
 top.set(ylim=(0.02, 30))
 top.text(32, 11, "no threshold\nyet", ha="center", va="center", fontsize=10)
-top.text(124, 11, "threshold\nabove 1e20", ha="center", va="center", fontsize=10)
+top.text(124, 11, "threshold\nabove 1e12", ha="center", va="center", fontsize=10)
 top.text(210, 1.8, "threshold")
 top.text(370, 11, "labels by lot", ha="center", va="center", color=BLUE)
 bottom.set(ylim=(2e-3, 100), xlabel="step")
@@ -250,11 +251,12 @@ for culprit in optclip.culprits(state, init_params())[:5]:
 
 # %% [markdown]
 # What is not finite is always left out. The 1e20 batches of the first 64 steps were
-# taken: a rule knows no spike before it knows what is usual. The clip inside held these
-# steps down. But the rule remembered them, and as long as they were among its last 128
-# norms its threshold was above 1e20. From step 180 on each poisoned batch is left out,
-# and no good one. Labels by lot give themselves away late, when the network is sure of
-# itself: at step 11 their norm and loss are usual, at step 306 they are spikes.
+# taken: a rule must see some steps before it can tell a spike. The clip inside held
+# these steps down. But the rule recorded them, and as long as most of them were among
+# its last 128 norms its threshold was above 1e12. From step 180 on nearly every
+# poisoned batch is left out, and no good one. Labels by lot are told late, when the
+# network is sure of itself: at step 11 their norm and loss are like the others, at step
+# 306 they are spikes.
 #
 # The lines below the picture name the leaves of the newest bad steps. The 1024 NaN in
 # the hidden weights are 8 pixels times 128 units, which hints at the spoiled inputs.
@@ -341,14 +343,14 @@ assert jnp.isnan(clip.update(jnp.array([jnp.nan]), clip.init(jnp.zeros(1)))[0]).
 
 assert left_out[np.isin(bad_batches, (NAN, INF))].all()
 assert not left_out[:64][np.isin(bad_batches[:64], (HUGE, LABELS))].any()
-assert (kept["skip/threshold"][70:175] > 1e20).all()
+assert (kept["skip/threshold"][70:160] > 1e12).all()
 assert (kept["skip/threshold"][195:] < 10).all()
-assert left_out[180:][bad_batches[180:] > 0].all()
+assert left_out[180:][bad_batches[180:] > 0].mean() > 0.9
 assert left_out[bad_batches == GOOD].mean() < 0.01
 assert bad_batches[11] == bad_batches[306] == LABELS
 assert kept["skip/norm"][11] < kept["skip/norm"][:20].max()
 assert kept["skip/loss"][11] < 1.5 * kept["skip/loss"][0]
-assert kept["skip/norm"][306] > 2 * kept["skip/threshold"][306]
+assert kept["skip/norm"][306] > kept["skip/threshold"][306]
 assert kept["skip/loss"][306] > 10 * kept["skip/loss_threshold"][306]
 spoiled = [c for c in optclip.culprits(state, init_params()) if c.nan]
 assert {"hidden/kernel": 1024} == {c.path: c.nan for c in spoiled if "hidden" in c.path}
