@@ -33,8 +33,8 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
             )
         if isinstance(value, Mapping):
             raise TypeError(
-                f"`{name}` must be a number {rule} or an array, got a map. Thresholds "
-                "can be a map from label or path pattern: see `optclip.rules.by_name`."
+                f"`{name}` must be a number {rule} or an array, got a map. Maps are "
+                "taken by `optclip.clip` and by the clips with a fixed threshold."
             )
         number = concrete(value)
         if number is not None and not np.all(holds(number)):
@@ -79,7 +79,7 @@ def percentile(**named: Any) -> None:
 
 def not_nan(**named: Any) -> None:
     """Raises for the first number that is NaN."""
-    _require("a number and not NaN", lambda x: x == x, named)
+    _require("other than NaN", lambda x: x == x, named)
 
 
 def size(name: str, value: Any, least: int = 1) -> int:

@@ -27,6 +27,8 @@ __all__ = ["empty_norms", "factors_of", "scale_groups"]
 # step is 2**-126, the smallest normal float32, so that the second stays normal too.
 FAR = 2.0**96
 SMALLEST = 2.0**-126
+# What a state keeps for an infinite threshold: the largest float32.
+NO_THRESHOLD = float(np.finfo(np.float32).max)
 # From this share of the largest number on, a scale counts as constant in derivatives.
 EDGE = 2.0**-16
 
@@ -70,6 +72,9 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Li
     edge = norm > jnp.finfo(norm.dtype).max * EDGE
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
+    # Without a threshold, as in the first steps of most rules, no action does anything.
+    none = (limit.threshold == jnp.inf) | (limit.threshold == NO_THRESHOLD)
+    scale = jnp.where(none, 1.0, scale).astype(norm.dtype)
     first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)
 
@@ -77,7 +82,7 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Li
 def _length_after(norm, reduced, scale, first):
     """Returns the norm of each group once it is scaled, or the largest number.
 
-    It follows from what was measured: measuring the updates were another read.
+    It follows from what was measured: the updates need not be measured once more.
     """
     largest = jnp.finfo(norm.dtype).max
     long = jnp.minimum(reduced * scale / _measure.REDUCTION, largest)

@@ -55,7 +55,14 @@ def lookup(table: Any, path: str, argument: str) -> Any:
                     f"`{argument}` must map regular expressions (str) to values, got "
                     f"the key {pattern!r}."
                 )
-            if re.search(pattern, path):
+            try:
+                found = re.search(pattern, path)
+            except re.error as error:
+                raise ValueError(
+                    f"`{argument}` must map regular expressions to values, and "
+                    f"{pattern!r} is not one: {error}."
+                ) from error
+            if found:
                 return value
         return None
     return table(path) if callable(table) else table

@@ -70,9 +70,10 @@ def rescale(
 def normalize(
     norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """Brings every group to its target, the short ones too; zero groups stay zero.
+    """Brings every group to its target, the small ones too; zero groups stay zero.
 
-    The scale is ``target / (norm + eps)``, and 1 where the norm is zero.
+    The scale is ``target / (norm + eps)``, and 1 where the norm is zero. `optclip.clip`
+    leaves a group whose threshold is inf as it is, whatever the action.
 
     Args:
         norm: The norms of the groups.

@@ -120,7 +120,9 @@ def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
     Neither a mesh nor devices are needed.
 
     Where an `init` chooses its layout by the shapes, a leaf that can't be compared has
-    the spec of the parameter with its path and shape, or else is replicated.
+    the spec of the parameter with its path and shape, or else is replicated. Adafactor
+    chooses by the largest axes which factor is of rows and which of columns: check its
+    ``v_row`` and ``v_col`` of sharded square matrices, which can be exchanged here.
 
     Args:
         optimizer: Any Optax optimizer, or another object with a function ``init``.

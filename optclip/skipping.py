@@ -207,14 +207,20 @@ def skip_steps(
         state = _state.own(
             state, lambda: first(judged, ()), foreign=inside, absent=found.absent
         )
-        if not found.leaves:  # an empty group of a partition
+        if not jax.tree.leaves(updates):  # an empty group of a partition
             inside = state.optimizer_state
             out, inside = inner.update(updates, inside, params, **extra_args)
             steps = optax.safe_increment(state.offered_steps)
             return out, state._replace(optimizer_state=inside, offered_steps=steps)
-        measured, norm = _measure.measure_leaves(
-            judged, found, order=order, axis_name=axis_name
-        )
+        if found.leaves:
+            measured, norm = _measure.measure_leaves(
+                judged, found, order=order, axis_name=axis_name
+            )
+        else:  # only the loss is judged
+            nothing, norm = jnp.zeros(1, jnp.float32), jnp.zeros([], jnp.float32)
+            measured = _measure.Measured(
+                (nothing,), (nothing,), jnp.zeros((1, 3), jnp.int32)
+            )
         norm = _state.figures(norm)
         step, paths = state.offered_steps, found.paths
         loss = extra_args.get("value") if loss is None else loss
@@ -267,7 +273,7 @@ def skip_steps(
 
         worst = _worst(measured.norm[0], measured.entries)
         entries = measured.entries[worst]
-        if state.seen.leaf_code.size != len(paths):
+        if paths and state.seen.leaf_code.size != len(paths):
             worst = _state.row_numbers(state.seen, paths)[worst]
         worst = jnp.where(bad_entries | norm_said.spike, worst, -1)
         noted = BadSteps(step, norm, level, worst, entries)

@@ -141,3 +141,36 @@ def test_the_default_action_needs_no_static_args_under_inject_hyperparams():
     np.testing.assert_allclose(updates, [0.3, 0.4], rtol=1e-6)
     state.hyperparams["rule"] = jnp.float32(1.0)
     np.testing.assert_allclose(tx.update(grads, state)[0], [0.6, 0.8], rtol=1e-6)
+
+
+WITHOUT = {
+    "inf": (lambda: jnp.inf, 1),
+    "window_sigma": (lambda: rules.window_sigma(3.0, window=8), 3),
+    "log_window_sigma": (lambda: rules.log_window_sigma(window=8), 3),
+    "previous_norm": (rules.previous_norm, 1),
+    "dual_ema": (rules.dual_ema, 1),
+    "ema_sigma": (rules.ema_sigma, 1),
+}
+ACTIONS = {
+    "normalize": actions.normalize,
+    "rescale": actions.rescale,
+    "soften": actions.soften("tanh"),
+    "zero": actions.zero,
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_group_without_a_threshold_is_left_as_it_is_by_every_action(name, action):
+    make, steps = WITHOUT[name]
+    tx = optclip.clip(make(), action=ACTIONS[action])
+    grads = jnp.array([3.0, -4.0])
+    state, update = tx.init(grads), jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads, state)
+        np.testing.assert_array_equal(updates, grads)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_named():
+    with pytest.raises(ValueError, match=r"'\(' is not one"):
+        optclip.clip_by_leaf_norm({"(": 1.0}).init({"w": jnp.ones(2)})

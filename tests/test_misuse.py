@@ -136,7 +136,7 @@ def test_a_schedule_of_per_example_clip_is_refused_with_the_way_to_change_it():
 
 
 def test_a_map_is_refused_where_one_number_is_meant():
-    with pytest.raises(TypeError, match=r"got a map\. Thresholds can be a map"):
+    with pytest.raises(TypeError, match=r"got a map\. Maps are taken by"):
         optclip.adaptive_grad_clip({"kernel": 0.01})
 
 

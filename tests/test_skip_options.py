@@ -382,3 +382,29 @@ def test_states_stay_narrow_in_float64(make, x64):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     own = after._replace(optimizer_state=())
     assert {x.dtype.name for x in jax.tree.leaves(own)} <= {"float32", "int32"}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, 9.0])
+@pytest.mark.parametrize(
+    "mask", [False, lambda tree: jax.tree.map(lambda _: False, tree)]
+)
+def test_the_loss_is_judged_where_no_leaf_is(mask, bad):
+    tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=5.0, mask=mask)
+    grads = {"w": jnp.ones(2)}
+    state, update = tx.init(grads), jax.jit(tx.update)
+    _, state = update(grads, state, grads, loss=jnp.float32(1.0))
+    assert bool(optclip.step_taken(state))
+    updates, state = update(grads, state, grads, loss=jnp.float32(bad))
+    assert not bool(optclip.step_taken(state))
+    np.testing.assert_array_equal(updates["w"], [0.0, 0.0])
+
+
+def test_nested_wrappers_both_see_a_loss_that_is_called_value():
+    tx = optclip.skip_steps(optclip.skip_steps(optax.sgd(1.0)), when=100.0)
+    grads = {"w": jnp.ones(2)}
+    state, update = tx.init(grads), jax.jit(tx.update)
+    for i in range(100):
+        loss = jnp.float32(1 + 0.01 * (i % 3))
+        _, state = update(grads, state, grads, value=loss)
+    _, state = update(grads, state, grads, value=jnp.float32(1e6))
+    assert not bool(optclip.step_taken(state))

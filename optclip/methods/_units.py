@@ -134,9 +134,8 @@ def normalize_by_norm(
     learning rate has to be tuned again, and should decay.
 
     Args:
-        target: The norm to scale to, at least 0 and finite: a number, array or
-            schedule. 0 gives zeros, which stops training. inf does not switch it off,
-            but makes updates overflow.
+        target: The norm to scale to, at least 0: a number, array or schedule. 0 gives
+            zeros, which stops training; inf leaves the updates as they are.
         eps: Added to the norm, at least 0.
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
@@ -162,8 +161,6 @@ def normalize_by_norm(
         https://arxiv.org/abs/2002.03305
     """
     _checks.non_negative(eps=eps)
-    if target is None:  # inf, which `rules.fixed` would advise, is not "off" here
-        _checks.non_negative(target=target)
     return clip(
         rules.fixed(target, "target"),
         scope=scope,

@@ -120,8 +120,8 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
 def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     """Returns the rule that gives each group the threshold of its label or path.
 
-    A map can be given wherever a threshold is taken, and means this rule:
-    ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
+    A map means this rule where it is given for a threshold, to `optclip.clip` or to a
+    clip with a fixed threshold: ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
 
     | scope                   | a group is found by                                   |
     | ----------------------- | ----------------------------------------------------- |
@@ -132,6 +132,8 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
 
     The first key that is equal to the name counts, then the first pattern, a regular
     expression for `re.search`, that is found in it; the pattern ``""`` is found in all.
+    A key that finds no group is ignored: `optclip.leaf_metrics` has the threshold that
+    each leaf got.
 
     Args:
         table: A map from label or pattern to a number, a schedule or a rule, or a
