@@ -73,7 +73,9 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Li
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
     # Without a threshold, as in the first steps of most rules, no action does anything.
-    none = (limit.threshold == jnp.inf) | (limit.threshold == NO_THRESHOLD)
+    none = limit.threshold == jnp.inf
+    if norm.dtype == jnp.float32:  # in float64 it is a threshold like any other
+        none |= limit.threshold == NO_THRESHOLD
     scale = jnp.where(none, 1.0, scale).astype(norm.dtype)
     first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)

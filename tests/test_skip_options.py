@@ -104,7 +104,7 @@ def test_a_rule_for_norms_is_refused_for_the_loss(rule, name):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"when_loss": np.nan}, ValueError, "`when_loss` must be a number and not NaN"),
+        ({"when_loss": np.nan}, ValueError, "`when_loss` must be other than NaN"),
         ({"when_loss": "high"}, TypeError, "`when_loss` must be a number"),
         ({"when_loss": True}, TypeError, "`when_loss` must be a number"),
         ({"max_similar": 0}, ValueError, "`max_similar` must be an int >= 1"),
