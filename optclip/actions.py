@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numbers import quotient
 from optclip.rules import Limit
 
 __all__ = ["Action", "normalize", "rescale", "soften", "zero"]
@@ -19,24 +20,11 @@ __all__ = ["Action", "normalize", "rescale", "soften", "zero"]
 Action = Callable[[jax.Array, Limit], jax.Array]
 
 
-@jax.custom_jvp
-def _quotient(target: jax.Array, norm: jax.Array) -> jax.Array:
-    return target / norm
-
-
-@_quotient.defjvp
-def _quotient_jvp(primals, tangents):
-    # The usual rule squares the norm, which over- or underflows.
-    (target, norm), (target_dot, norm_dot) = primals, tangents
-    scale = target / norm
-    return scale, target_dot / norm - scale * (norm_dot / norm)
-
-
 def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
     """Returns ``target / norm`` where that is asked, else 1; finite, also its slope."""
     asked = where & (norm > 0)
     target = jnp.where(asked, target, 1.0)
-    scale = _quotient(target, jnp.where(asked, norm, 1.0))
+    scale = quotient(target, jnp.where(asked, norm, 1.0))
     largest = jnp.finfo(scale.dtype).max
     return jnp.where(scale < largest, scale, largest)
 
@@ -136,7 +124,7 @@ def soften(kind: str = "rational") -> Action:
         # Beyond 1e6 every curve is flat, before it r * r is finite.
         far = usable & (norm > 1e6 * target)
         near = usable & ~far
-        r = _quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))
+        r = quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))
         visible = near & (r > 1e-12)
         r = jnp.where(visible, r, 1.0)
         scale = jnp.where(visible, curve(r) / r, 1.0)

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "_measure": {"_layouts", "_numbers", "_reads", "_sums", "_trees"},
     "norms": {"_checks", "_layouts", "_measure", "_trees"},
     "rules": {"_checks", "_layouts", "_numbers"},
-    "actions": {"_checks", "rules"},
+    "actions": {"_checks", "_numbers", "rules"},
     "scopes": {"_layouts", "_trees"},
     "_engine": {"_layouts", "_measure", "_trees", "actions", "rules", "scopes"},
     "_groups": {
