@@ -27,8 +27,6 @@ __all__ = ["empty_norms", "factors_of", "scale_groups"]
 # step is 2**-126, the smallest normal float32, so that the second stays normal too.
 FAR = 2.0**96
 SMALLEST = 2.0**-126
-# What a state keeps for an infinite threshold: the largest float32.
-NO_THRESHOLD = float(np.finfo(np.float32).max)
 # From this share of the largest number on, a scale counts as constant in derivatives.
 EDGE = 2.0**-16
 
@@ -73,10 +71,7 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: rules.Li
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
     # Without a threshold, as in the first steps of most rules, no action does anything.
-    none = limit.threshold == jnp.inf
-    if norm.dtype == jnp.float32:  # in float64 it is a threshold like any other
-        none |= limit.threshold == NO_THRESHOLD
-    scale = jnp.where(none, 1.0, scale).astype(norm.dtype)
+    scale = jnp.where(limit.threshold == jnp.inf, 1.0, scale).astype(norm.dtype)
     first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)
 

@@ -165,13 +165,13 @@ class WindowSigma:
 
 
 class LogWindowSigma:
-    """Deviations of the logarithm; the largest float32 where nothing is known."""
+    """Deviations of the logarithm of the norms before this one."""
 
     def __init__(self, sigmas, window, ratio=2.0):
         self.sigmas, self.window, self.ratio, self.kept = sigmas, window, ratio, []
 
     def step(self, n):
-        limit, kept = float(np.finfo(np.float32).max), self.kept[-self.window :]
+        limit, kept = np.inf, self.kept[-self.window :]
         if len(kept) >= max(2, self.window // 2):
             above = max(self.sigmas * np.std(kept), np.log(self.ratio))
             limit = np.exp(np.mean(kept) + above)

@@ -234,10 +234,10 @@ def log_window_sigma(
 
         t = exp(m + max(sigmas * s, log(min_ratio)))
 
-    and no threshold, the largest float32, before half the window, two norms at least,
-    is filled. The norms of a training run are nearly log-normal: on this scale large
-    norms that belong to the noise are not outliers, and the rule has no unit. Norms of
-    zero are not recorded. A norm below 1e-38 counts as that.
+    and no threshold before half the window, at least two norms, is filled. The norms of
+    a training run are nearly log-normal: on this scale large norms that belong to the
+    noise are not outliers, and the rule has no unit. Norms of zero are not recorded. A
+    norm below 1e-38 counts as that.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
@@ -273,9 +273,8 @@ def log_window_sigma(
         above = jnp.maximum(sigmas * spread, jnp.log(min_ratio))
         threshold = jnp.exp(jnp.minimum(mean + above, LARGEST_LOG))
         ready = count >= max(2, window // 2)
-        largest = float(jnp.finfo(jnp.float32).max)
-        threshold = jnp.where(ready, threshold, largest).astype(norm.dtype)
-        return one(threshold), _put(state, norm)
+        limit = one(jnp.where(ready, threshold, jnp.inf))
+        return limit, _put(state, norm)
 
     def init(norm):
         return _empty(norm, window)
