@@ -29,6 +29,8 @@ FAR = 2.0**96
 SMALLEST = 2.0**-126
 # From this share of the largest number on, a scale counts as constant in derivatives.
 EDGE = 2.0**-16
+# Scales this near to the smallest, relative to it, differ from it by rounding only.
+TIE = 2.0**-16
 
 
 def empty_norms(
@@ -194,8 +196,11 @@ def _summary(norms: list, limits: list, scales: list, plan: Plan, action: Any) -
         return lax.pmin(low, names) if names else low
 
     chosen = jnp.min(jnp.stack([least(s, a) for _, _, s, a in every]))
+    # Of groups that are scaled alike, as in a warm-up, the smallest threshold: which of
+    # them rounding puts first would differ from machine to machine.
+    last = chosen + TIE * chosen
     thresholds = [
-        least(jnp.where(s == chosen, li.threshold, jnp.inf), a) for _, li, s, a in every
+        least(jnp.where(s <= last, li.threshold, jnp.inf), a) for _, li, s, a in every
     ]
     # Hard clipping with an `eps` scales down norms just below the threshold as well.
     padded = getattr(action, "func", None) is actions.rescale

@@ -82,8 +82,9 @@ class ClipState(NamedTuple):
         norm_before: float32 scalar. Norm of the whole tree before the clip, non-finite
             if the updates are; 0 at first. In element scope, the largest magnitude.
         norm_after: float32 scalar. The same after the clip.
-        threshold: float32 scalar. Threshold of the group with the smallest scale; the
-            largest float32 where there is none, as in a warm-up; 0 at first.
+        threshold: float32 scalar. Threshold of the group with the smallest scale, of
+            several scaled alike the smallest; the largest float32 where there is none,
+            as in a warm-up; 0 at first.
         scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
             first.
         clipped: float32 scalar. Share of the groups whose norm was above the threshold,

@@ -152,21 +152,30 @@ def runner(name, policy, mode, devices):
     return run
 
 
-def assert_same(got, wanted, name):
-    paths, _ = jax.tree_util.tree_flatten_with_path(wanted)
+def assert_same(got, wanted, name, case):
+    """Compares each array with one of its unit: itself, or what it is the spread of."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(wanted)
+    paths = [(jax.tree_util.keystr(path), x) for path, x in flat]
+    by_path = dict(paths)
     for (path, b), a in zip(paths, jax.tree.leaves(got), strict=True):
-        label = f"{name} {jax.tree_util.keystr(path)}"
+        label = f"{name} {case} {path}"
         if np.issubdtype(b.dtype, np.integer):
             np.testing.assert_array_equal(a, b, label)
             continue
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         bad = ~np.isfinite(b)
         np.testing.assert_array_equal(np.where(bad, a, 0), np.where(bad, b, 0), label)
-        unit = np.max(np.abs(b), where=~bad, initial=1e-30)
+        like = np.asarray(by_path.get(path.replace("spread_norm", "mean_norm"), b))
+        like = np.abs(like, dtype=np.float64)
+        unit = np.max(like, where=np.isfinite(like), initial=1e-30)
         # An iteration on matrices multiplies the rounding of its sums.
         near = 1e-4 if name in WHOLE else 1e-6
         np.testing.assert_allclose(
-            np.where(bad, 0, a) / unit, np.where(bad, 0, b) / unit, near, near, label
+            np.where(bad, 0, a) / unit,
+            np.where(bad, 0, b) / unit,
+            near,
+            near,
+            err_msg=label,
         )
 
 
@@ -182,4 +191,4 @@ def test_one_shard_with_a_bad_entry_counts_on_all_devices(name, policy, mode):
             bad = with_bad(value, where)
             wanted = alone(bad)
             for run in runs:
-                assert_same(run(bad), wanted, f"{name} {policy} {kind}")
+                assert_same(run(bad), wanted, name, f"{policy} {kind}")
