@@ -33,8 +33,9 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
             )
         if isinstance(value, Mapping):
             raise TypeError(
-                f"`{name}` must be a number {rule} or an array, got a map. Maps are "
-                "taken by `optclip.clip` and by the clips with a fixed threshold."
+                f"`{name}` must be a number {rule} or an array, got a map. Where it "
+                "differs from group to group, give `optclip.clip` a rule for each: "
+                "`optclip.clip(optclip.rules.by_name({pattern: rule}), scope=...)`."
             )
         number = concrete(value)
         if number is not None and not np.all(holds(number)):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optclip import _checks, _engine, _measure, _state, _trees, rules
@@ -62,6 +63,18 @@ def mean_loss(loss: Any, names: Any) -> jax.Array:
     return lax.pmean(loss, names) if names else loss
 
 
+def norm_rule(when: Any) -> rules.Rule:
+    """Returns the rule that judges the norm."""
+    rule = rules.log_window_sigma() if when is None else rules.as_rule(when, "when")
+    if rule.for_groups is not None:
+        raise ValueError(
+            "`when` must be one threshold, since one norm is judged, that of all "
+            "gradients; got thresholds by name. Give a number, a schedule or a rule, "
+            "and with `mask` the leaves that count."
+        )
+    return rule
+
+
 def loss_rule(when_loss: Any, when: Any) -> rules.Rule | None:
     """Returns the rule that judges the loss; None if none does."""
     if when_loss is None:
@@ -73,6 +86,12 @@ def loss_rule(when_loss: Any, when: Any) -> rules.Rule | None:
             f"`when_loss` must fit losses, which may be negative, and "
             f"`{when_loss.name}` is made for norms. Use a number, a schedule, "
             "`optclip.rules.window_sigma`, or a `Rule` of your own with `signed=True`."
+        )
+    is_number = isinstance(when_loss, (int, float)) or hasattr(when_loss, "dtype")
+    if not callable(when_loss) and not (is_number and np.ndim(when_loss) == 0):
+        raise TypeError(
+            "`when_loss` must be a number, a schedule or a rule for losses, got "
+            f"{when_loss!r}. There is one loss, so it is one threshold."
         )
     if callable(when_loss):
         return rules.schedule(when_loss)._replace(signed=True)

@@ -118,6 +118,11 @@ def clip(
     action = actions.rescale if action is None else action
     if not callable(action):
         raise TypeError(f"`action` must be one of `optclip.actions`, got {action!r}.")
+    if action is actions.soften:
+        raise TypeError(
+            "`action` must be a function of norms and limits, got `actions.soften`, "
+            "which makes one: call it, as in `action=actions.soften()`."
+        )
     if update_dtype is not None:
         _checks.floating("update_dtype", update_dtype)
     order = np.inf if scope.by_element else _checks.order(ord)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _masks, _measure, _spikes, _state, _trees, rules
+from optclip import _checks, _masks, _measure, _spikes, _state, _trees
 from optclip._checks import EUCLIDEAN, Static
 from optclip._spikes import pushed
 from optclip._state import BadSteps, SkipState
@@ -147,7 +147,7 @@ def skip_steps(
     """
     inner: Any = _checks.transformation(optimizer=optimizer)
     by_loss = _spikes.loss_rule(when_loss, when)
-    by_norm = rules.log_window_sigma() if when is None else rules.as_rule(when, "when")
+    by_norm = _spikes.norm_rule(when)
     if max_consecutive is not None:
         max_consecutive = _checks.size("max_consecutive", max_consecutive)
     if max_similar is not None:

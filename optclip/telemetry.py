@@ -93,6 +93,9 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         A dict of float32 and int32 scalars, on device; inside jit, of tracers. Empty if
         there is no clip. Fetch it with one ``jax.device_get``.
 
+    Raises:
+        ValueError: If ``prefix`` is empty.
+
     Example:
         >>> import jax.numpy as jnp, optax, optclip
         >>> tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.adam(1e-3))
@@ -101,6 +104,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         >>> float(optclip.metrics(state)["clip/norm_before"])
         5.0
     """
+    if not isinstance(prefix, str) or not prefix:
+        raise ValueError(f"`prefix` must be a non-empty string, got {prefix!r}.")
     out: dict[str, jax.Array] = {}
     taken: set[str] = set()
     before = "" if prefix == "clip" else f"{prefix}/"

@@ -44,6 +44,11 @@ def test_metrics_of_a_global_clip_are_those_of_the_hand_computed_example():
     )
 
 
+def test_an_empty_prefix_is_refused():
+    with pytest.raises(ValueError, match="`prefix` must be a non-empty string, got ''"):
+        optclip.metrics((), prefix="")
+
+
 def test_a_fresh_state_has_the_figures_that_its_docstring_says():
     got = figures(optclip.clip(1.0).init(PARAMS))
     assert got.pop("clip/scale") == 1

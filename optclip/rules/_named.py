@@ -53,7 +53,17 @@ def as_rule(value: Any, name: str) -> Rule:
             "schedule or a map from label or path pattern to one of these, got a "
             f"{type(value).__name__}."
         )
+    if getattr(value, "__module__", "").startswith("optclip.rules."):
+        raise TypeError(
+            f"`{name}` must be a rule, got the function `rules.{value.__name__}`, "
+            f"which makes one: call it, as in `rules.{value.__name__}(...)`."
+        )
     return fixed(value, name)
+
+
+def _of(name: Any, value: Any) -> Rule:
+    """Returns the rule of the threshold that ``name`` has in a table."""
+    return as_rule(value, f"table[{name!r}]")
 
 
 def _found(table: Any, name: Any) -> Any:
@@ -81,7 +91,8 @@ def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
         same = [k for k, v in enumerate(distinct) if v is value]
         which.append(same[0] if same else len(distinct))
         distinct += [] if same else [value]
-    each = [as_rule(v, "rule") for v in distinct]
+    said = [names[which.index(k)] for k in range(len(distinct))]
+    each = [_of(name, v) for name, v in zip(said, distinct, strict=True)]
     if any(r.elements_only or r.for_groups for r in each) and len(each) > 1:
         raise ValueError(
             "`by_name` takes numbers, schedules and rules of norms, got "
@@ -159,8 +170,8 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     if isinstance(table, Mapping):
         if not table:
             raise ValueError("`table` must have a threshold for each group, got {}.")
-        for value in table.values():
-            as_rule(value, "rule")
+        for name, value in table.items():
+            _of(name, value)
     elif not callable(table):
         raise TypeError(
             "`table` must be a map from label or pattern to a threshold, or a function "
