@@ -110,7 +110,12 @@ def check_figures(name, dtype):
         np.testing.assert_allclose(
             state.norm_after, saturated(expected.after), rtol=4e-6, atol=1e-37
         )
-        over = [expected.norms[g] > expected.thresholds[g] for g in expected.norms]
+        # An `eps` scales down a norm just below its threshold as well.
+        padded = "eps" in registry.CASES[name].settings
+        over = [
+            norm > expected.thresholds[g] or (padded and expected.scales[g] < 1)
+            for g, norm in expected.norms.items()
+        ]
         assert int(state.clipped_steps) == any(over)
         assert int(state.seen.nonfinite_steps) == 0
 
