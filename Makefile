@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -101,6 +101,21 @@ notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail where they 
 
 bench: $(call stamp,test)  ## Measure what a clip costs in a training step
 	@$(bin)/python benchmarks/step_cost.py $(ARGS)
+
+# An environment of its own: JAX looks for a GPU wherever its plugin is installed. The
+# plugin must be of JAX's own version.
+accelerators := $(VENV)-accelerators
+$(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
+	@echo "Installing what compiling for accelerators needs"
+	@$(bin)/uv venv --quiet --clear --python $(bin)/python $(accelerators)
+	@$(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt -e . --group tpu
+	@jax=$$($(accelerators)/bin/python -c 'import jax; print(jax.__version__)'); \
+	  $(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt \
+	  nvidia-cuda-nvcc-cu12 jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
+	@touch $@
+
+compiled: $(accelerators)/.stamp-$(key)  ## What clips cost on GPU and TPU, by compiling for them
+	@cd benchmarks && ../$(accelerators)/bin/python compiled.py $(ARGS)
 
 constraints: $(VENV)/.uv-$(version)  ## Look for newer versions and write constraints.txt
 	@echo '# The versions that `make` installs, for every Python; remade by `make constraints`.' > constraints.new

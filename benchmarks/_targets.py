@@ -1,0 +1,132 @@
+"""GPUs and TPUs to compile for on a machine that has none, and what a program costs.
+
+XLA compiles for a device that it is only told of: the bytes that a step moves, its
+kernels, conditions, collectives and temporaries can be counted, and the time that
+compiling takes. How fast the step is can't be seen without the device.
+"""
+
+import os
+import re
+from typing import NamedTuple
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+# The published figures of an H100 SXM, as XLA's description of a GPU wants them.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3"
+  driver_version: "12.8.0" runtime_version: "12.8.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+device_description_str: "sm_90 H100"
+"""
+TARGETS = {"H100": "cuda", "TPU v5e": "tpu"}
+# What is not a kernel of its own.
+NO_KERNEL = {
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all",
+    "partition-id", "iota", "conditional",
+}  # fmt: skip
+COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-)")
+SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2,
+         "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
+SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+
+
+def devices(target, count):
+    """Returns the devices of a machine with this many, which need not exist."""
+    if TARGETS[target] == "cuda":
+        made = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", topology=f"1x1x{count}",
+            target_config=H100,
+        )  # fmt: skip
+    else:
+        grid = [2, 4, 1] if count == 8 else [2, 2, 1]
+        made = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"v5e:{grid[0]}x{grid[1]}",
+            chips_per_host_bounds=grid,
+        )  # fmt: skip
+    return made.devices[:count]
+
+
+class Program(NamedTuple):
+    """What was counted of a compiled program.
+
+    Attributes:
+        bytes: What its kernels read and write; on a TPU, by XLA's own count.
+        kernels: How many kernels are launched, without those of conditions.
+        conditions: How many times the host may wait to learn what to launch.
+        collectives: How many collectives there are, by kind.
+        temporaries: Bytes of memory beside arguments and results.
+        seconds: CPU seconds of tracing and compiling, with child processes.
+    """
+
+    bytes: float
+    kernels: int
+    conditions: int
+    collectives: dict
+    temporaries: int
+    seconds: float
+
+
+def _bytes_of(shape):
+    counts = (
+        SIZES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], initial=1))
+        for kind, dims in SHAPE.findall(shape)
+    )
+    return sum(counts)
+
+
+def count(text):
+    """Returns bytes, kernels, conditions and collectives of a program's text."""
+    entry = text[text.index("\nENTRY") :]
+    entry = entry[: entry.index("\n}")]
+    sizes, moved, kernels, conditions, collectives = {}, 0, 0, 0, {}
+    for line in entry.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$", line)
+        if not found:
+            continue
+        name, shape, op, rest = found.groups()
+        sizes[name] = _bytes_of(re.sub(r"\{[^}]*\}", "", shape))
+        conditions += op == "conditional"
+        if COLLECTIVE.match(op):
+            kind = op.removesuffix("-start")
+            if not op.endswith("-done"):
+                collectives[kind] = collectives.get(kind, 0) + 1
+        elif op not in NO_KERNEL:
+            kernels += 1
+            operands = rest.split(")")[0].split(",")
+            names = [re.search(r"([\w.-]*)$", o.strip())[1] for o in operands]
+            moved += sizes[name] + sum(sizes.get(n, 0) for n in names)
+    return moved, kernels, conditions, collectives
+
+
+def compiled(function, target, *arguments, donate=()):
+    """Returns what ``function`` costs for arguments whose sharding names devices."""
+    jax.clear_caches()
+    start = sum(os.times()[:4])
+    made = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    seconds = sum(os.times()[:4]) - start
+    moved, kernels, conditions, collectives = count(made.as_text())
+    if TARGETS[target] == "tpu":
+        moved = made.cost_analysis()["bytes accessed"]
+    temporaries = made.memory_analysis().temp_size_in_bytes
+    return Program(moved, kernels, conditions, collectives, temporaries, seconds)

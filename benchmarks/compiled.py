@@ -1,0 +1,157 @@
+"""What a clip costs on a GPU or TPU: one AdamW step, compiled for it and not run.
+
+Usage:
+
+    python benchmarks/compiled.py [--target H100] [--devices 1] [--tree NAME]
+                                  [--only TEXT] [--output benchmarks/results]
+
+It needs JAX's plugins (the dependency groups `gpu` and `tpu`) and no device. Each row
+is a donated step with the clip, compared with AdamW alone. With 8 devices, matrices are
+sharded over both axes of a 4 x 2 mesh.
+"""
+
+import functools
+
+# First: it sets the environment that JAX reads.
+from _targets import TARGETS, compiled, devices
+
+# isort: split
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _results import machine, parser, write
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from step_cost import TREES
+
+import optclip
+
+TREES = {
+    **TREES,
+    "policy network of 8 leaves": [
+        (64, 256), (256,), (256, 256), (256,), (256, 8), (8,), (256, 1), (1,),
+    ],
+}  # fmt: skip
+SKIPPING = functools.partial(optax.apply_if_finite, max_consecutive_errors=10)
+CLIPS = {
+    "AdamW alone": None,
+    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "optclip.clip_by_global_norm": optclip.clip_by_global_norm(1.0),
+    "optclip.zclip": optclip.zclip(),
+    "optclip.quantile_clip": optclip.quantile_clip(),
+    "optax.clip_by_block_rms": optax.clip_by_block_rms(0.1),
+    "optclip.clip_by_leaf_norm": optclip.clip_by_leaf_norm(0.1),
+    "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
+    "optclip.adaptive_grad_clip": optclip.adaptive_grad_clip(0.01),
+    "optclip.clip_by_unit_norm": optclip.clip_by_unit_norm(0.01),
+    "optax.clip": optax.clip(0.01),
+    "optclip.clip_by_value": optclip.clip_by_value(0.01),
+    "optax.apply_if_finite": SKIPPING,
+    "optclip.skip_steps": optclip.skip_steps,
+    "optclip.stabilize": optclip.stabilize,
+}
+
+
+def shapes_of(tree, target, count):
+    """Returns the parameters of a tree as shapes on devices, and a placement."""
+    found = devices(target, count)
+    if count == 1:
+        place = lambda shape: SingleDeviceSharding(found[0])  # noqa: E731
+    else:
+        mesh = Mesh(np.array(found).reshape(4, 2), ("data", "model"))
+        place = lambda shape: NamedSharding(  # noqa: E731
+            mesh, P("data", "model") if len(shape) == 2 else P()
+        )
+    params = {
+        f"leaf{i:04d}": jax.ShapeDtypeStruct(s, jnp.float32, sharding=place(s))
+        for i, s in enumerate(TREES[tree])
+    }
+    return params, place
+
+
+def measure(clip, tree, target, count):
+    """Returns what a step with the clip costs."""
+    params, place = shapes_of(tree, target, count)
+    inner = optax.adamw(1e-3)
+    if clip is None:
+        tx = inner
+    else:
+        tx = clip(inner) if callable(clip) else optax.chain(clip, inner)
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=place(x.shape if x.shape in shapes else ())
+        ),
+        jax.eval_shape(tx.init, params),
+    )
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return compiled(step, target, params, state, params, donate=(0, 1))
+
+
+def table(tree, target, count, only):
+    """Yields the lines of one table, as they are measured."""
+    size = 4 * sum(int(np.prod(shape)) for shape in TREES[tree])
+    plural = "s" if count > 1 else ""
+    yield from ("", f"### {tree}, {count} {target}{plural}", "")
+    yield (
+        "| before AdamW | passes over the gradients | kernels | conditions | "
+        "collectives | temporaries, MB | CPU s to compile |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    measure(None, "policy network of 8 leaves", target, 1)  # what is paid once
+    bare = None
+    for name, clip in CLIPS.items():
+        if bare is not None and only and only not in name:
+            continue
+        cost = measure(clip, tree, target, count)
+        sent = ", ".join(f"{n} {k}" for k, n in sorted(cost.collectives.items()))
+        if bare is None:
+            bare = cost
+            columns = (
+                f"{cost.bytes / size:.2f}", f"{cost.kernels}", f"{cost.seconds:.1f}"
+            )  # fmt: skip
+        else:
+            columns = (
+                f"{(cost.bytes - bare.bytes) / size:+.2f}",
+                f"{cost.kernels - bare.kernels:+d}",
+                f"{cost.seconds - bare.seconds:+.1f}",
+            )
+        yield (
+            f"| {name} | {columns[0]} | {columns[1]} | {cost.conditions} | "
+            f"{sent or 'none'} | {cost.temporaries / 1e6:.1f} | {columns[2]} |"
+        )
+
+
+def main():
+    """Measures what the command line asks for."""
+    options = parser(__doc__)
+    options.add_argument("--target", choices=TARGETS, action="append")
+    options.add_argument("--devices", type=int, choices=(1, 8), default=1)
+    options.add_argument("--tree", choices=TREES, default=next(iter(TREES)))
+    options.add_argument("--only", help="rows whose name holds this text")
+    chosen = options.parse_args()
+    lines = [
+        "# What a clip costs on accelerators",
+        "",
+        "These programs were compiled and not run: no GPU or TPU was there, so there "
+        "is no time of a step. Rows are compared with the first, AdamW alone: bytes "
+        "moved, in passes over the gradients (on a TPU by XLA's own count), kernels, "
+        "and CPU seconds of tracing and compiling. A condition makes the host wait.",
+        "",
+        f"Compiled on {machine()}.",
+    ]
+    print("\n".join(lines))
+    for target in chosen.target or TARGETS:
+        for line in table(chosen.tree, target, chosen.devices, chosen.only):
+            print(line, flush=True)
+            lines.append(line)
+    write(chosen.output, "compiled.md", lines)
+
+
+if __name__ == "__main__":
+    main()
