@@ -64,7 +64,17 @@ def test_the_state_of_another_transformation_is_an_error():
     [
         (lambda: optclip.clip(optclip.clip(1.0)), TypeError, "`rule` must be a rule"),
         (lambda: optclip.clip("abc"), TypeError, "`rule` must be a number"),
-        (lambda: run(optclip.clip(rules.constant)), TypeError, "call it, as in"),
+        (lambda: run(optclip.clip(rules.constant)), TypeError, "makes a rule, call it"),
+        (
+            lambda: run(optclip.clip(rules.window_sigma)),
+            TypeError,
+            "makes a rule, call it",
+        ),
+        (
+            lambda: optclip.clip(1.0, action=optclip.actions.soften),
+            TypeError,
+            r"call it, as in `action=actions.soften\(\)`",
+        ),
         (lambda: optclip.stabilize(1e-3), TypeError, "`optimizer` must be an Optax"),
         (lambda: optclip.u_clip(1.0), TypeError, "`inner_clip` must be an Optax"),
         (lambda: optclip.adagc(-1.0), ValueError, "`lambda_rel` must be >= 0"),

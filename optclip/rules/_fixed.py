@@ -82,8 +82,8 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
         if isinstance(value, tuple):
             raise TypeError(
                 "The threshold is a function, and so a schedule: it must return a "
-                f"number for each step, got a {type(value).__name__}. A rule is handed "
-                "over called, as in `optclip.rules.constant(1.0)`."
+                f"number for each step, got a {type(value).__name__}. If it makes a "
+                "rule, call it, as in `optclip.rules.constant(1.0)`."
             )
         return _both(value, norm)
 

@@ -53,11 +53,6 @@ def as_rule(value: Any, name: str) -> Rule:
             "schedule or a map from label or path pattern to one of these, got a "
             f"{type(value).__name__}."
         )
-    if getattr(value, "__module__", "").startswith("optclip.rules."):
-        raise TypeError(
-            f"`{name}` must be a rule, got the function `rules.{value.__name__}`, "
-            f"which makes one: call it, as in `rules.{value.__name__}(...)`."
-        )
     return fixed(value, name)
 
 
