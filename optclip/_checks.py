@@ -38,6 +38,11 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
                 "`optclip.clip(optclip.rules.by_name({pattern: rule}), scope=...)`."
             )
         number = concrete(value)
+        if number is None and not hasattr(value, "dtype"):
+            raise TypeError(
+                f"`{name}` must be a number {rule} or an array, got {value!r} of type "
+                f"{type(value).__name__}."
+            )
         if number is not None and not np.all(holds(number)):
             raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
 

@@ -87,15 +87,14 @@ def loss_rule(when_loss: Any, when: Any) -> rules.Rule | None:
             f"`{when_loss.name}` is made for norms. Use a number, a schedule, "
             "`optclip.rules.window_sigma`, or a `Rule` of your own with `signed=True`."
         )
-    is_number = isinstance(when_loss, (int, float)) or hasattr(when_loss, "dtype")
-    if not callable(when_loss) and not (is_number and np.ndim(when_loss) == 0):
-        raise TypeError(
-            "`when_loss` must be a number, a schedule or a rule for losses, got "
-            f"{when_loss!r}. There is one loss, so it is one threshold."
-        )
     if callable(when_loss):
         return rules.schedule(when_loss)._replace(signed=True)
     _checks.not_nan(when_loss=when_loss)
+    if np.ndim(when_loss):
+        raise ValueError(
+            "`when_loss` must be one number, a schedule or a rule, since there is one "
+            f"loss, got an array of shape {np.shape(when_loss)}."
+        )
     return rules.schedule(lambda step: when_loss)._replace(signed=True)
 
 
