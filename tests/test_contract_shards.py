@@ -168,8 +168,9 @@ def assert_same(got, wanted, name, case):
         like = np.asarray(by_path.get(path.replace("spread_norm", "mean_norm"), b))
         like = np.abs(like, dtype=np.float64)
         unit = np.max(like, where=np.isfinite(like), initial=1e-30)
-        # An iteration on matrices multiplies the rounding of its sums.
-        near = 1e-4 if name in WHOLE else 1e-6
+        # Products of whole matrices, of which 16 in 1,536 entries differ by up to
+        # 2.2e-6 of the largest where the sums in them are split over devices.
+        near = 5e-6 if name == "spectral_clip-hardcap" else 1e-6
         np.testing.assert_allclose(
             np.where(bad, 0, a) / unit,
             np.where(bad, 0, b) / unit,
