@@ -114,6 +114,17 @@ def test_deviations_of_the_logarithm_have_no_unit_and_do_not_overflow(scale):
     assert limits[8:].min() >= 3e38
 
 
+@pytest.mark.parametrize("norm", [0.0, 1e-38])
+def test_the_rule_of_the_logarithm_records_neither_zero_nor_subnormal_norms(norm):
+    rule = rules.log_window_sigma(window=16)
+    norms = np.where(np.arange(40) % 2, norm, 1.0).astype(np.float32)
+    (limits, _), _, states = followed(rule, norms)
+    # Half the window is filled by every second norm.
+    assert np.isinf(limits[:15]).all()
+    np.testing.assert_allclose(limits[16:], 2.0, rtol=1e-6)
+    assert states.recorded[-1] == 20
+
+
 def test_states_hold_what_the_oracles_hold():
     norms = adaptive.norms()
 

@@ -236,8 +236,8 @@ def log_window_sigma(
 
     and no threshold before half the window, at least two norms, is filled. The norms of
     a training run are nearly log-normal: on this scale large norms that belong to the
-    noise are not outliers, and the rule has no unit. Norms of zero are not recorded. A
-    norm below 1e-38 counts as that.
+    noise are not outliers, and the rule has no unit. Norms of zero are not recorded,
+    nor are subnormal ones, below 1.2e-38, where the device flushes them to zero.
 
     Args:
         sigmas: Standard deviations above the mean, at least 0.
