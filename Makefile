@@ -111,7 +111,7 @@ $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 	@$(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt -e . --group tpu
 	@jax=$$($(accelerators)/bin/python -c 'import jax; print(jax.__version__)'); \
 	  $(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt \
-	  nvidia-cuda-nvcc-cu12 jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
+	  --group gpu jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
 	@touch $@
 
 compiled: $(accelerators)/.stamp-$(key)  ## What clips cost on GPU and TPU, by compiling for them

@@ -5,8 +5,8 @@ kernels, conditions, collectives and temporaries can be counted, and the time th
 compiling takes. How fast the step is can't be seen without the device.
 """
 
+import collections
 import os
-import re
 from typing import NamedTuple
 
 os.environ.update(
@@ -18,11 +18,11 @@ os.environ.update(
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import _hlo
 import jax
-import numpy as np
 from jax.experimental import topologies
 
-# The published figures of an H100 SXM, as XLA's description of a GPU wants them.
+# The published specifications of an H100 SXM, in the form in which XLA takes them.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -40,15 +40,6 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
 device_description_str: "sm_90 H100"
 """
 TARGETS = {"H100": "cuda", "TPU v5e": "tpu"}
-# What is not a kernel of its own.
-NO_KERNEL = {
-    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all",
-    "partition-id", "iota", "conditional",
-}  # fmt: skip
-COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-)")
-SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2,
-         "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
-SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
 
 
 def devices(target, count):
@@ -75,7 +66,7 @@ class Program(NamedTuple):
         kernels: How many kernels are launched, without those of conditions.
         conditions: How many times the host may wait to learn what to launch.
         collectives: How many collectives there are, by kind.
-        temporaries: Bytes of memory beside arguments and results.
+        temporaries: Bytes of memory in addition to arguments and results.
         seconds: CPU seconds of tracing and compiling, with child processes.
     """
 
@@ -87,46 +78,21 @@ class Program(NamedTuple):
     seconds: float
 
 
-def _bytes_of(shape):
-    counts = (
-        SIZES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], initial=1))
-        for kind, dims in SHAPE.findall(shape)
-    )
-    return sum(counts)
-
-
-def count(text):
-    """Returns bytes, kernels, conditions and collectives of a program's text."""
-    entry = text[text.index("\nENTRY") :]
-    entry = entry[: entry.index("\n}")]
-    sizes, moved, kernels, conditions, collectives = {}, 0, 0, 0, {}
-    for line in entry.splitlines():
-        found = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$", line)
-        if not found:
-            continue
-        name, shape, op, rest = found.groups()
-        sizes[name] = _bytes_of(re.sub(r"\{[^}]*\}", "", shape))
-        conditions += op == "conditional"
-        if COLLECTIVE.match(op):
-            kind = op.removesuffix("-start")
-            if not op.endswith("-done"):
-                collectives[kind] = collectives.get(kind, 0) + 1
-        elif op not in NO_KERNEL:
-            kernels += 1
-            operands = rest.split(")")[0].split(",")
-            names = [re.search(r"([\w.-]*)$", o.strip())[1] for o in operands]
-            moved += sizes[name] + sum(sizes.get(n, 0) for n in names)
-    return moved, kernels, conditions, collectives
-
-
 def compiled(function, target, *arguments, donate=()):
     """Returns what ``function`` costs for arguments whose sharding names devices."""
     jax.clear_caches()
     start = sum(os.times()[:4])
     made = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     seconds = sum(os.times()[:4]) - start
-    moved, kernels, conditions, collectives = count(made.as_text())
+    entry = _hlo.computations(made.as_text())["ENTRY"]
+    kernels, moved = _hlo.kernels(entry)
     if TARGETS[target] == "tpu":
         moved = made.cost_analysis()["bytes accessed"]
-    temporaries = made.memory_analysis().temp_size_in_bytes
-    return Program(moved, kernels, conditions, collectives, temporaries, seconds)
+    return Program(
+        bytes=moved,
+        kernels=kernels,
+        conditions=sum(op == "conditional" for _, _, op, _ in entry),
+        collectives=collections.Counter(kind for kind, _ in _hlo.collectives(entry)),
+        temporaries=made.memory_analysis().temp_size_in_bytes,
+        seconds=seconds,
+    )

@@ -8,15 +8,14 @@ Usage: python benchmarks/collectives.py [--output benchmarks/results]
 """
 
 import os
-import re
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import _hlo
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from _results import machine, parser, write
 from jax.sharding import NamedSharding
@@ -35,39 +34,16 @@ CLIPS = {
     "adaptive_grad_clip (unit)": optclip.adaptive_grad_clip(0.01),
     "clip_by_value (element)": optclip.clip_by_value(1.0),
 }
-OPS = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-BYTES = {"f32": 4, "s32": 4, "pred": 1, "u32": 4, "bf16": 2}
-
-
-def computations(text):
-    """Returns the lines of each computation of an HLO program, by name."""
-    found, name = {}, None
-    for line in text.splitlines():
-        head = re.match(r"^(ENTRY )?%?([\w.-]+) .*\{$", line)
-        if head:
-            name = "ENTRY" if head[1] else head[2]
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found
 
 
 def collectives(text):
     """Returns (how many, bytes) in the entry, and how many in branches."""
-    count, size, rare = 0, 0, 0
-    for name, lines in computations(text).items():
-        for line in lines:
-            op = re.search(rf"= (.*?) (?:{OPS})(?:-start)?\(", line)
-            if not op:
-                continue
-            if name != "ENTRY":
-                rare += 1
-                continue
-            count += 1
-            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", op[1]):
-                entries = np.prod([int(d) for d in dims.split(",") if d], initial=1)
-                size += int(entries) * BYTES[kind]
-    return count, size, rare
+    found = {
+        name: _hlo.collectives(own) for name, own in _hlo.computations(text).items()
+    }
+    entry = found.pop("ENTRY")
+    size = sum(_hlo.bytes_of(shape) for _, shape in entry)
+    return len(entry), size, sum(map(len, found.values()))
 
 
 def main():

@@ -138,10 +138,11 @@ def main():
     lines = [
         "# What a clip costs on accelerators",
         "",
-        "These programs were compiled and not run: no GPU or TPU was there, so there "
-        "is no time of a step. Rows are compared with the first, AdamW alone: bytes "
-        "moved, in passes over the gradients (on a TPU by XLA's own count), kernels, "
-        "and CPU seconds of tracing and compiling. A condition makes the host wait.",
+        "These programs were compiled and not run: no GPU or TPU was there, so the "
+        "time of a step is not known. Rows are compared with the first, AdamW alone: "
+        "bytes moved, in passes over the gradients (on a TPU by XLA's own count), "
+        "kernels, and CPU seconds of tracing and compiling. A condition makes the host "
+        "wait.",
         "",
         f"Compiled on {machine()}.",
     ]

@@ -1,0 +1,61 @@
+"""What a compiled program does, counted from its text."""
+
+import re
+
+import numpy as np
+
+SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2,
+         "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
+SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+COLLECTIVE = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?$"
+)
+# What is not a kernel of its own.
+NO_KERNEL = {
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all",
+    "partition-id", "iota", "conditional",
+}  # fmt: skip
+
+
+def bytes_of(shape):
+    """Returns how many bytes an array, or a tuple of arrays, takes."""
+    counts = (
+        SIZES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], initial=1))
+        for kind, dims in SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+    )
+    return sum(counts)
+
+
+def computations(text):
+    """Returns the instructions of each computation: (name, shape, op, the rest)."""
+    found, name = {}, None
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if head:
+            name = "ENTRY" if head[1] else head[2]
+            found[name] = []
+        elif name:
+            made = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$", line)
+            found[name] += [made.groups()] if made else []
+    return found
+
+
+def collectives(instructions):
+    """Returns the kind and the shape of each collective, without the ends of pairs."""
+    pairs = ((COLLECTIVE.match(op), shape) for _, shape, op, _ in instructions)
+    return [(found[1], shape) for found, shape in pairs if found]
+
+
+def kernels(instructions):
+    """Returns how many kernels there are, and the bytes that they read and write."""
+    sizes, count, moved = {}, 0, 0
+    for name, shape, op, rest in instructions:
+        sizes[name] = bytes_of(shape)
+        sent = COLLECTIVE.match(op.removesuffix("-done"))
+        if op in NO_KERNEL or sent:
+            continue
+        operands = [o.strip() for o in rest.split(")")[0].split(",")]
+        names = [re.search(r"([\w.-]*)$", o)[1] for o in operands]
+        count += 1
+        moved += sizes[name] + sum(sizes.get(n, 0) for n in names)
+    return count, moved

@@ -1,0 +1,58 @@
+"""What `benchmarks/_hlo.py` counts in the text of a program, by hand."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "_hlo.py"
+if not PATH.exists():
+    pytest.skip("the benchmarks are not part of this copy", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("_hlo", PATH)
+hlo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hlo)
+
+PROGRAM = """HloModule jit_step
+
+%branch (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %all-reduce.9 = f32[2]{0} all-reduce(%p), to_apply=%add
+}
+
+ENTRY %main (a: f32[4,8], b: bf16[4,8]) -> (f32[4,8], f32[2]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = bf16[4,8]{1,0:T(8,128)} parameter(1)
+  %one = f32[] constant(1)
+  %both = (f32[4,8]{1,0}, f32[2]{0}) fusion(%a, /*index=1*/%b), kind=kLoop, calls=%f
+  %left = f32[4,8]{1,0} get-tuple-element(%both), index=0
+  %sum = f32[2]{0} get-tuple-element(%both), index=1
+  %start = f32[2]{0} all-reduce-start(%sum), to_apply=%add
+  %done = f32[2]{0} all-reduce-done(%start)
+  %gathered = f32[4]{0} all-gather(%done), dimensions={0}
+  %if = f32[2]{0} conditional(%one, %sum, %sum), branch_computations={%branch}
+  %copied = f32[4,8]{1,0} copy(%left)
+  ROOT %out = (f32[4,8]{1,0}, f32[2]{0}) tuple(%copied, %if)
+}
+"""
+ENTRY = hlo.computations(PROGRAM)["ENTRY"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [("f32[]", 4), ("bf16[4,8]{1,0:T(8,128)}", 64), ("(f32[3]{0}, pred[2]{0})", 14),
+     ("s32[0,5]", 0)],
+)  # fmt: skip
+def test_bytes_are_those_of_all_arrays_without_their_layout(shape, size):
+    assert hlo.bytes_of(shape) == size
+
+
+def test_kernels_are_counted_with_what_they_read_and_write():
+    # The fusion: 128 and 64 in, 128 and 8 out. The copy: 128 in and out.
+    assert hlo.kernels(ENTRY) == (2, 328 + 256)
+
+
+def test_collectives_are_counted_once_and_by_computation():
+    assert hlo.collectives(ENTRY) == [("all-reduce", "f32[2]{0}"),
+                                      ("all-gather", "f32[4]{0}")]  # fmt: skip
+    (rare,) = hlo.collectives(hlo.computations(PROGRAM)["branch"])
+    assert rare[0] == "all-reduce"
