@@ -86,7 +86,7 @@ def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
 
     return Call(
         options, rules_for(options, layout, plan), found, layout, measured, counts,
-        plan, jnp.any(measured.entries > 0), step, _once(params_norms),
+        plan, jnp.any(measured.kinds), step, _once(params_norms),
     )  # fmt: skip
 
 

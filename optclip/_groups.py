@@ -97,7 +97,7 @@ def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
         return tuple(jnp.zeros(n.shape, bool) for n in norms)
     if not groups:
         return tuple(~jnp.isfinite(n) for n in norms)
-    leaf_bad = jnp.any(call.measured.entries > 0, axis=1)
+    leaf_bad = jnp.any(call.measured.kinds, axis=1)
     if call.layout.scalar:
         return (jnp.any(leaf_bad).reshape(norms[0].shape),)
     at = np.asarray(groups)

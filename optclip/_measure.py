@@ -4,6 +4,7 @@ Norms are float32, or float64 where a leaf is float64 or complex128.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,12 +53,12 @@ class Measured(NamedTuple):
         norm: A norm too long for its dtype reads as the largest number; that of a
             group with a NaN or inf reads as NaN or inf.
         reduced: ``norm`` times 2**-64, which can't overflow.
-        entries: int32[leaves, 3]. How many entries are NaN, +inf, -inf.
+        kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
     """
 
     norm: tuple[jax.Array, ...]
     reduced: tuple[jax.Array, ...]
-    entries: jax.Array
+    kinds: jax.Array
 
 
 def root(total: jax.Array, order: float) -> jax.Array:
@@ -84,20 +85,35 @@ def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = Non
     return root(add(powers), order) * unit
 
 
-def combine(norms: jax.Array, order: float, groups: Sequence[int]) -> jax.Array:
-    """Returns the norm of each group of ``norms``."""
-    if len(set(groups)) == len(groups):
-        return norms
+def combine(norms: jax.Array, order: float) -> jax.Array:
+    """Returns the norm of all ``norms`` together."""
+    if norms.size == 1:
+        return norms.reshape(())
+    return _joined(norms, order, jnp.sum, jnp.max)
+
+
+def _grouped(
+    sums: jax.Array, units: jax.Array, order: float, groups: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of each group of leaves and its unit, the largest of theirs."""
+    if groups == tuple(range(len(groups))):
+        return sums, units
     at, count = np.asarray(groups), max(groups) + 1
     if count == 1:
-        return _joined(norms, order, jnp.sum, jnp.max)[None]
-    return _joined(
-        norms,
-        order,
-        lambda x: jax.ops.segment_sum(x, at, count),
-        lambda x: jax.ops.segment_max(x, at, count),
-        lambda unit: unit[at],
-    )
+        add, most = (lambda x, f=f: f(x, keepdims=True) for f in (jnp.sum, jnp.max))
+    else:
+        add, most = (
+            functools.partial(f, segment_ids=at, num_segments=count)
+            for f in (jax.ops.segment_sum, jax.ops.segment_max)
+        )
+    if order == np.inf:
+        return largest_of(sums, add, most), jnp.ones(count, sums.dtype)
+    unit = most(units)
+    ratio = units / (unit if count == 1 else unit[at])
+    # In two steps: the square of the ratio of two units may underflow.
+    if order == 2.0:
+        return add(sums * ratio * ratio), unit
+    return add(sums * (ratio if order == 1.0 else ratio**order)), unit
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
@@ -119,19 +135,14 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
             reals[i] = jnp.abs(x)
     order = reading_order(reals, plan)
     ordered = reordered(plan._replace(axes=tuple(axes)), order)
-    sums, units, entries = _sums.power_sums(tuple(reals[i] for i in order), ordered)
-    if order != sorted(order):
-        back = np.argsort(order)
-        entries = entries[back]
-        if plan.groups:
-            sums, units = (sums[0][back],), (units[0][back],)
+    sums, units, kinds = _sums.power_sums(tuple(reals[i] for i in order), ordered)
+    if plan.groups:
+        pooled = _grouped(sums[0], units[0], plan.order, ordered.groups)
+        sums, units = ([x] for x in pooled)
     roots = [root(s, plan.order) for s in sums]
     norm = [r * u for r, u in zip(roots, units, strict=True)]
     reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
-    if plan.groups:
-        norm = [combine(norm[0], plan.order, plan.groups)]
-        reduced = [combine(reduced[0], plan.order, plan.groups)]
-    return Measured(tuple(norm), tuple(reduced), entries)
+    return Measured(tuple(norm), tuple(reduced), kinds[np.argsort(order)])
 
 
 def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
@@ -145,7 +156,7 @@ def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
         too_long = long & jnp.isinf(length)
         norms.append(jnp.where(too_long, largest, length))
         reduced.append(short)
-    return Measured(tuple(norms), tuple(reduced), measured.entries)
+    return Measured(tuple(norms), tuple(reduced), measured.kinds)
 
 
 def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, ...]:
@@ -210,7 +221,7 @@ def total(
         parts.append(_along(part, power, names))
     widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
     joined = jnp.stack([p.astype(widest) for p in parts])
-    length = combine(joined, power, (0,) * len(parts))[0]
+    length = combine(joined, power)
     # An overflow, where no group is infinite itself: those are at most the largest.
     pairs = zip(norms, across, strict=True)
     finite = [_trees.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]
@@ -244,13 +255,14 @@ def plan_of(
         axis_name, updates, found, list(layout.axes), local=not layout.groups
     )
     power = 2.0 if order == "rms" else order
+    roles = tuple(re.sub(r"\d+", "#", path) for path in found.paths)
     if layout.groups:
-        return Plan(power, layout.axes, layout.groups, names, drop)
+        return Plan(power, layout.axes, layout.groups, names, drop, roles=roles)
     placed = list(map(_trees.placement, found.leaves))
     # Leaves of one shape that are sharded differently have different local shapes.
     specs = _trees.leaf_specs(axis_name, updates, found)
     alike = kinds(found.leaves, layout.axes, names, across, placed, specs)
-    return Plan(power, layout.axes, (), names, drop, across, alike)
+    return Plan(power, layout.axes, (), names, drop, across, alike, roles)
 
 
 def measure_layout(

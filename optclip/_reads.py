@@ -1,17 +1,13 @@
-"""Reading the leaves of a tree: sums of powers, and counts of entries not finite.
+"""Reading the leaves of a pytree: which are read together, and how sums are laid out.
 
-Two layouts of the results: *pooled*, one vector with one entry a leaf; and *local*, one
-array for all leaves of one kind: a row for each leaf, whose shape is that of the axes
-that are kept.
-
-Many small leaves of one kind are stacked and read by one kernel, which keeps a program
-with a thousand leaves quick to compile.
+Two layouts of the results: *pooled*, one vector with one entry per leaf; and *local*,
+one array for all leaves of one kind: a row for each leaf, whose shape is that of the
+axes that are kept.
 """
 
 import functools
 import itertools
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +18,16 @@ from jax import lax
 from optclip import _trees
 
 __all__ = [
+    "CPU",
+    "GPU",
+    "TPU",
     "Arrays",
+    "Form",
     "Plan",
-    "constants",
-    "lost_below",
+    "laid_out",
     "read",
     "reading_order",
     "reordered",
-    "rescue",
     "spread",
     "unpool",
     "wide_dtype",
@@ -37,11 +35,14 @@ __all__ = [
 ]
 
 Arrays = tuple[jax.Array, ...]
-# Leaves up to this size, if this many are alike, are stacked to be read together, this
-# many at most (XLA compiles longer stacks slowly); no
-# more at a time than this many bytes, or this share of all.
-SMALL_BYTES, MANY_ALIKE, MOST = 2**16, 8, 64
+# Leaves up to this size, if this many are alike, are stacked to be read together: so a
+# program with a thousand leaves is quick to compile. This many at most, since XLA
+# compiles longer stacks slowly, and no more bytes than this at a time, or this share.
+SMALL_BYTES, MANY_ALIKE, MOST_SMALL = 2**16, 8, 64
 ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
+# On a GPU, XLA fuses a stack of this many leaves of any size into the sums that are
+# taken of it. Of a longer one it makes several kernels, which read the leaves again.
+MOST_STACKED = 16
 
 
 class Plan(NamedTuple):
@@ -56,6 +57,10 @@ class Plan(NamedTuple):
         across: Per leaf, the mesh axes that its groups lie along; empty if pooled.
         kinds: If local, the numbers of the leaves whose norms share an array: those of
             one shape, axes and mesh axes.
+        roles: Per leaf, its path without numbers. Under `jax.jit` a leaf does not tell
+            how it is sharded, and XLA would move leaves to stack them with others that
+            are sharded differently: what has one role in several layers is sharded
+            alike. Empty if there are no paths.
     """
 
     order: float
@@ -65,6 +70,7 @@ class Plan(NamedTuple):
     drop: bool = False
     across: tuple[tuple[str, ...], ...] = ()
     kinds: tuple[tuple[int, ...], ...] = ()
+    roles: tuple[str, ...] = ()
 
     @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
@@ -85,67 +91,9 @@ def widen(x: jax.Array) -> jax.Array:
     return x if jnp.iscomplexobj(x) else x.astype(wide_dtype(x))
 
 
-def lost_below(x: jax.Array) -> float:
-    """Returns the sum below which squares of entries of ``x`` may have been lost."""
-    if wide_dtype(x) == jnp.float64:
-        return 2.0**-900
-    # The square of the smallest float16 or float8 is a normal float32.
-    return 2.0**-60 if float(jnp.finfo(x.dtype).tiny) < 2.0**-60 else 0.0
-
-
-def rescue(x: jax.Array) -> float:
-    """Returns the power of two that brings entries back whose squares were lost."""
-    return 2.0**600 if wide_dtype(x) == jnp.float64 else 2.0**90
-
-
 def spread(values: jax.Array, axes: Sequence[int]) -> jax.Array:
     """Gives ``values``, one a group, the rank of the leaf that was summed over axes."""
     return jnp.expand_dims(values, tuple(axes)) if values.ndim else values
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _kernel(x: jax.Array, factor: Any, axes: tuple, order: float, drop: bool):
-    """Returns the sum of |x * factor|**p over ``axes``; for inf, the maximum."""
-    if drop:
-        x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    x = x.astype(wide_dtype(x))
-    if factor is not None:
-        x = x * factor
-    if order == 2.0:
-        return jnp.sum(jnp.square(x), axis=axes)
-    x = jnp.abs(x)
-    if order == 1.0:
-        return jnp.sum(x, axis=axes)
-    if order == np.inf:
-        # Infinity stands for NaN, which an all-reduce of maxima drops.
-        x = jnp.where(jnp.isnan(x), jnp.inf, x)
-        return jnp.max(x, axis=axes, initial=0.0)
-    zero = x == 0  # the derivative of 0**p is no number that XLA can see for p < 2
-    powers = jnp.where(zero, 0.0, jnp.where(zero, 1.0, x) ** order)
-    return jnp.sum(powers, axis=axes)
-
-
-@functools.partial(jax.jit, static_argnums=(1,))
-def _bad_entries(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns how many entries are NaN, +inf and -inf, in one read."""
-    kinds = tuple(k.astype(jnp.int32) for k in (x != x, x == jnp.inf, x == -jnp.inf))
-    # One reduction of three numbers: three reductions would each write out a mask.
-    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
-    return jnp.stack(lax.reduce(kinds, (np.int32(0),) * 3, add, axes), axis=-1)
-
-
-def _joined(columns: list, chunks: list[list[int]], plan: Plan) -> jax.Array:
-    """Returns one vector of all leaves, in order, added up over their mesh axes."""
-    reduce = lax.pmax if plan.order == np.inf else lax.psum
-    parts = []
-    # One collective for each set of axes, and before leaves of other sets come in: in
-    # `jax.shard_map` what is joined with a sharded value counts as sharded.
-    names_of = operator.itemgetter(1)
-    pairs = [(c, plan.names[at[0]]) for c, at in zip(columns, chunks, strict=True)]
-    for names, group in itertools.groupby(pairs, key=names_of):
-        part = jnp.concatenate([column for column, _ in group])
-        parts.append(reduce(part, names) if names else part)
-    return jnp.concatenate(parts)
 
 
 def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
@@ -169,26 +117,18 @@ def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
     return each
 
 
-def constants(values: Sequence[float], like: Arrays, plan: Plan) -> Arrays:
-    """Returns one constant a leaf, laid out like the sums ``like``."""
-    rows = plan.kinds or (tuple(range(len(values))),)
-    made = []
-    for array, row in zip(like, rows, strict=True):
-        # No array constant: under `lax.cond`, vmapped over an explicitly sharded axis,
-        # JAX can't place one.
-        same = itertools.groupby(values[i] for i in row)
-        runs = [(value, len([*run])) for value, run in same]
-        parts = [jnp.full(length, value, array.dtype) for value, length in runs]
-        made.append(jnp.concatenate(parts).reshape(-1, *(1,) * (array.ndim - 1)))
-    return tuple(made)
-
-
 def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
     """Returns the numbers of the leaves, those of one kind and mesh axes together."""
-    alike: dict[Any, list[int]] = {}
+    alike: dict[Any, dict[str, list[int]]] = {}
     for i, x in enumerate(leaves):
-        alike.setdefault((plan.names[i], jax.typeof(x)), []).append(i)
-    return [alike[key] for key in sorted(alike, key=lambda key: key[0])]
+        by_role = alike.setdefault((plan.names[i], jax.typeof(x)), {})
+        by_role.setdefault(_role(i, plan), []).append(i)
+    runs = [alike[key] for key in sorted(alike, key=lambda key: key[0])]
+    return [[i for at in by_role.values() for i in at] for by_role in runs]
+
+
+def _role(i: int, plan: Plan) -> str:
+    return plan.roles[i] if plan.roles else ""
 
 
 def reading_order(leaves: Sequence[jax.Array], plan: Plan) -> list[int]:
@@ -205,95 +145,150 @@ def reordered(plan: Plan, order: list[int]) -> Plan:
         groups=take(plan.groups),
         names=take(plan.names),
         across=take(plan.across),
+        roles=take(plan.roles),
         kinds=tuple(tuple(place[i] for i in kind) for kind in plan.kinds),
     )
 
 
-def _chunks(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
-    """Returns the numbers of the leaves to be read together, kind by kind."""
+class Form(NamedTuple):
+    """How leaves are read on one kind of device.
+
+    Attributes:
+        stack_all: Whether leaves of every size are stacked to be read together, else
+            small ones only. XLA fuses a stack into the reductions on a GPU, and writes
+            it out on others.
+        in_turns: Whether stacks take turns in the same memory, where they are written
+            out, instead of all at once.
+    """
+
+    stack_all: bool
+    in_turns: bool
+
+
+CPU, GPU, TPU = Form(False, True), Form(True, False), Form(False, False)
+
+
+def _chunks(at: Sequence[int], leaves: Sequence[jax.Array], form: Form, room: float):
+    """Returns the numbers of leaves of one type in the lots that are read together."""
+    size = max(leaves[at[0]].size * leaves[at[0]].dtype.itemsize, 1)
+    step = 1
+    if form.stack_all:
+        step = MOST_STACKED
+    elif len(at) >= MANY_ALIKE and size <= SMALL_BYTES:
+        step = min(int(room // size), MOST_SMALL)
+    return [[*at[i : i + step]] for i in range(0, len(at), step)]
+
+
+class Segment(NamedTuple):
+    """Leaves whose sums make one array, in chunks that are read together.
+
+    Attributes:
+        leaves: The numbers of the leaves.
+        chunks: The same, in lots that are read together.
+        names: The mesh axes that sums are added up over.
+    """
+
+    leaves: list[int]
+    chunks: list[list[int]]
+    names: tuple[str, ...]
+
+
+def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segment]:
+    """Returns the leaves in their `reading_order`, those of one array together."""
     sizes = [x.size * x.dtype.itemsize for x in leaves]
-    room, chunks = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
-    runs = _alike(leaves, plan)
-    if not plan.groups:
-        by_type = lambda i: jax.typeof(leaves[i])  # noqa: E731
-        runs = [
-            [*run] for kind in plan.kinds for _, run in itertools.groupby(kind, by_type)
-        ]
-    for at in runs:
-        size = max(sizes[at[0]], 1)
-        many = len(at) >= MANY_ALIKE and size <= SMALL_BYTES
-        step = min(int(room // size), MOST) if many else 1
-        chunks += [at[i : i + step] for i in range(0, len(at), step)]
-    return chunks
-
-
-def _factor(each: Arrays, chunk: list[int], rank: int, plan: Plan) -> jax.Array:
-    """Returns the factors of a chunk, which broadcast against its stacked leaves."""
-    if plan.groups:  # a chunk is a run of leaves
-        part = lax.slice(each[0], (chunk[0],), (chunk[-1] + 1,))
-        return part.reshape(-1, *(1,) * (rank - 1))
-    at = next(k for k, kind in enumerate(plan.kinds) if chunk[0] in kind)
-    start = plan.kinds[at].index(chunk[0])
-    part = lax.slice_in_dim(each[at], start, start + len(chunk))
-    return jnp.expand_dims(part, tuple(a + 1 for a in plan.axes[chunk[0]]))
+    room, found = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
+    if plan.groups:
+        key = lambda i: (plan.names[i], wide_dtype(leaves[i]))  # noqa: E731
+        runs = [[*run] for _, run in itertools.groupby(range(len(leaves)), key)]
+    else:
+        runs = plan.kinds
+    for run in runs:
+        chunks = []
+        # Sharding is part of the type where JAX knows of it.
+        alike = lambda i: (  # noqa: E731
+            jax.typeof(leaves[i]), _role(i, plan) if form.stack_all else ""
+        )  # fmt: skip
+        for _, same in itertools.groupby(run, alike):
+            chunks += _chunks([*same], leaves, form, room)
+        found.append(Segment([*run], chunks, plan.names[run[0]]))
+    return found
 
 
 def read(
-    leaves: Sequence[jax.Array], factors: Sequence[Any], plan: Plan, count: bool = False
-) -> tuple[list[Arrays], Any]:
-    """Returns the sums of powers, one set for each of ``factors``, and the counts.
+    leaves: Sequence[jax.Array],
+    plan: Plan,
+    form: Form,
+    kernels: Sequence[Callable],
+    most: Sequence[bool] | None = None,
+    factors: Arrays | None = None,
+) -> list[list[jax.Array]]:
+    """Returns what ``kernels`` make of the leaves: per segment, one array for each.
 
     Args:
         leaves: The leaves, real, in their `reading_order`.
-        factors: For each set, what entries are multiplied by: None for 1, or a factor
-            for each group, laid out like the sums.
         plan: What to measure.
-        count: Whether to count bad entries.
-
-    Returns:
-        For each of ``factors`` the sums, laid out as ``plan`` says; and, or None,
-        int32[leaves, 3] with the numbers of entries that are NaN, +inf and -inf.
+        form: How to read on this kind of device.
+        kernels: Functions of stacked leaves, the axes to reduce, and a factor.
+        most: Which of them take the maximum over devices; the others are summed up.
+        factors: For each leaf what entries are multiplied by, laid out like the sums.
     """
-    chunks, columns = _chunks(leaves, plan), []
-    taken: dict[Any, jax.Array] = {}
-    alone = len(factors) == 1 and not count
-    for chunk in chunks:
-        xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
-        if stacked or plan.drop:
-            # Always 1, but XLA can't know: so chunks take turns in the same memory, and
-            # only those of one set of mesh axes, since the product varies over all.
-            along = _trees.varying(xs[0])
-            last = taken.get(along, jnp.zeros([], jnp.float32))
-            one = jnp.where(last < 0, 0, 1).astype(xs[0].dtype)
-            xs[0] = xs[0] * one
-        x = jnp.stack(xs) if stacked else xs[0][None]
-        axes = tuple(a + 1 for a in plan.axes[chunk[0]])
-        sums = []
-        for each in factors:
-            factor = None if each is None else _factor(each, chunk, x.ndim, plan)
-            # Or XLA writes out what sums share: a widened leaf, a broadcast factor.
-            y, factor = (x, factor) if alone else lax.optimization_barrier((x, factor))
-            sums.append(_kernel(y, factor, axes, plan.order, plan.drop))
-        if count:
-            sums.append(_bad_entries(x, tuple(range(1, x.ndim))))
-        if stacked or plan.drop:
-            taken[along] = sums[0].ravel()[0].astype(jnp.float32)
-        columns.append(sums)
-    rows = [list(column) for column in zip(*columns, strict=True)]
-    counts = None
-    if count:
-        whole = plan._replace(order=2.0, names=plan.everywhere)
-        counts = _joined(rows.pop(), chunks, whole)
-    if plan.groups:
-        widest = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
-        wide = [[s.astype(widest) for s in row] for row in rows]
-        return [(_joined(row, chunks, plan),) for row in wide], counts
-    reduce = lax.pmax if plan.order == np.inf else lax.psum
+    out, taken = [], {}
+    for k, segment in enumerate(segments(leaves, plan, form)):
+        rows = []
+        for chunk in segment.chunks:
+            xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
+            in_turns = form.in_turns and (stacked or plan.drop)
+            if in_turns:
+                # Always 1, but XLA can't know: so chunks take turns in the same memory,
+                # and only those of one set of mesh axes, since the product varies over
+                # all.
+                along = _trees.varying(xs[0])
+                last = taken.get(along, jnp.zeros([], jnp.float32))
+                one = jnp.where(last < 0, 0, 1).astype(xs[0].dtype)
+                xs[0] = xs[0] * one
+            x = jnp.stack(xs) if stacked else xs[0][None]
+            axes = tuple(a + 1 for a in plan.axes[chunk[0]])
+            factor = None
+            if factors is not None:
+                factor = _factor(factors, k, segment, chunk, x.ndim, plan)
+            sums = [kernel(x, axes, factor) for kernel in kernels]
+            rows.append(sums)
+            if in_turns:
+                taken[along] = sums[0].ravel()[0].astype(jnp.float32)
+        columns = [jnp.concatenate(column) for column in zip(*rows, strict=True)]
+        out.append(_over_devices(columns, most, segment.names))
+    return out
 
-    def joined(row, kind):
-        names = plan.names[kind[0]]
-        own = [r for r, at in zip(row, chunks, strict=True) if at[0] in kind]
-        part = jnp.concatenate(own)
-        return reduce(part, names) if names else part
 
-    return [tuple(joined(row, kind) for kind in plan.kinds) for row in rows], counts
+def _over_devices(columns: list, most: Sequence[bool] | None, names: tuple) -> list:
+    """Returns the sums, or maxima, over these mesh axes, with one collective each."""
+    if not names:
+        return columns
+    maxima = [i for i, flag in enumerate(most or ()) if flag]
+    sums = [i for i in range(len(columns)) if i not in maxima]
+    for reduce, at in ((lax.pmax, maxima), (lax.psum, sums)):
+        if at:
+            whole = reduce(jnp.stack([columns[i] for i in at]), names)
+            for i, column in zip(at, whole, strict=True):
+                columns[i] = column
+    return columns
+
+
+def _factor(
+    factors: Arrays, k: int, segment: Segment, chunk: list[int], rank: int, plan: Plan
+) -> jax.Array:
+    """Returns the factors of a chunk, which broadcast against its stacked leaves."""
+    if plan.groups:  # a chunk is a run of leaves
+        part = lax.slice(factors[0], (chunk[0],), (chunk[-1] + 1,))
+        return part.reshape(-1, *(1,) * (rank - 1))
+    start = segment.leaves.index(chunk[0])
+    part = lax.slice_in_dim(factors[k], start, start + len(chunk))
+    return jnp.expand_dims(part, tuple(a + 1 for a in plan.axes[chunk[0]]))
+
+
+def laid_out(found: list[jax.Array], plan: Plan) -> Arrays:
+    """Returns one array for each segment as the plan wants it: one in all if pooled."""
+    if not plan.groups:
+        return tuple(found)
+    widest = functools.reduce(jnp.promote_types, [x.dtype for x in found])
+    return (jnp.concatenate([x.astype(widest) for x in found]),)

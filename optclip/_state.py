@@ -37,15 +37,15 @@ class Seen(NamedTuple):
         nonfinite_steps: int32 scalar. Updates that held a NaN or inf; 0 at first.
         last_nonfinite_step: int32 scalar. The number of the last such update, where the
             first update is number 0; -1 if there was none.
-        nonfinite_entries: int32[leaves, 3]. How many entries of each leaf were NaN,
-            +inf and -inf at that update; 0 at first.
+        nonfinite_kinds: int32[leaves, 3]. 1 where a leaf held NaN, +inf, -inf at that
+            update, else 0; 0 at first.
         leaf_code: int32[leaves]. A code of each leaf's path, by which `culprits` and
             `leaf_metrics` find its name.
     """
 
     nonfinite_steps: jax.Array
     last_nonfinite_step: jax.Array
-    nonfinite_entries: jax.Array
+    nonfinite_kinds: jax.Array
     leaf_code: jax.Array
 
 
@@ -117,16 +117,16 @@ class BadSteps(NamedTuple):
             there was none yet.
         bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
         bad_loss: float32[K]. Their losses; 0 where none was given.
-        bad_leaf: int32[K]. Number of the worst leaf: the one with most NaN and inf,
+        bad_leaf: int32[K]. Number of the worst leaf: the first that held NaN or inf,
             else the one with the largest norm; -1 where only the loss was bad.
-        bad_entries: int32[K, 3]. How many of its entries were NaN, +inf and -inf.
+        bad_kinds: int32[K, 3]. 1 where that leaf held NaN, +inf, -inf, else 0.
     """
 
     bad_step: jax.Array
     bad_norm: jax.Array
     bad_loss: jax.Array
     bad_leaf: jax.Array
-    bad_entries: jax.Array
+    bad_kinds: jax.Array
 
 
 class SkipState(NamedTuple):
@@ -225,7 +225,7 @@ def first_seen(paths: Sequence[str]) -> Seen:
     return Seen(
         nonfinite_steps=scalar(0, jnp.int32),
         last_nonfinite_step=scalar(-1, jnp.int32),
-        nonfinite_entries=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
+        nonfinite_kinds=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
         leaf_code=jnp.array(_names.path_codes(list(paths))),
     )
 
@@ -278,18 +278,18 @@ def counted(
 
 def look(
     seen: Seen,
-    entries: jax.Array,
+    kinds: jax.Array,
     bad: jax.Array,
     step: jax.Array,
     paths: Sequence[str],
 ) -> Seen:
-    """Returns the new `Seen`, after an update with these entries, ``bad`` or not."""
-    entries = per_leaf(entries, seen.nonfinite_entries, seen, paths)
+    """Returns the new `Seen`, after an update with these non-finite entries."""
+    kinds = per_leaf(kinds.astype(jnp.int32), seen.nonfinite_kinds, seen, paths)
     return Seen(
         nonfinite_steps=jnp.where(
             bad, increment(seen.nonfinite_steps), seen.nonfinite_steps
         ),
         last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
-        nonfinite_entries=jnp.where(bad, entries, seen.nonfinite_entries),
+        nonfinite_kinds=jnp.where(bad, kinds, seen.nonfinite_kinds),
         leaf_code=seen.leaf_code,
     )

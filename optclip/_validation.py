@@ -12,7 +12,7 @@ __all__ = ["own"]
 
 # What has a row per leaf that `init` saw. Updates may have fewer leaves, where nothing
 # else in the state depends on them.
-_ROWS = {"seen/leaf_code", "seen/nonfinite_entries", "leaf_norm"}
+_ROWS = {"seen/leaf_code", "seen/nonfinite_kinds", "leaf_norm"}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

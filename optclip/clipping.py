@@ -183,8 +183,8 @@ def clip(
         if not found.leaves:
             return updates, state._replace(steps=increment(state.steps))
         call = _engine.begin(options, updates, params, state.steps)
-        entries, paths = call.measured.entries, call.found.paths
-        seen = _state.look(state.seen, entries, call.bad, state.steps, paths)
+        kinds, paths = call.measured.kinds, call.found.paths
+        seen = _state.look(state.seen, kinds, call.bad, state.steps, paths)
         pipeline = (
             _elements.clamp_elements if scope.by_element else _groups.scale_groups
         )

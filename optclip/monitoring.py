@@ -80,13 +80,13 @@ def monitor(
         measured, total = _measure.measure_leaves(
             updates, found, order=order, axis_name=axis_name
         )
-        bad = jnp.any(measured.entries > 0)
+        bad = jnp.any(measured.kinds)
         norms = _state.figures(measured.norm[0])
         return updates, MonitorState(
             leaf_norm=_state.per_leaf(norms, state.leaf_norm, state.seen, found.paths),
             monitored_norm=_state.figures(total),
             monitored_steps=increment(step),
-            seen=_state.look(state.seen, measured.entries, bad, step, found.paths),
+            seen=_state.look(state.seen, measured.kinds, bad, step, found.paths),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

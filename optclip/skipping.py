@@ -18,12 +18,11 @@ __all__ = ["BadSteps", "SkipState", "skip_steps"]
 MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
 
 
-def _worst(norms: jax.Array, entries: jax.Array) -> jax.Array:
-    """Returns the index of the leaf with most bad entries, or the largest norm."""
-    counts = jnp.sum(entries, axis=1)
-    by_norm = jnp.argmax(jnp.where(jnp.isfinite(norms), norms, 0.0))
-    worst = jnp.where(jnp.any(counts > 0), jnp.argmax(counts), by_norm)
-    return worst.astype(jnp.int32)
+def _worst(norms: jax.Array, kinds: jax.Array) -> jax.Array:
+    """Returns the index of the first non-finite leaf, else of the largest norm."""
+    bad = jnp.any(kinds, axis=1)
+    size = jnp.where(jnp.isfinite(norms) & ~bad, norms, 0.0)
+    return jnp.argmax(jnp.where(bad, jnp.inf, size)).astype(jnp.int32)
 
 
 def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
@@ -192,7 +191,7 @@ def skip_steps(
                 bad_norm=jnp.zeros(keep_last, jnp.float32),
                 bad_loss=jnp.zeros(keep_last, jnp.float32),
                 bad_leaf=jnp.zeros(keep_last, jnp.int32),
-                bad_entries=jnp.zeros((keep_last, 3), jnp.int32),
+                bad_kinds=jnp.zeros((keep_last, 3), jnp.int32),
             ),
             seen=_state.first_seen(_trees.leaves_of(judged).paths),
         )
@@ -219,7 +218,7 @@ def skip_steps(
         else:  # only the loss is judged
             nothing, norm = jnp.zeros(1, jnp.float32), jnp.zeros([], jnp.float32)
             measured = _measure.Measured(
-                (nothing,), (nothing,), jnp.zeros((1, 3), jnp.int32)
+                (nothing,), (nothing,), jnp.zeros((1, 3), bool)
             )
         norm = _state.figures(norm)
         step, paths = state.offered_steps, found.paths
@@ -227,8 +226,8 @@ def skip_steps(
         given, level = loss is not None, _state.scalar(0.0)
         if given:
             level = _spikes.mean_loss(loss, loss_axis_name)
-        bad_entries = jnp.any(measured.entries > 0)
-        bad = bad_entries | ~jnp.isfinite(level)
+        nonfinite = jnp.any(measured.kinds)
+        bad = nonfinite | ~jnp.isfinite(level)
         due = jnp.zeros([], bool)
         if max_consecutive is not None:
             due = state.spike_run >= max_consecutive
@@ -271,12 +270,12 @@ def skip_steps(
         out, after = inner.update(updates, state.optimizer_state, params, **extra_args)
         out = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), out)
 
-        worst = _worst(measured.norm[0], measured.entries)
-        entries = measured.entries[worst]
+        worst = _worst(measured.norm[0], measured.kinds)
+        kinds = measured.kinds[worst]
         if paths and state.seen.leaf_code.size != len(paths):
             worst = _state.row_numbers(state.seen, paths)[worst]
-        worst = jnp.where(bad_entries | norm_said.spike, worst, -1)
-        noted = BadSteps(step, norm, level, worst, entries)
+        worst = jnp.where(nonfinite | norm_said.spike, worst, -1)
+        noted = BadSteps(step, norm, level, worst, kinds)
         last_bad = jax.tree.map(pushed, state.last_bad, noted)
         run = {"skipped_run": skip, "spike_run": spike}
         runs = {k: _counted(getattr(state, k), flag) for k, flag in run.items()}
@@ -294,7 +293,7 @@ def skip_steps(
             skip_above=_state.figures(norm_said.threshold),
             skip_loss_above=loss_above,
             last_bad=_state.chosen(skip, last_bad, state.last_bad),
-            seen=_state.look(state.seen, measured.entries, bad_entries, step, paths),
+            seen=_state.look(state.seen, measured.kinds, nonfinite, step, paths),
             **_state.chosen(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
             **_recent(state, skip),
         )

@@ -19,13 +19,13 @@ __all__ = ["spectral_clip"]
 
 
 def _lengths(updates: Any, found: _trees.Leaves) -> tuple[jax.Array, ...]:
-    """Returns the norm of each leaf, that of all, and the counts of bad entries."""
+    """Returns the norm of each leaf, that of all, and which leaf is not finite."""
     layout = _layouts.pooled(range(len(found.leaves)), found.leaves)
     measured, counts, plan = _measure.measure_layout(
         updates, found, layout, order=2.0, axis_name=None
     )
     whole = _measure.total(measured.norm, counts, 2.0, plan)
-    return measured.norm[0], whole, measured.entries
+    return measured.norm[0], whole, measured.kinds
 
 
 def spectral_clip(
@@ -100,10 +100,10 @@ def spectral_clip(
         value = max_sigma(state.steps) if callable(max_sigma) else max_sigma
         cap: Any = jnp.asarray(value, jnp.result_type(float))
         cap = jnp.where(cap > 0, cap, 0.0)
-        before, length, entries = _lengths(updates, found)
-        bad = jnp.any(entries > 0)
+        before, length, kinds = _lengths(updates, found)
+        bad = jnp.any(kinds)
         new = []
-        for x, counts in zip(found.leaves, entries, strict=True):
+        for x, held in zip(found.leaves, kinds, strict=True):
             if jnp.iscomplexobj(x):
                 raise ValueError(
                     "`spectral_clip` needs real updates, got a complex leaf."
@@ -111,7 +111,7 @@ def spectral_clip(
             small = jnp.finfo(x.dtype).bits < 32
             y = x.astype(jnp.float32) if small else x
             finite = jnp.where(jnp.isfinite(y), y, 0.0)
-            leaf_bad = jnp.any(counts > 0)
+            leaf_bad = jnp.any(held)
             z = _spectra.clipped(finite, cap.astype(y.dtype), method)
             if nonfinite != "drop":
                 kept = y if nonfinite == "propagate" else jnp.zeros_like(y)
@@ -138,7 +138,7 @@ def spectral_clip(
             clipped=_state.figures(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
-            seen=_state.look(state.seen, entries, bad, state.steps, found.paths),
+            seen=_state.look(state.seen, kinds, bad, state.steps, found.paths),
             groups=None,
         )
 

@@ -46,9 +46,9 @@ def test_each_policy_does_what_its_row_of_the_table_says(name, policy):
                 np.where(bad, 0, got).astype(np.float32), np.where(bad, 0, exact), 4e-6
             )
         column = list(BAD).index(kind)
-        counts = np.zeros(3)
-        counts[column] = 1
-        np.testing.assert_array_equal(state.seen.nonfinite_entries.sum(0), counts)
+        kinds = np.zeros(3)
+        kinds[column] = 1
+        np.testing.assert_array_equal(state.seen.nonfinite_kinds.sum(0), kinds)
         assert int(state.seen.nonfinite_steps) == 1
         assert int(state.seen.last_nonfinite_step) == 0
         if policy == "skip":
@@ -72,10 +72,10 @@ def test_finite_updates_after_a_bad_step_are_clipped_as_ever(name):
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_a_monitor_counts_bad_entries_and_hands_them_on(value):
+def test_a_monitor_sees_non_finite_entries_and_passes_them_on(value):
     out, state = registry.run("monitor", poisoned(value))
     chex.assert_trees_all_equal(out, poisoned(value))
-    assert int(state.seen.nonfinite_entries.sum()) == 1
+    assert int(state.seen.nonfinite_kinds.sum()) == 1
     assert not np.isfinite(state.monitored_norm)
 
 

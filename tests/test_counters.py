@@ -16,8 +16,8 @@ from optclip import rules
 LAST = 2**31 - 1
 # So much earlier is long ago as well, and at the same place of every ring here.
 EARLIER = 840 * 10**6
-NO_COUNTERS = {"leaf_code", "group_of_leaf", "nonfinite_entries", "bad_leaf",
-               "bad_entries", "recent_since", "recent_skips"}  # fmt: skip
+NO_COUNTERS = {"leaf_code", "group_of_leaf", "nonfinite_kinds", "bad_leaf",
+               "bad_kinds", "recent_since", "recent_skips"}  # fmt: skip
 # Statistics that may be as large as a norm.
 NORMS = {"carry", "ema_maximum", "ema_norm", "fast_ema", "first_moment", "mean_norm",
          "recent_norms", "root_moment", "second_root", "slow_ema", "spread_norm",

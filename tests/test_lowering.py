@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax import export
+from jax import export, lax
+from jax.extend.core import jaxprs_in_params
 
 import optclip
 from optclip import actions, rules, scopes
@@ -129,6 +130,37 @@ def test_step_lowers_for_every_platform_without_custom_calls(make):
     step, init = adamw_step(make())
     state = jax.eval_shape(init, PARAMS)
     assert_lowers_everywhere(step, PARAMS, state, PARAMS)
+
+
+def conditions(jaxpr, platform):
+    """Returns the conditions that are left when this is lowered for a platform."""
+    found = []
+    for eqn in jaxpr.eqns:
+        inside = list(jaxprs_in_params(eqn.params))
+        platforms = eqn.params.get("branches_platforms")
+        if eqn.primitive.name == "cond" and platforms is None:
+            found.append(eqn)
+        elif platforms is not None:
+            chosen = [p is None or platform in p for p in platforms].index(True)
+            inside = [eqn.params["branches"][chosen].jaxpr]
+        for inner in inside:
+            found += conditions(getattr(inner, "jaxpr", inner), platform)
+    return found
+
+
+@pytest.mark.parametrize("make", EACH)
+def test_step_has_no_condition_on_an_accelerator(make):
+    # The host would wait for the device to learn which branch to launch.
+    step, init = adamw_step(make())
+    state = jax.eval_shape(init, PARAMS)
+    jaxpr = jax.make_jaxpr(step)(PARAMS, state, PARAMS).jaxpr
+    assert not conditions(jaxpr, "cuda")
+    assert not conditions(jaxpr, "tpu")
+
+
+def test_a_condition_would_be_found():
+    jaxpr = jax.make_jaxpr(lambda x: lax.cond(x > 0, lambda: x, lambda: -x))(1.0).jaxpr
+    assert conditions(jaxpr, "cuda")
 
 
 @pytest.mark.parametrize("name", PURE)

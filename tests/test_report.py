@@ -313,7 +313,10 @@ def spiky():
     return columns
 
 
-BAD = [Culprit("w", 3, 12, 1, 0, NAN, 2.0), Culprit(None, 4, 0, 0, 0, 3.0, INF)]
+BAD = [
+    Culprit("w", 3, True, True, False, NAN, 2.0),
+    Culprit(None, 4, False, False, False, 3.0, INF),
+]
 PAGES = {
     "healthy": (noisy(600), Report((), {"sites": DEEP}), None),
     "spikes": (spiky(), diagnosis((*BROKEN, *TIME)), BAD),
@@ -387,7 +390,7 @@ def test_the_page_is_whole_and_loads_nothing(name, pages):
 def test_no_page_shows_nan_as_a_value(name, pages):
     words = words_of(pages(name)[1])
     assert not re.search(r"\bnan\b|\binf\b(?<!\+inf)", words)
-    assert not re.search(r"\d NaN", words.replace("12 NaN", ""))
+    assert not re.search(r"\d NaN", words)
 
 
 PANELS = {
@@ -424,7 +427,7 @@ def test_the_page_says_what_was_found(pages):
     assert TRAP in words
     assert "Use clip ." in words
     assert "Not seen: 2 of 5 matmuls" in words
-    assert "Step 3 entries: 12 NaN, 1 +inf; gradient norm not finite; loss 2" in words
+    assert "Step 3 held NaN, +inf; gradient norm not finite; loss 2" in words
     assert "the loss Step 4 gradient norm 3; loss not finite" in words
     assert "Clip at a gradient norm of 0.9" in words
     assert "and 2 more" in words_of(pages("all not finite")[1])

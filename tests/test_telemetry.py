@@ -223,7 +223,9 @@ def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
     }[wrap]()
     assert set(rows(tx)) == {"b/norm_before", "b/threshold", "b/scale"}
     bad = {"a": GRADS["a"], "b": jnp.array([np.nan, np.inf])}
-    assert optclip.culprits(stepped(tx, bad), PARAMS) == [Culprit("b", 0, 1, 1, 0)]
+    assert optclip.culprits(stepped(tx, bad), PARAMS) == [
+        Culprit("b", 0, True, True, False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -237,12 +239,12 @@ def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
     ],
     ids=["tree", "unit", "element", "ord3-drop", "monitor"],
 )
-def test_culprits_are_counted_and_the_worst_comes_first(make):
+def test_culprits_tell_what_each_leaf_held_in_the_order_of_the_tree(make):
     bad = {"a": jnp.array([-np.inf, 1.0]), "b": jnp.array([np.nan, np.inf])}
     state = stepped(make(), GRADS, bad, GRADS)
     assert optclip.culprits(state, PARAMS) == [
-        Culprit("b", 1, 1, 1, 0),
-        Culprit("a", 1, 0, 0, 1),
+        Culprit("a", 1, False, False, True),
+        Culprit("b", 1, True, True, False),
     ]
 
 

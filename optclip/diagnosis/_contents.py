@@ -89,13 +89,13 @@ def _figure(value: float) -> str:
 
 
 def _culprit(culprit: Culprit) -> Item:
-    counts = (
+    kinds = (
         (culprit.nan, "NaN"),
         (culprit.pos_inf, "+inf"),
         (culprit.neg_inf, "-inf"),
     )
-    entries = ", ".join(f"{number:,} {kind}" for number, kind in counts if number)
-    words = [f"entries: {entries}"] if entries else []
+    held = ", ".join(kind for present, kind in kinds if present)
+    words = [f"held {held}"] if held else []
     if culprit.norm is not None:
         words.append(f"gradient norm {_figure(culprit.norm)}")
     if culprit.loss:  # 0 where none was given

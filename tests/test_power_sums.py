@@ -1,0 +1,137 @@
+"""The sums that norms are made of, in the form for each kind of device.
+
+Every form is plain JAX, so all of them can be run on any device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optclip import _layouts, _reads, _sums
+from optclip._measure import root
+from optclip._reads import Plan
+
+FORMS = {
+    "cpu": functools.partial(_sums.quick_sums, form=_reads.CPU),
+    "gpu": functools.partial(_sums.careful_sums, form=_reads.GPU),
+    "tpu": functools.partial(_sums.careful_sums, form=_reads.TPU),
+}
+ORDERS = [1.0, 2.0, 3.0, np.inf]
+# Stacks of one, of several and, of small leaves, of more than fit in one; no entry.
+SHAPES = [(4, 6), (4, 6), (5,), (), (0, 3), *[(3,)] * 20, (4, 6)]
+KINDS = {"nan": np.nan, "+inf": np.inf, "-inf": -np.inf}
+
+
+def leaves_of(scale, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [np.asarray(scale * rng.normal(size=s), dtype) for s in SHAPES]
+
+
+def plan_of(leaves, order, *, pooled, drop=False):
+    count = len(leaves)
+    names = ((),) * count
+    if pooled:
+        axes = tuple(tuple(range(x.ndim)) for x in leaves)
+        return Plan(order, axes, tuple(range(count)), names, drop)
+    axes = tuple((0,) if x.ndim else () for x in leaves)
+    kinds = _layouts.kinds(leaves, axes)
+    return Plan(order, axes, (), names, drop, ((),) * count, kinds)
+
+
+def measured(leaves, plan, form):
+    """Returns the norm of each group in float64, leaf by leaf, and the kinds."""
+    order = _reads.reading_order(leaves, plan)
+    own = _reads.reordered(plan, order)
+    run = jax.jit(functools.partial(FORMS[form], plan=own))
+    found = run(tuple(jnp.asarray(leaves[i]) for i in order))
+    back = np.argsort(order)
+    norms = [
+        np.asarray(root(s, plan.order), np.float64) * np.asarray(u, np.float64)
+        for s, u in zip(found.sums, found.units, strict=True)
+    ]
+    rows = norms[0] if plan.groups else [row for kind in norms for row in kind]
+    return [rows[i] for i in back], np.asarray(found.kinds)[back]
+
+
+def exact(x, order, axes, drop):
+    x = np.abs(np.asarray(x, np.float64))
+    x = np.where(np.isfinite(x), x, 0) if drop else x
+    if order == np.inf:
+        return np.max(x, axis=axes, initial=0)
+    top = np.max(np.where(np.isfinite(x), x, 0), initial=0) or 1.0
+    return np.sum((x / top) ** order, axis=axes) ** (1 / order) * top
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 3e37, 1e-36, 0.0])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("pooled", [True, False], ids=["leaves", "slices"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_right_at_every_size(form, pooled, order, scale):
+    leaves = leaves_of(scale)
+    plan = plan_of(leaves, order, pooled=pooled)
+    got, kinds = measured(leaves, plan, form)
+    for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
+        # What is below the smallest normal float32 is flushed to zero.
+        np.testing.assert_allclose(norm, exact(x, order, axes, False), 2e-6, 4e-38)
+    assert not kinds.any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("drop", [False, True], ids=["seen", "dropped"])
+@pytest.mark.parametrize("pooled", [True, False], ids=["leaves", "slices"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_tells_which_leaf_holds_what(form, pooled, drop, order):
+    leaves = leaves_of(1.0)
+    wanted = np.zeros((len(leaves), 3), bool)
+    held = {0: ["nan"], 1: ["+inf"], 2: ["-inf"], 3: ["nan"], 7: ["+inf", "-inf"],
+            9: ["nan", "-inf"], 11: ["nan", "+inf", "-inf"]}  # fmt: skip
+    for i, names in held.items():
+        for place, name in enumerate(names):
+            leaves[i].reshape(-1)[place] = KINDS[name]
+            wanted[i, [*KINDS].index(name)] = True
+    plan = plan_of(leaves, order, pooled=pooled, drop=drop)
+    got, kinds = measured(leaves, plan, form)
+    np.testing.assert_array_equal(kinds, wanted)
+    for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
+        expected = exact(x, order, axes, drop)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(np.isfinite(norm), finite)
+        np.testing.assert_allclose(
+            np.where(finite, norm, 0), np.where(finite, expected, 0), 2e-6
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_and_small_entries_in_one_tree_are_both_right(form):
+    leaves = [np.full(4, 1e30, np.float32), np.full(4, 1e-30, np.float32),
+              np.full(4, np.nan, np.float32), np.ones(4, np.float32)]  # fmt: skip
+    got, kinds = measured(leaves, plan_of(leaves, 2.0, pooled=True), form)
+    np.testing.assert_allclose(got, [2e30, 2e-30, np.nan, 2], rtol=1e-6)
+    assert kinds[:, 0].tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64])
+def test_every_form_takes_every_dtype(form, dtype, x64):
+    del x64
+    scale = {np.float64: 1e300, jnp.float16: 1e4}.get(dtype, 1e30)
+    leaves = leaves_of(scale, dtype)
+    plan = plan_of(leaves, 2.0, pooled=True)
+    got, _ = measured(leaves, plan, form)
+    for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
+        np.testing.assert_allclose(norm, exact(x, 2.0, axes, False), rtol=2e-6)
+
+
+def test_leaves_are_stacked_with_those_of_their_role_only():
+    # Query and output kernels of one shape are sharded differently.
+    leaves = [np.ones((4, 4), np.float32)] * 6
+    roles = ("q", "o", "q", "o", "q", "o")
+    plan = plan_of(leaves, 2.0, pooled=True)._replace(roles=roles)
+    order = _reads.reading_order(leaves, plan)
+    assert [roles[i] for i in order] == ["q"] * 3 + ["o"] * 3
+    plan = _reads.reordered(plan, order)
+    (segment,) = _reads.segments(leaves, plan, _reads.GPU)
+    assert segment.chunks == [[0, 1, 2], [3, 4, 5]]
