@@ -47,6 +47,7 @@ CLIPS = {
     "optclip.clip_by_unit_norm": optclip.clip_by_unit_norm(0.01),
     "optax.clip": optax.clip(0.01),
     "optclip.clip_by_value": optclip.clip_by_value(0.01),
+    "optclip.clip_by_value, record": optclip.clip_by_value(0.01, record=True),
     "optax.apply_if_finite": SKIPPING,
     "optclip.skip_steps": optclip.skip_steps,
     "optclip.stabilize": optclip.stabilize,

@@ -256,7 +256,7 @@ CLIPS = {
     "global norm": optclip.clip_by_global_norm(0.25),
     "per leaf": optclip.clip_per_layer(0.15, layers),
     "adaptive": optclip.adaptive_grad_clip(0.05, axis=layers),
-    "by value": optclip.clip_by_value(0.01),
+    "by value": optclip.clip_by_value(0.01, record=True),
     "quantile_clip": optclip.quantile_clip(),
 }
 RATES = {"RNN": (0.75, 3.0), "LSTM": (5.0, 20.0), "transformer": (0.75, 3.0)}

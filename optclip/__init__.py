@@ -10,7 +10,7 @@ scans, vmaps, shards and checkpoints as Optax's own.
 
 from optclip import actions, norms, rules, scopes
 from optclip.attribution import Culprit, culprits
-from optclip.clipping import ClipState, GroupStats, clip
+from optclip.clipping import ClipState, GroupStats, UnrecordedState, clip
 from optclip.diagnosis.diagnose import diagnose
 from optclip.diagnosis.findings import Action, Finding, Report
 from optclip.diagnosis.page import report
@@ -74,6 +74,7 @@ __all__ = [
     "StableAdamState",
     "Suggestion",
     "Taps",
+    "UnrecordedState",
     "actions",
     "adagc",
     "adagn",

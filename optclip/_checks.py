@@ -166,6 +166,13 @@ def ordered(*, low: Any, high: Any) -> None:
         raise ValueError(f"`low` must be at most `high`, got {low!r} and {high!r}.")
 
 
+def flag(name: str, value: Any) -> bool:
+    """Returns ``value``, which must be True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def instance(name: str, value: Any, kind: type, described: str) -> None:
     """Raises unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _measure, _trees, actions
-from optclip._engine import Call, Outcome, apply_rule, context_of, finish
+from optclip._engine import (
+    Call,
+    Figures,
+    Options,
+    Outcome,
+    apply_rule,
+    context_of,
+    finish,
+)
 from optclip._groups import factors_of
 from optclip._numbers import largest_of
 from optclip.rules import Limit
@@ -111,12 +119,15 @@ def _smallest_factor(
 def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
     """Runs the rule on the magnitudes of each leaf, and clamps its entries."""
     options, policy = call.options, call.options.nonfinite
-    tops = call.measured.norm[0]
-    tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
-    skipped = call.bad & (policy == "skip")
-    new, new_state, afters, thresholds, overs, scales = [], [], [], [], [], []
-    # As in `_groups`: or XLA writes out what measuring and clamping share.
-    leaves, tops = _trees.kept_apart((list(call.found.leaves), tops))
+    leaves, tree_norm, skipped = list(call.found.leaves), jnp.zeros([]), False
+    tops: Any = None
+    if call.measured is not None:
+        tops = call.measured.norm[0]
+        tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
+        skipped = call.bad & (policy == "skip")
+        # As in `_groups`: or XLA writes out what measuring and clamping share.
+        leaves, tops = _trees.kept_apart((leaves, tops))
+    new, new_state, seen = [], [], []
     for i, x in enumerate(leaves):
         wide = _measure.widen(x)
         size = magnitudes(x)
@@ -132,29 +143,39 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
             y = jnp.where(bad, jnp.zeros_like(y), y)
         y = jnp.where(skipped, jnp.zeros_like(y), y) if policy == "skip" else y
         new.append(finish(y, call.found.leaves[i], options.update_dtype))
-        top = tops[i]
-        last = _after(y, top, limit, options.action, across)
-        if policy in ("zero", "drop"):
-            last = jnp.where(jnp.isnan(top), 0.0, last)
-        afters.append(jnp.where(skipped, 0.0, last))
-        threshold: Any = jnp.asarray(limit.threshold).astype(tops.dtype)
-        low = jnp.min(threshold, initial=jnp.inf)
-        if threshold.ndim == 0 and limit.low is None:
-            thresholds.append(low)
-            overs.append(top > threshold)
-            usable = jnp.isfinite(top) & (top > 0)
-            scales.append(jnp.where(usable, last / jnp.where(usable, top, 1.0), 1.0))
-            continue
-        thresholds.append(-across(-low))
-        past = _past(wide, size, limit)
-        overs.append(across(jnp.any(past).astype(jnp.int32)) > 0)
-        scales.append(_smallest_factor(size, y, past, across).astype(tops.dtype))
-    return Outcome(
-        leaves=new,
-        rule_state=tuple(new_state),
+        if options.record:
+            seen.append(_seen(wide, size, y, tops[i], limit, skipped, options, across))
+    figures = _figures(seen, tops) if options.record else None
+    return Outcome(new, tuple(new_state), figures)
+
+
+def _seen(
+    x: jax.Array, size: jax.Array, y: jax.Array, top: jax.Array, limit: Limit,
+    skipped: Any, options: Options, across: Callable,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Returns (largest magnitude after, threshold, clipped, scale) of one leaf."""
+    last = _after(y, top, limit, options.action, across)
+    if options.nonfinite in ("zero", "drop"):
+        last = jnp.where(jnp.isnan(top), 0.0, last)
+    last = jnp.where(skipped, 0.0, last)
+    threshold: Any = jnp.asarray(limit.threshold).astype(top.dtype)
+    low = jnp.min(threshold, initial=jnp.inf)
+    if threshold.ndim == 0 and limit.low is None:
+        usable = jnp.isfinite(top) & (top > 0)
+        scale = jnp.where(usable, last / jnp.where(usable, top, 1.0), 1.0)
+        return last, low, top > threshold, scale
+    past = _past(x, size, limit)
+    over = across(jnp.any(past).astype(jnp.int32)) > 0
+    scale = _smallest_factor(size, y, past, across).astype(top.dtype)
+    return last, -across(-low), over, scale
+
+
+def _figures(seen: list[tuple[jax.Array, ...]], tops: jax.Array) -> Figures:
+    afters, thresholds, overs, scales = map(jnp.stack, zip(*seen, strict=True))
+    return Figures(
         before=largest_of(tops),
-        after=largest_of(jnp.stack(afters)),
-        threshold=jnp.min(jnp.stack(thresholds)),
-        scale=jnp.min(jnp.stack(scales)),
-        clipped=jnp.mean(jnp.stack(overs).astype(jnp.float32)),
+        after=largest_of(afters),
+        threshold=jnp.min(thresholds),
+        scale=jnp.min(scales),
+        clipped=jnp.mean(overs.astype(jnp.float32)),
     )

@@ -11,6 +11,7 @@ from optclip import _layouts, _measure, _trees, rules, scopes
 
 __all__ = [
     "Call",
+    "Figures",
     "Options",
     "Outcome",
     "apply_rule",
@@ -34,33 +35,49 @@ class Options(NamedTuple):
     nonfinite: str
     axis_name: Any
     update_dtype: Any
+    record: bool
+
+    @property
+    def measures(self) -> bool:
+        """Whether an update measures the norms."""
+        needed = self.record or self.rule.needs_norms or self.nonfinite == "skip"
+        return needed or not self.scope.by_element
 
 
 class Call(NamedTuple):
-    """One update: the measured leaves, their norms, and what a rule may look at."""
+    """One update: the measured leaves, their norms, and what a rule may look at.
+
+    ``measured`` and ``bad`` are None where nothing is measured.
+    """
 
     options: Options
     rules: tuple[rules.Rule, ...]
     found: _trees.Leaves
     layout: _layouts.Layout
-    measured: _measure.Measured
+    measured: Any
     counts: tuple
     plan: Any
-    bad: jax.Array
+    bad: Any
     step: jax.Array
     params_norms: Callable[[], tuple]
 
 
-class Outcome(NamedTuple):
-    """What an update did: the new leaves, and the figures that the state keeps."""
+class Figures(NamedTuple):
+    """The figures that the state of a clip keeps."""
 
-    leaves: list
-    rule_state: tuple
     before: jax.Array
     after: jax.Array
     threshold: jax.Array
     scale: jax.Array
     clipped: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What an update did; ``figures`` are None where none are recorded."""
+
+    leaves: list
+    rule_state: tuple
+    figures: Figures | None
     stats: tuple | None = None
 
 
@@ -71,9 +88,15 @@ def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
     layout = options.scope.layout(updates, found.paths, found.leaves)
     drop = options.nonfinite == "drop"
     how = {"order": options.order, "axis_name": options.axis_name}
-    measured, counts, plan = _measure.measure_layout(
-        updates, found, layout, drop=drop, **how
-    )
+    measured = bad = None
+    if options.measures:
+        measured, counts, plan = _measure.measure_layout(
+            updates, found, layout, drop=drop, **how
+        )
+        bad = _any_bad(measured, layout, drop)
+    else:
+        counts, plan = (), _measure.plan_of(updates, found, layout, **how)
+        _measure.check_mesh(plan)
 
     def params_norms():
         if params is None:
@@ -86,8 +109,15 @@ def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
 
     return Call(
         options, rules_for(options, layout, plan), found, layout, measured, counts,
-        plan, jnp.any(measured.kinds), step, _once(params_norms),
+        plan, bad, step, _once(params_norms),
     )  # fmt: skip
+
+
+def _any_bad(measured: _measure.Measured, layout: _layouts.Layout, drop: bool) -> Any:
+    """Returns whether an entry of any leaf, on any device, is not finite."""
+    if layout.groups and not drop:
+        return jnp.any(~jnp.isfinite(measured.norm[0]))
+    return jnp.any(measured.kinds)
 
 
 def rules_for(

@@ -1,16 +1,17 @@
 """The pipeline for scopes whose groups have many entries: measure, then rescale."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optclip import _layouts, _measure, _trees, actions, rules
 from optclip._engine import (
     Call,
+    Figures,
     Outcome,
     apply_rule,
     check_order,
@@ -90,29 +91,15 @@ def _length_after(norm, reduced, scale, first):
     return jnp.where(first == 1, plain, reduced * (first / _measure.REDUCTION) * scale)
 
 
-def _bad_groups(call: Call) -> tuple[jax.Array, ...]:
-    """Returns which groups hold an entry that is not finite, and was not dropped."""
-    norms, groups = call.measured.norm, call.layout.groups
-    if call.options.nonfinite == "drop":
-        return tuple(jnp.zeros(n.shape, bool) for n in norms)
-    if not groups:
-        return tuple(~jnp.isfinite(n) for n in norms)
-    leaf_bad = jnp.any(call.measured.kinds, axis=1)
+def _for_leaves(parts: Sequence[tuple], call: Call) -> list[tuple[jax.Array, ...]]:
+    """Returns what belongs to each leaf, in shapes that broadcast against it."""
     if call.layout.scalar:
-        return (jnp.any(leaf_bad).reshape(norms[0].shape),)
-    at = np.asarray(groups)
-    return (jnp.zeros(norms[0].shape, bool).at[at].max(leaf_bad),)
-
-
-def _for_leaves(values: tuple, call: Call) -> list[jax.Array]:
-    """Returns what belongs to each leaf, in a shape that broadcasts against it."""
-    if call.layout.scalar:
-        return [values[0]] * len(call.layout.axes)
-    each = unpool(values, call.plan)
+        return [tuple(part[0] for part in parts)] * len(call.layout.axes)
+    each = unpool(parts, call.plan)
     if call.layout.groups:
         return each
     pairs = zip(each, call.layout.axes, strict=True)
-    return [_measure.spread(v, axes) for v, axes in pairs]
+    return [tuple(_measure.spread(v, axes) for v in own) for own, axes in pairs]
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -135,7 +122,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     shapes = [z.shape for z in empty_norms(layout, leaves, call.plan)]
     norms = [n.reshape(s) for n, s in zip(call.measured.norm, shapes, strict=True)]
     reduced = [n.reshape(s) for n, s in zip(call.measured.reduced, shapes, strict=True)]
-    bads = [b.reshape(s) for b, s in zip(_bad_groups(call), shapes, strict=True)]
+    bads = [~jnp.isfinite(n) for n in norms]
     safe = [jnp.where(b, 0.0, n) for b, n in zip(bads, norms, strict=True)]
     tree_norm = _measure.total(safe, call.counts, options.order, call.plan)
     skipped = call.bad & (options.nonfinite == "skip")
@@ -166,7 +153,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     # Without the barrier XLA shares one widened copy of the leaves between measuring
     # and scaling, and writes it out; with it, the scaling melts into the optimizer.
     leaves, parts = _trees.kept_apart((list(leaves), parts))
-    factors = list(zip(*(_for_leaves(p, call) for p in parts), strict=True))
+    factors = _for_leaves(parts, call)
     new = [
         finish(
             _scaled(x, *factor, policy=options.nonfinite),
@@ -179,10 +166,12 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     return Outcome(
         leaves=new,
         rule_state=tuple(new_state),
-        before=_measure.total(norms, call.counts, options.order, call.plan),
-        after=_measure.total(afters, call.counts, options.order, call.plan),
+        figures=Figures(
+            before=_measure.total(norms, call.counts, options.order, call.plan),
+            after=_measure.total(afters, call.counts, options.order, call.plan),
+            **_summary(safe, limits, total, call.plan, options.action),
+        ),
         stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
-        **_summary(safe, limits, total, call.plan, options.action),
     )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "REDUCTION",
     "Measured",
     "across_of",
+    "check_mesh",
     "combine",
     "devices_along",
     "measure",
@@ -92,30 +93,6 @@ def combine(norms: jax.Array, order: float) -> jax.Array:
     return _joined(norms, order, jnp.sum, jnp.max)
 
 
-def _grouped(
-    sums: jax.Array, units: jax.Array, order: float, groups: Sequence[int]
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of each group of leaves and its unit, the largest of theirs."""
-    if groups == tuple(range(len(groups))):
-        return sums, units
-    at, count = np.asarray(groups), max(groups) + 1
-    if count == 1:
-        add, most = (lambda x, f=f: f(x, keepdims=True) for f in (jnp.sum, jnp.max))
-    else:
-        add, most = (
-            functools.partial(f, segment_ids=at, num_segments=count)
-            for f in (jax.ops.segment_sum, jax.ops.segment_max)
-        )
-    if order == np.inf:
-        return largest_of(sums, add, most), jnp.ones(count, sums.dtype)
-    unit = most(units)
-    ratio = units / (unit if count == 1 else unit[at])
-    # In two steps: the square of the ratio of two units may underflow.
-    if order == 2.0:
-        return add(sums * ratio * ratio), unit
-    return add(sums * (ratio if order == 1.0 else ratio**order)), unit
-
-
 @functools.partial(jax.jit, static_argnames=("plan",))
 def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
     """Returns the norms of the groups of ``leaves`` that ``plan`` describes."""
@@ -136,9 +113,6 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
     order = reading_order(reals, plan)
     ordered = reordered(plan._replace(axes=tuple(axes)), order)
     sums, units, kinds = _sums.power_sums(tuple(reals[i] for i in order), ordered)
-    if plan.groups:
-        pooled = _grouped(sums[0], units[0], plan.order, ordered.groups)
-        sums, units = ([x] for x in pooled)
     roots = [root(s, plan.order) for s in sums]
     norm = [r * u for r, u in zip(roots, units, strict=True)]
     reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
@@ -154,7 +128,11 @@ def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
         length = jnp.where(long, short / REDUCTION, norm / divisor)
         largest = jnp.finfo(norm.dtype).max
         too_long = long & jnp.isinf(length)
-        norms.append(jnp.where(too_long, largest, length))
+        # Behind one barrier: so what follows reads one array, and XLA makes one kernel
+        # of it on a GPU, in place of one for each number.
+        pair = jnp.stack([jnp.where(too_long, largest, length), short])
+        norm, short = _trees.kept_apart(pair)
+        norms.append(norm)
         reduced.append(short)
     return Measured(tuple(norms), tuple(reduced), measured.kinds)
 
@@ -265,12 +243,17 @@ def plan_of(
     return Plan(power, layout.axes, (), names, drop, across, alike, roles)
 
 
+def check_mesh(plan: Plan) -> None:
+    """Raises if a mesh axis of the plan is not one of where this runs."""
+    _trees.check_bound({n for names in (*plan.names, *plan.across) for n in names})
+
+
 def measure_layout(
     updates: Any, found: _trees.Leaves, layout: Layout, *, order: Any, **how: Any
 ) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
     """Returns the norms of the groups of a layout, and how large they are."""
     plan = plan_of(updates, found, layout, order=order, **how)
-    _trees.check_bound({n for names in (*plan.names, *plan.across) for n in names})
+    check_mesh(plan)
     measured = measure(tuple(found.leaves), plan)
     counts = entry_counts(found.leaves, plan)
     divisors = [1.0] * len(counts)

@@ -5,7 +5,6 @@ one array for all leaves of one kind: a row for each leaf, whose shape is that o
 axes that are kept.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from jax import lax
 from optclip import _trees
 
 __all__ = [
+    "COLUMNS",
     "CPU",
     "GPU",
     "TPU",
@@ -72,6 +72,14 @@ class Plan(NamedTuple):
     kinds: tuple[tuple[int, ...], ...] = ()
     roles: tuple[str, ...] = ()
 
+    def trailing(self, leaves: Sequence[jax.Array]) -> bool:
+        """Returns whether groups run over the last axes of leaves, in memory a row."""
+        pairs = zip(self.axes, leaves, strict=True)
+        return all(
+            tuple(sorted(axes)) == tuple(range(x.ndim - len(axes), x.ndim))
+            for axes, x in pairs
+        )
+
     @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
         """Per leaf, the mesh axes that it is sharded over."""
@@ -96,25 +104,42 @@ def spread(values: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.expand_dims(values, tuple(axes)) if values.ndim else values
 
 
-def unpool(values: Arrays, plan: Plan) -> list[jax.Array]:
-    """Returns what belongs to each leaf.
-
-    XLA compiles a kernel for each place that it slices at, unless the place is a number
-    that it can't know: then all leaves of one shape share a kernel.
-    """
-    each: list[Any] = [None] * len(plan.axes)
+def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
+    """Returns what belongs to each leaf of each of ``parts``, laid out like norms."""
     if plan.groups:
-        places = {i: (0, group) for i, group in enumerate(plan.groups)}
+        places = [(0, group) for group in plan.groups]
     else:
-        places = {
-            i: (k, row)
-            for k, kind in enumerate(plan.kinds)
-            for row, i in enumerate(kind)
-        }
-    for i, (k, row) in places.items():
-        at = lax.optimization_barrier(np.int32(row))
-        each[i] = lax.dynamic_index_in_dim(values[k], at, keepdims=False)
-    return each
+        rows = enumerate(plan.kinds)
+        by_leaf = {i: (k, row) for k, kind in rows for row, i in enumerate(kind)}
+        places = [by_leaf[i] for i in range(len(plan.axes))]
+
+    def looked_up(parts):
+        # XLA compiles a kernel for each place that it slices at, unless the place is a
+        # number that it can't know: then all leaves of one shape share a kernel.
+        at = lambda row: lax.optimization_barrier(np.int32(row))  # noqa: E731
+        return [
+            tuple(
+                lax.dynamic_index_in_dim(p[k], at(row), keepdims=False) for p in parts
+            )
+            for k, row in places
+        ]
+
+    def sliced(parts):
+        if not plan.groups:
+            return [tuple(p[k][row] for p in parts) for k, row in places]
+        # What reads one array for all leaves, XLA takes together, in kernels that are
+        # slow to compile. So one kernel hands each leaf its own; without the maximum,
+        # which changes nothing, it would be one kernel for each slice.
+        (own,) = {p[0].dtype for p in parts if p[0].dtype != bool}
+        table = jnp.stack([p[0].astype(own) for p in parts], axis=-1)
+        each = [jnp.maximum(table[row], 0.0) for _, row in places]
+        each = _trees.kept_apart(each)
+        return [
+            tuple(v.astype(p[0].dtype) for v, p in zip(row, parts, strict=True))
+            for row in each
+        ]
+
+    return lax.platform_dependent(tuple(parts), cpu=looked_up, default=sliced)
 
 
 def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
@@ -155,24 +180,28 @@ class Form(NamedTuple):
 
     Attributes:
         stack_all: Whether leaves of every size are stacked to be read together, else
-            small ones only. XLA fuses a stack into the reductions on a GPU, and writes
-            it out on others.
-        in_turns: Whether stacks take turns in the same memory, where they are written
-            out, instead of all at once.
+            small ones only. XLA fuses a stack into sums over its rows on a GPU, and
+            writes it out for other sums, and on other devices.
+        one_pass: Whether several sums are taken in one pass. Else stacks are written
+            out, and take turns in the same memory.
     """
 
     stack_all: bool
-    in_turns: bool
+    one_pass: bool
 
 
-CPU, GPU, TPU = Form(False, True), Form(True, False), Form(False, False)
+CPU, GPU, TPU = Form(False, False), Form(True, True), Form(False, True)
+# On a GPU, where groups are columns: each sum in a pass of its own.
+COLUMNS = Form(False, True)
 
 
-def _chunks(at: Sequence[int], leaves: Sequence[jax.Array], form: Form, room: float):
+def _chunks(
+    at: Sequence[int], leaves: Sequence[jax.Array], plan: Plan, form: Form, room: float
+) -> list[list[int]]:
     """Returns the numbers of leaves of one type in the lots that are read together."""
-    size = max(leaves[at[0]].size * leaves[at[0]].dtype.itemsize, 1)
-    step = 1
-    if form.stack_all:
+    x = leaves[at[0]]
+    size, step = max(x.size * x.dtype.itemsize, 1), 1
+    if form.stack_all and plan.trailing(leaves):
         step = MOST_STACKED
     elif len(at) >= MANY_ALIKE and size <= SMALL_BYTES:
         step = min(int(room // size), MOST_SMALL)
@@ -198,8 +227,8 @@ def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segmen
     sizes = [x.size * x.dtype.itemsize for x in leaves]
     room, found = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
     if plan.groups:
-        key = lambda i: (plan.names[i], wide_dtype(leaves[i]))  # noqa: E731
-        runs = [[*run] for _, run in itertools.groupby(range(len(leaves)), key)]
+        by_names = itertools.groupby(range(len(leaves)), lambda i: plan.names[i])
+        runs = [[*run] for _, run in by_names]
     else:
         runs = plan.kinds
     for run in runs:
@@ -209,7 +238,7 @@ def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segmen
             jax.typeof(leaves[i]), _role(i, plan) if form.stack_all else ""
         )  # fmt: skip
         for _, same in itertools.groupby(run, alike):
-            chunks += _chunks([*same], leaves, form, room)
+            chunks += _chunks([*same], leaves, plan, form, room)
         found.append(Segment([*run], chunks, plan.names[run[0]]))
     return found
 
@@ -218,18 +247,19 @@ def read(
     leaves: Sequence[jax.Array],
     plan: Plan,
     form: Form,
-    kernels: Sequence[Callable],
+    kernel: Callable,
     most: Sequence[bool] | None = None,
     factors: Arrays | None = None,
 ) -> list[list[jax.Array]]:
-    """Returns what ``kernels`` make of the leaves: per segment, one array for each.
+    """Returns what ``kernel`` makes of the leaves: per segment, one array for each.
 
     Args:
         leaves: The leaves, real, in their `reading_order`.
         plan: What to measure.
         form: How to read on this kind of device.
-        kernels: Functions of stacked leaves, the axes to reduce, and a factor.
-        most: Which of them take the maximum over devices; the others are summed up.
+        kernel: A function of stacked leaves, the axes to reduce and a factor, which
+            returns several sums.
+        most: Which of them are maxima over devices; the others are summed up.
         factors: For each leaf what entries are multiplied by, laid out like the sums.
     """
     out, taken = [], {}
@@ -237,7 +267,7 @@ def read(
         rows = []
         for chunk in segment.chunks:
             xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
-            in_turns = form.in_turns and (stacked or plan.drop)
+            in_turns = not form.one_pass and (stacked or plan.drop)
             if in_turns:
                 # Always 1, but XLA can't know: so chunks take turns in the same memory,
                 # and only those of one set of mesh axes, since the product varies over
@@ -251,26 +281,36 @@ def read(
             factor = None
             if factors is not None:
                 factor = _factor(factors, k, segment, chunk, x.ndim, plan)
-            sums = [kernel(x, axes, factor) for kernel in kernels]
+            sums = kernel(x, axes, factor)
             rows.append(sums)
             if in_turns:
                 taken[along] = sums[0].ravel()[0].astype(jnp.float32)
-        columns = [jnp.concatenate(column) for column in zip(*rows, strict=True)]
-        out.append(_over_devices(columns, most, segment.names))
+        out.append(_over_devices(rows, most, segment.names, form))
     return out
 
 
-def _over_devices(columns: list, most: Sequence[bool] | None, names: tuple) -> list:
-    """Returns the sums, or maxima, over these mesh axes, with one collective each."""
-    if not names:
-        return columns
+def _over_devices(
+    rows: list, most: Sequence[bool] | None, names: tuple, form: Form
+) -> list:
+    """Returns the sums, or maxima, of all chunks, over these mesh axes.
+
+    One concatenation and one collective for all sums: XLA merges the small reductions
+    that feed one operation.
+    """
+    columns: list[Any] = [None] * len(rows[0])
     maxima = [i for i, flag in enumerate(most or ()) if flag]
     sums = [i for i in range(len(columns)) if i not in maxima]
     for reduce, at in ((lax.pmax, maxima), (lax.psum, sums)):
-        if at:
-            whole = reduce(jnp.stack([columns[i] for i in at]), names)
-            for i, column in zip(at, whole, strict=True):
-                columns[i] = column
+        if not at:
+            continue
+        each = jnp.concatenate([row[i] for i in at for row in rows])
+        whole = each.reshape(len(at), len(each) // len(at), *each.shape[1:])
+        whole = reduce(whole, names) if names else whole
+        if form.one_pass:
+            # Or XLA takes the sum of the sums as one more sum of all entries.
+            whole = lax.optimization_barrier(whole)
+        for i, column in zip(at, whole, strict=True):
+            columns[i] = column
     return columns
 
 
@@ -290,5 +330,4 @@ def laid_out(found: list[jax.Array], plan: Plan) -> Arrays:
     """Returns one array for each segment as the plan wants it: one in all if pooled."""
     if not plan.groups:
         return tuple(found)
-    widest = functools.reduce(jnp.promote_types, [x.dtype for x in found])
-    return (jnp.concatenate([x.astype(widest) for x in found]),)
+    return (jnp.concatenate(found),)

@@ -16,6 +16,7 @@ __all__ = [
     "GroupStats",
     "Seen",
     "SkipState",
+    "UnrecordedState",
     "chosen",
     "copied",
     "counted",
@@ -107,6 +108,18 @@ class ClipState(NamedTuple):
     clipped_steps: jax.Array
     seen: Seen
     groups: GroupStats | None
+
+
+class UnrecordedState(NamedTuple):
+    """State of a clip that keeps no figures: ``record=False``.
+
+    Attributes:
+        rule_state: As in `ClipState`.
+        steps: int32 scalar. Updates so far; stops at 2**31 - 1.
+    """
+
+    rule_state: tuple
+    steps: jax.Array
 
 
 class BadSteps(NamedTuple):

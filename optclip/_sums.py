@@ -15,7 +15,7 @@ choose, since that sum is never used where there is one: it keeps the sign.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from jax import lax
 from optclip import _trees
 from optclip._numbers import usable_unit
 from optclip._reads import (
+    COLUMNS,
     CPU,
     GPU,
     TPU,
@@ -41,10 +42,11 @@ __all__ = ["PowerSums", "power_sums"]
 
 
 class PowerSums(NamedTuple):
-    """The sums of powers of all groups, laid out as the plan says.
+    """The sums of powers of all groups: one vector if pooled, else an array a kind.
 
     Attributes:
-        sums: The sum of |x / unit|**p over each group; for order inf, the maximum.
+        sums: The sum of |x / unit|**p over each group; for order inf, the maximum. Not
+            finite where an entry is not, unless it is dropped, and nowhere else.
         units: A power of two, or for an order other than 1, 2 and inf, any number.
         kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
     """
@@ -58,12 +60,13 @@ class Range(NamedTuple):
     """Where sums of squares of a dtype can be trusted.
 
     Attributes:
-        high: A sum of at least this may have overflowed, or may in a total of leaves.
+        high: A sum of at least this may have overflowed.
         low: Below this sum, squares that matter may have been lost.
         down: What entries are scaled by where the sum is too large: 2**32 times the
             square of the largest number still fits.
         up: What entries are scaled by where the sum is too small.
         cap: The largest square of an entry times ``up`` where the sum is below ``low``.
+            A sum of 2**60 of these still fits.
     """
 
     high: float
@@ -72,8 +75,13 @@ class Range(NamedTuple):
     up: float
     cap: float
 
+    @property
+    def small(self) -> float:
+        """The magnitude of an entry whose square is ``cap`` once it is scaled up."""
+        return self.cap**0.5 / self.up
 
-SINGLE = Range(2.0**110, 2.0**-60, 2.0**-80, 2.0**80, 2.0**100)
+
+SINGLE = Range(2.0**110, 2.0**-60, 2.0**-80, 2.0**64, 2.0**68)
 DOUBLE = Range(2.0**900, 2.0**-900, 2.0**-600, 2.0**560, 2.0**220)
 
 
@@ -82,13 +90,12 @@ def range_of(dtype: Any) -> Range:
     return DOUBLE if dtype == jnp.float64 else SINGLE
 
 
-def _signs(x: jax.Array, finite: Any = 0.0) -> jax.Array:
-    """Returns ``finite``, but the infinities of ``x`` as they are, and 0 for NaN.
+def _signs(x: jax.Array) -> jax.Array:
+    """Returns the infinities of ``x``, and 0 for all else.
 
     The sum is infinite where infinities of one sign are, and NaN where both are.
     """
-    finite = jnp.where(x == x, finite, 0.0)
-    return jnp.where(jnp.abs(x) == jnp.inf, x, finite).astype(x.dtype)
+    return jnp.where(jnp.abs(x) == jnp.inf, x, jnp.zeros_like(x))
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
@@ -110,12 +117,15 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
         return (x != x).astype(x.dtype)
     if name == "signs":
         return _signs(x)
-    own, original = range_of(x.dtype), x
+    own = range_of(x.dtype)
     if drop:
         x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     if name == "up":
-        small = jnp.minimum(jnp.square(_scaled(x, own.up)), own.cap)
-        return small if drop else _signs(original, small)
+        square = jnp.square(_scaled(x, own.up))
+        fits = square < own.cap if x.size != 1 else jnp.abs(x) < own.small
+        # In the place of what is too large: infinities, and what can't sum up to one.
+        large = jnp.zeros_like(x) if drop else jnp.where(x == x, x * own.down, 0.0)
+        return jnp.where(fits, square, large)
     if unit is not None:
         x = x * unit
     if name == "down":
@@ -132,15 +142,18 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
     return jnp.where(zero, 0.0, jnp.where(zero, 1.0, x) ** order)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
-def _sum(
-    x: jax.Array, axes: tuple, factor: Any, name: str, order: float, drop: bool
-) -> jax.Array:
-    """Returns the sum called ``name`` over ``axes``; for order inf, the maximum."""
-    term = _term(x.astype(wide_dtype(x)), factor, name, order, drop)
-    if order == np.inf and name == "plain":
-        return jnp.max(term, axis=axes, initial=0.0)
-    return jnp.sum(term, axis=axes)
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+def _sums(x: jax.Array, axes: tuple, factor: Any, names: tuple, how: tuple) -> list:
+    """Returns the sums of these names over ``axes``; for order inf, the maximum."""
+    order, drop, dtype = how
+    x, found = x.astype(dtype or wide_dtype(x)), []
+    for name in names:
+        term = _term(x, factor, name, order, drop)
+        if order == np.inf and name == "plain":
+            found.append(jnp.max(term, axis=axes, initial=0.0))
+        else:
+            found.append(jnp.sum(term, axis=axes))
+    return found
 
 
 def _names(order: float, drop: bool) -> tuple[str, ...]:
@@ -156,20 +169,52 @@ def _names(order: float, drop: bool) -> tuple[str, ...]:
     return ("plain", *scaled, "signs", *(("nans",) if drop or order == np.inf else ()))
 
 
-def _kernels(names: Sequence[str], plan: Plan) -> list:
-    return [
-        functools.partial(_sum, name=name, order=plan.order, drop=plan.drop)
-        for name in names
-    ]
+def _kernel(names: Sequence[str], leaves: Arrays, plan: Plan) -> Callable:
+    dtype = None
+    if plan.groups:  # one vector of sums
+        dtype = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
+    how = (plan.order, plan.drop, dtype)
+    return functools.partial(_sums, names=tuple(names), how=how)
+
+
+def _by_group(columns: Arrays, plan: Plan, most: bool = False) -> Arrays:
+    """Returns the sums, or maxima, of all groups, of those of leaves."""
+    groups = plan.groups
+    if not groups or groups == tuple(range(len(groups))):
+        return columns
+    (x,) = columns
+    if max(groups) == 0:
+        return ((jnp.max if most else jnp.sum)(x, keepdims=True),)
+    if len(set(groups)) == len(groups):
+        return (x[np.argsort(groups)],)
+    add = jax.ops.segment_max if most else jax.ops.segment_sum
+    return (add(x, np.asarray(groups), max(groups) + 1),)
+
+
+def _by_leaf(values: Arrays, plan: Plan) -> Arrays:
+    """Returns what each leaf's group has, laid out like the sums of leaves."""
+    groups = plan.groups
+    if not groups or groups == tuple(range(len(groups))):
+        return values
+    (x,) = values
+    if max(groups) == 0:
+        return (jnp.broadcast_to(x, (len(groups),)),)
+    return (x[np.asarray(groups)],)
 
 
 def plain_sums(
     leaves: Arrays, plan: Plan, form: Form, factors: Arrays | None = None
 ) -> Arrays:
-    """Returns the sums of |x * factor|**p, or maxima, as they come out."""
-    most = [plan.order == np.inf]
-    found = read(leaves, plan, form, _kernels(["plain"], plan), most, factors)
-    return laid_out([columns[0] for columns in found], plan)
+    """Returns the sums over groups of |x * factor|**p, or maxima, as they come out."""
+    most = plan.order == np.inf
+    if factors is not None:
+        # Or XLA writes out the one factor of a group in the shape of a leaf.
+        factors = _trees.kept_apart(_by_leaf(factors, plan))
+    kernel = _kernel(["plain"], leaves, plan)
+    found = read(leaves, plan, form, kernel, [most], factors)
+    # Or XLA takes the sum of the sums as one more sum of all entries.
+    sums = _trees.kept_apart(laid_out([columns[0] for columns in found], plan))
+    return _by_group(sums, plan, most)
 
 
 def _units(leaves: Arrays, plan: Plan, form: Form) -> Arrays | None:
@@ -198,37 +243,108 @@ def _anywhere(flags: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return lax.pmax(flags.astype(jnp.int32), names) > 0 if names else flags
 
 
+def _seen(column: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns where NaN is, and a sum that is not finite where infinities are."""
+    nan = column["nans"] > 0 if "nans" in column else column["plain"] != column["plain"]
+    return nan, column["signs" if "signs" in column else "up"]
+
+
+def _chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of each group that can be trusted, and its unit."""
+    total = plain = column["plain"]
+    unit, own = jnp.ones_like(plain), range_of(plain.dtype)
+    if "down" in column:
+        over = ~(plain < own.high)
+        total = jnp.where(over, column["down"], total)
+        unit = jnp.where(over, 1 / own.down, unit)
+    if order == 2.0:
+        under = plain < own.low
+        total = jnp.where(under, column["up"], total)
+        unit = jnp.where(under, 1 / own.up, unit)
+    return total, unit.astype(plain.dtype)
+
+
 def careful_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
     """Returns the sums of powers by one pass over the leaves, without a condition."""
     units = _units(leaves, plan, form)
     names = _names(plan.order, plan.drop)
-    most = [plan.order == np.inf and name == "plain" for name in names]
-    found = read(leaves, plan, form, _kernels(names, plan), most, _inverse(units))
-    # Or XLA takes the sum of the sums as one more sum of all entries, in another pass.
-    found = _trees.kept_apart(found)
+    maxima = [plan.order == np.inf and name == "plain" for name in names]
+    factors = None if units is None else _by_leaf(tuple(1 / u for u in units), plan)
+    kernel = _kernel(names, leaves, plan)
+    found = read(leaves, plan, form, kernel, maxima, factors)
+    columns = [laid_out(list(each), plan) for each in zip(*found, strict=True)]
+    pairs = zip(columns, maxima, strict=True)
+    groups = [_by_group(column, plan, most) for column, most in pairs]
     sums, chosen, kinds = [], [], []
-    for k, columns in enumerate(found):
-        column = dict(zip(names, columns, strict=True))
-        plain, signs = column["plain"], column["signs" if "signs" in column else "up"]
-        own = range_of(plain.dtype)
-        nan = column["nans"] > 0 if "nans" in column else plain != plain
-        total, unit = plain, jnp.ones_like(plain)
-        if "down" in column:
-            over = ~(plain < own.high)
-            total = jnp.where(over, column["down"], plain)
-            unit = jnp.where(over, 1 / own.down, 1.0)
-        if plan.order == 2.0:
-            under = plain < own.low
-            total = jnp.where(under, column["up"], total)
-            unit = jnp.where(under, 1 / own.up, unit)
+    for k in range(len(columns[0])):
+        column = {name: c[k] for name, c in zip(names, columns, strict=True)}
+        group = {name: c[k] for name, c in zip(names, groups, strict=True)}
+        total, unit = _chosen(group, plan.order)
         if plan.order == np.inf and not plan.drop:
-            total = jnp.where(nan, jnp.nan, total)
+            total = jnp.where(_seen(group)[0], jnp.nan, total)
         across = plan.across[plan.kinds[k][0]] if plan.across else ()
         sums.append(total)
-        chosen.append(unit.astype(total.dtype))
-        kinds.append(_kinds(nan, signs, across))
-    units = laid_out(chosen, plan) if units is None else units
-    return PowerSums(laid_out(sums, plan), units, jnp.concatenate(kinds))
+        chosen.append(unit)
+        kinds.append(_kinds(*_seen(column), across))
+    units = tuple(chosen) if units is None else units
+    return PowerSums(tuple(sums), units, jnp.concatenate(kinds))
+
+
+@functools.partial(jax.jit, static_argnums=(1,))
+def _counts(x: jax.Array, axes: tuple[int, ...], factor: Any) -> list[jax.Array]:
+    """Returns float32[leaves, 3]: how many entries are NaN, +inf, -inf, in one read."""
+    del axes, factor
+    kinds = (x != x, x == jnp.inf, x == -jnp.inf)
+    kinds = tuple(kind.astype(jnp.float32) for kind in kinds)
+    # One reduction of three numbers: three reductions would each write out a mask.
+    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
+    zeros = (np.float32(0),) * 3
+    counts = lax.reduce(kinds, zeros, add, tuple(range(1, x.ndim)))
+    return [jnp.stack(counts, axis=-1)]
+
+
+def _counted_kinds(leaves: Arrays, plan: Plan, form: Form) -> jax.Array:
+    """Returns bool[leaves, 3]: whether each leaf holds NaN, +inf, -inf."""
+    found = read(leaves, plan, form, _counts)
+    kinds = [
+        _anywhere(counts > 0, plan.across[plan.kinds[k][0]] if plan.across else ())
+        for k, (counts,) in enumerate(found)
+    ]
+    return jnp.concatenate(kinds)
+
+
+def _nan_groups(leaves: Arrays, plan: Plan, form: Form) -> Arrays:
+    """Returns whether each group holds a NaN."""
+    kernel = _kernel(["nans"], leaves, plan)
+    found = read(leaves, plan, form, kernel)
+    counts = _by_group(laid_out([columns[0] for columns in found], plan), plan)
+    return tuple(count > 0 for count in counts)
+
+
+def reread(
+    leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan, form: Form
+) -> PowerSums:
+    """Returns the sums of powers where plain ones fail: entries are scaled at need.
+
+    Each sum reads the leaves by itself: XLA writes out on a CPU what several share,
+    such as a leaf in a wider dtype.
+    """
+    leaves = _trees.kept_apart(leaves)
+    if plan.drop:
+        sums = plain_sums(leaves, plan, form, _inverse(units))
+    kinds = _counted_kinds(_trees.kept_apart(leaves), plan, form)
+    if plan.order == np.inf and not plan.drop:
+        nan = _nan_groups(_trees.kept_apart(leaves), plan, form)
+        sums = tuple(jnp.where(n, jnp.nan, s) for n, s in zip(nan, sums, strict=True))
+    elif plan.order in (1.0, 2.0):
+        factors = []
+        for s, lost in zip(sums, _lowest(leaves, plan), strict=True):
+            own = range_of(s.dtype)
+            factor = jnp.where(s < lost, own.up, jnp.where(s < own.high, 1.0, own.down))
+            factors.append(factor.astype(s.dtype))
+        sums = plain_sums(leaves, plan, form, tuple(factors))
+        units = tuple(1 / f for f in factors)
+    return PowerSums(sums, units, kinds)
 
 
 def _lost_below(x: jax.Array) -> float:
@@ -245,90 +361,22 @@ def _fails(leaves: Arrays, sums: Arrays, plan: Plan) -> jax.Array:
     ]
     flags = [jnp.any(~(s < h)) for s, h in zip(sums, high, strict=True)]
     if plan.order == 2.0:
-        flags += [jnp.any(flag) for flag in _under(leaves, sums, plan)]
+        pairs = zip(sums, _lowest(leaves, plan), strict=True)
+        flags += [jnp.any(s < low) for s, low in pairs]
     flag = functools.reduce(jnp.logical_or, flags)
     names = tuple(sorted({a for n in plan.everywhere for a in n}))
-    if names and not plan.groups:  # else every device has the same sums anyway
-        flag = lax.pmax(flag.astype(jnp.int32), names) > 0
-    return flag
+    # Else every device has the same sums anyway.
+    return _anywhere(flag, () if plan.groups else names)
 
 
-def _under(leaves: Arrays, sums: Arrays, plan: Plan) -> list[jax.Array]:
-    """Returns where entries may have been lost, and matter to the total of a group."""
+def _lowest(leaves: Arrays, plan: Plan) -> list[float]:
+    """Returns, for each array of sums, that below which entries may have been lost."""
+    if plan.order != 2.0:
+        return [0.0] * len(plan.kinds or (0,))
     low = [_lost_below(x) for x in leaves]
-    if not plan.groups:
-        firsts = [low[kind[0]] for kind in plan.kinds]
-        return [s < f for s, f in zip(sums, firsts, strict=True)]
-    (total,) = sums
-    # Not an array of thresholds: under `lax.cond`, vmapped over an explicitly sharded
-    # axis, JAX can't place one.
-    if len(set(plan.groups)) == 1:
-        return [jnp.sum(total) < max(low)]
-    if len(set(plan.groups)) < len(plan.groups):
-        at = np.asarray(plan.groups)
-        total = jax.ops.segment_sum(total, at, at.max() + 1)[at]
-    return [total < max(low)]
-
-
-@functools.partial(jax.jit, static_argnums=(1,))
-def _counts(x: jax.Array, axes: tuple[int, ...], factor: Any) -> jax.Array:
-    """Returns float32[leaves, 3]: how many entries are NaN, +inf, -inf, in one read."""
-    del axes, factor
-    kinds = (x != x, x == jnp.inf, x == -jnp.inf)
-    kinds = tuple(kind.astype(jnp.float32) for kind in kinds)
-    # One reduction of three numbers: three reductions would each write out a mask.
-    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
-    zeros = (np.float32(0),) * 3
-    return jnp.stack(lax.reduce(kinds, zeros, add, tuple(range(1, x.ndim))), axis=-1)
-
-
-def _counted_kinds(leaves: Arrays, plan: Plan, form: Form) -> jax.Array:
-    """Returns bool[leaves, 3]: whether each leaf holds NaN, +inf, -inf."""
-    found = read(leaves, plan, form, [_counts])
-    kinds = [
-        _anywhere(counts > 0, plan.across[plan.kinds[k][0]] if plan.across else ())
-        for k, (counts,) in enumerate(found)
-    ]
-    return jnp.concatenate(kinds)
-
-
-def _with_nan(
-    leaves: Arrays, sums: Arrays, kinds: jax.Array, plan: Plan, form: Form
-) -> Arrays:
-    """Returns the maxima of groups, NaN for those that hold a NaN."""
-    if plan.groups:
-        return (jnp.where(kinds[:, 0], jnp.nan, sums[0]),)
-    counts = read(leaves, plan, form, _kernels(["nans"], plan))
-    pairs = zip(counts, sums, strict=True)
-    return tuple(jnp.where(count > 0, jnp.nan, s) for (count,), s in pairs)
-
-
-def reread(
-    leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan, form: Form
-) -> PowerSums:
-    """Returns the sums of powers where plain ones fail: entries are scaled at need.
-
-    Each sum reads the leaves by itself: XLA writes out on a CPU what several share,
-    such as a leaf in a wider dtype.
-    """
-    leaves = _trees.kept_apart(leaves)
-    if plan.drop:
-        sums = plain_sums(leaves, plan, form, _inverse(units))
-    kinds = _counted_kinds(_trees.kept_apart(leaves), plan, form)
-    if plan.order not in (1.0, 2.0):
-        if plan.order == np.inf and not plan.drop:
-            sums = _with_nan(leaves, sums, kinds, plan, form)
-        return PowerSums(sums, units, kinds)
-    under = [jnp.zeros_like(s, bool) for s in sums]
-    if plan.order == 2.0:
-        under = _under(leaves, sums, plan)
-    factors = []
-    for s, small in zip(sums, under, strict=True):
-        own = range_of(s.dtype)
-        factor = jnp.where(s < own.high, jnp.where(small, own.up, 1.0), own.down)
-        factors.append(factor.astype(s.dtype))
-    sums = plain_sums(leaves, plan, form, tuple(factors))
-    return PowerSums(sums, tuple(1 / f for f in factors), kinds)
+    # Not an array of them: under `lax.cond`, vmapped over an explicitly sharded axis,
+    # JAX can't place one.
+    return [max(low[i] for i in kind) for kind in plan.kinds or (range(len(low)),)]
 
 
 def _apart(leaves: Arrays, plan: Plan) -> tuple[str, ...]:
@@ -367,11 +415,16 @@ def power_sums(leaves: Arrays, plan: Plan) -> PowerSums:
     The norm is ``sum ** (1 / p) * unit``; with order inf, ``sum`` is the maximum. A sum
     is non-finite only where a leaf is, and derivatives flow through the sums alone.
     """
+    gpu = functools.partial(careful_sums, plan=plan, form=GPU)
+    if not plan.trailing(leaves):
+        # XLA takes no more than two sums over columns in one pass. So the plain sum is
+        # taken alone, although the host has to wait for the condition.
+        gpu = functools.partial(quick_sums, plan=plan, form=COLUMNS)
     return lax.platform_dependent(
         leaves,
         cpu=functools.partial(quick_sums, plan=plan, form=CPU),
         tpu=functools.partial(careful_sums, plan=plan, form=TPU),
-        default=functools.partial(careful_sums, plan=plan, form=GPU),
+        default=gpu,
     )
 
 
@@ -384,4 +437,5 @@ def _power_sums_jvp(plan, primals, tangents):
     )
     _, sum_dots = jax.jvp(summed, (leaves,), (dots,))
     no_kinds: Any = np.zeros(found.kinds.shape, jax.dtypes.float0)
-    return found, PowerSums(sum_dots, tuple(map(jnp.zeros_like, found.units)), no_kinds)
+    no_units = tuple(map(jnp.zeros_like, found.units))
+    return found, PowerSums(sum_dots, no_units, no_kinds)

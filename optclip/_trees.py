@@ -1,6 +1,6 @@
 """Pytrees of gradients: their leaves, and the mesh axes that these are sharded over."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ __all__ = [
     "Leaves",
     "axis_names",
     "check_bound",
+    "in_one_array",
     "kept_apart",
     "leaf_axes",
     "leaf_specs",
@@ -78,6 +79,22 @@ def kept_apart(tree: Any) -> Any:
         for i, x in zip(at, behind, strict=True):
             flat[i] = x
     return jax.tree.unflatten(treedef, flat)
+
+
+def in_one_array(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the scalars ``values``, out of one array behind a barrier.
+
+    Of what follows from them XLA makes one kernel on a GPU, where it would make one for
+    each. Those of another dtype, or that vary over other mesh axes, have another array.
+    """
+    values = list(values)
+    kinds = [(str(v.dtype), varying(v)) for v in values]
+    for kind in sorted(set(kinds)):
+        at = [i for i, own in enumerate(kinds) if own == kind]
+        behind = lax.optimization_barrier(jnp.stack([values[i] for i in at]))
+        for i, value in zip(at, behind, strict=True):
+            values[i] = value
+    return values
 
 
 def placement(x: Any) -> tuple:

@@ -136,7 +136,8 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
     if not states:
         raise ValueError(
             "`opt_state` holds no state of a clip, `monitor` or `skip_steps` of "
-            "optclip. Pass the state of the optimizer that it is part of."
+            "optclip. Pass the state of the optimizer that it is part of; a clip with "
+            "`record=False`, as `clip_by_value` is by default, keeps no figures."
         )
     reads = jax.device_get([_read(state) for state in states])
     # In this order, since the first of two entries for a leaf and step is kept.

@@ -30,9 +30,9 @@ from optclip import (
 )
 from optclip._checks import EUCLIDEAN
 from optclip._numbers import increment
-from optclip._state import ClipState, GroupStats
+from optclip._state import ClipState, GroupStats, UnrecordedState
 
-__all__ = ["ClipState", "GroupStats", "clip"]
+__all__ = ["ClipState", "GroupStats", "UnrecordedState", "clip"]
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
@@ -55,6 +55,7 @@ def clip(
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,
+    record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates by any rule, in any scope, with any action: the engine itself.
 
@@ -92,9 +93,14 @@ def clip(
             type, or a tree of names or PartitionSpecs. Not needed under `jax.jit`.
         update_dtype: A wider dtype to hand half-precision updates on in, unrounded:
             `jnp.float32` saves XLA a copy of them. By default dtypes are kept.
+        record: Whether the state keeps what `metrics`, `leaf_metrics` and `culprits`
+            read. In all scopes but element scope, the norms are measured anyway, and
+            figures cost a few small kernels. In element scope they cost one more read
+            of the updates, unless the rule or "skip" asks for it anyway.
 
     Returns:
-        A transformation with `ClipState`. Only some rules need ``params``.
+        A transformation with `ClipState`, or without ``record`` `UnrecordedState`. Only
+        some rules need ``params``.
 
     Raises:
         ValueError: If an option is none of those named, or a number is out of range.
@@ -125,6 +131,7 @@ def clip(
         )
     if update_dtype is not None:
         _checks.floating("update_dtype", update_dtype)
+    record = _checks.flag("record", record)
     order = np.inf if scope.by_element else _checks.order(ord)
     rule = rules.as_rule(rule, "rule")
     if rule.elements_only and not scope.by_element:
@@ -140,6 +147,7 @@ def clip(
         nonfinite,
         axis_name,
         update_dtype,
+        record,
     )
 
     def init_fn(params) -> Any:
@@ -155,6 +163,9 @@ def clip(
         if scope.by_element:
             each = zip(rule_state, found.leaves, strict=True)
             rule_state = tuple(_trees.lying_like(own, x) for own, x in each)
+        if not record:
+            steps = _state.scalar(0, jnp.int32)
+            return UnrecordedState(_state.copied(rule_state), steps)
         groups = None
         if not (layout.scalar or scope.summary):
             which = np.zeros(max(len(found.leaves), 1), int)
@@ -183,32 +194,39 @@ def clip(
         if not found.leaves:
             return updates, state._replace(steps=increment(state.steps))
         call = _engine.begin(options, updates, params, state.steps)
-        kinds, paths = call.measured.kinds, call.found.paths
-        seen = _state.look(state.seen, kinds, call.bad, state.steps, paths)
         pipeline = (
             _elements.clamp_elements if scope.by_element else _groups.scale_groups
         )
         done = pipeline(call, state.rule_state)
+        # Without a memory there is nothing in it but the structure that `init` made.
+        remembers = jax.tree.leaves(state.rule_state)
+        rule_state = done.rule_state if remembers else state.rule_state
+        updates = call.found.rebuild(done.leaves)
+        if not record:
+            return updates, UnrecordedState(rule_state, increment(state.steps))
+        before, after, threshold, scale, clipped, bad = _trees.in_one_array(
+            [*done.figures, call.bad.astype(jnp.float32)]
+        )
+        kinds, paths = call.measured.kinds, call.found.paths
+        seen = _state.look(state.seen, kinds, bad > 0, state.steps, paths)
         groups = state.groups
         if groups is not None and done.stats is not None:
             groups = _stats(done.stats, call.layout, groups.group_of_leaf)
         steps, clipped_steps = _state.counted(
-            state.steps, state.clipped_steps, done.clipped > 0
+            state.steps, state.clipped_steps, clipped > 0
         )
-        # Without a memory there is nothing in it but the structure that `init` made.
-        remembers = jax.tree.leaves(state.rule_state)
         new_state = ClipState(
-            rule_state=done.rule_state if remembers else state.rule_state,
-            norm_before=_state.figures(done.before),
-            norm_after=_state.figures(done.after),
-            threshold=_state.finite_threshold(done.threshold),
-            scale=_state.figures(done.scale),
-            clipped=_state.figures(done.clipped),
+            rule_state=rule_state,
+            norm_before=_state.figures(before),
+            norm_after=_state.figures(after),
+            threshold=_state.finite_threshold(threshold),
+            scale=_state.figures(scale),
+            clipped=_state.figures(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
             seen=seen,
             groups=groups,
         )
-        return call.found.rebuild(done.leaves), new_state
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

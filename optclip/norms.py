@@ -37,7 +37,7 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
         tree, found, layout, order=order, axis_name=axis_name
     )
     if plan.kinds:
-        return _measure.unpool(measured.norm, plan), found
+        return [n for (n,) in _measure.unpool([measured.norm], plan)], found
     return list(measured.norm), found
 
 

@@ -81,7 +81,9 @@ CASES = {
     ),
     "clip-unit": Case(_clip(scopes.unit()), "clip", scope="unit"),
     "clip-element": Case(_clip(scopes.element()), "clip", scope="element"),
-    "clip_by_value": Case(_of(optclip.clip_by_value), "clip_by_value", scope="element"),
+    "clip_by_value": Case(
+        _of(optclip.clip_by_value, record=True), "clip_by_value", scope="element"
+    ),
     "clip_by_global_norm": Case(
         _of(optclip.clip_by_global_norm), "clip_by_global_norm"
     ),

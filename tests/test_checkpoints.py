@@ -72,7 +72,9 @@ def any_values(state):
 
 @pytest.fixture(scope="module")
 def every_state():
-    return {n: any_values(build(n).init(PARAMS)) for n in [*FIXED, *adaptive.ADAPTIVE]}
+    states = {n: build(n).init(PARAMS) for n in [*FIXED, *adaptive.ADAPTIVE]}
+    states["unrecorded"] = optclip.clip_by_value(1.0).init(PARAMS)
+    return {name: any_values(state) for name, state in states.items()}
 
 
 def test_no_public_state_is_left_out(every_state):
@@ -119,6 +121,7 @@ def test_a_donated_run_resumed_from_a_file_is_bitwise_the_same(name, tmp_path):
 CHAIN = optax.chain(
     optclip.monitor(),
     optclip.clip_by_value(1.0),
+    optclip.clip_by_value(1.0, record=True),
     optclip.clip_by_unit_norm(1.0),
     optclip.clip_by_leaf_norm(1.0),
     optclip.clip_per_layer(0.5, registry.STACKED),

@@ -146,7 +146,8 @@ def test_wrappers_give_the_same_updates(name, wrapper):
 
 
 def _settings(name):
-    return {"stack_axes": registry.STACKED} if name == "clip_per_layer" else {}
+    stacked = {"stack_axes": registry.STACKED}
+    return {"clip_per_layer": stacked, "clip_by_value": {"record": True}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", NUMERIC)

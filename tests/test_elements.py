@@ -70,7 +70,7 @@ def test_the_average_of_a_maximum_is_refused_outside_of_the_element_scope():
 
 
 def test_the_telemetry_of_an_interval_tells_what_it_did():
-    tx = optclip.clip_by_value((-0.1, 5.0))
+    tx = optclip.clip_by_value((-0.1, 5.0), record=True)
     updates, metrics = clipped(tx, [-3.0, 0.2, 4.0])
     np.testing.assert_allclose(updates, [-0.1, 0.2, 4.0], rtol=1e-6)
     assert float(metrics["clip/clipped"]) == 1.0

@@ -1,5 +1,6 @@
 """Mesh axes: what types tell is used, and where they don't tell is an error."""
 
+import functools
 import warnings
 
 import jax
@@ -31,10 +32,13 @@ def norm(axis_name, check=True, clip=optclip.clip_by_global_norm):
     return float(jax.jit(mapped)(GRADS))
 
 
-@pytest.mark.parametrize("clip", [optclip.clip_by_global_norm, optclip.clip_by_value])
+BY_VALUE = functools.partial(optclip.clip_by_value, record=True)
+
+
+@pytest.mark.parametrize("clip", [optclip.clip_by_global_norm, BY_VALUE])
 @pytest.mark.parametrize("axis_name", ["auto", "x", SPECS, P("x"), ("x",)])
 def test_a_leaf_that_is_whole_by_its_type_is_counted_once(axis_name, clip):
-    wanted = {optclip.clip_by_global_norm: WHOLE, optclip.clip_by_value: 1.0}[clip]
+    wanted = {optclip.clip_by_global_norm: WHOLE, BY_VALUE: 1.0}[clip]
     assert norm(axis_name, clip=clip) == pytest.approx(wanted)
 
 

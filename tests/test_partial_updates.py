@@ -21,7 +21,7 @@ def gradients(size=1.0):
 
 WHOLE = {
     "clip": lambda: optclip.clip(6.5),
-    "clip_by_value": lambda: optclip.clip_by_value(3.0),
+    "clip_by_value": lambda: optclip.clip_by_value(3.0, record=True),
     "clip_by_unit_norm": lambda: optclip.clip_by_unit_norm(3.0),
     "zclip": lambda: optclip.zclip(warmup_steps=1, max_grad_norm=None),
     "spectral_clip": lambda: optclip.spectral_clip(3.0),

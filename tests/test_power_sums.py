@@ -42,7 +42,7 @@ def plan_of(leaves, order, *, pooled, drop=False):
 
 
 def measured(leaves, plan, form):
-    """Returns the norm of each group in float64, leaf by leaf, and the kinds."""
+    """Returns the norm of each leaf's group in float64, and the kinds."""
     order = _reads.reading_order(leaves, plan)
     own = _reads.reordered(plan, order)
     run = jax.jit(functools.partial(FORMS[form], plan=own))
@@ -52,8 +52,12 @@ def measured(leaves, plan, form):
         np.asarray(root(s, plan.order), np.float64) * np.asarray(u, np.float64)
         for s, u in zip(found.sums, found.units, strict=True)
     ]
-    rows = norms[0] if plan.groups else [row for kind in norms for row in kind]
-    return [rows[i] for i in back], np.asarray(found.kinds)[back]
+    if plan.groups:
+        rows = [norms[0][group] for group in plan.groups]
+    else:
+        each = [row for kind in norms for row in kind]
+        rows = [each[i] for i in back]
+    return rows, np.asarray(found.kinds)[back]
 
 
 def exact(x, order, axes, drop):
@@ -86,8 +90,17 @@ def test_every_form_is_right_at_every_size(form, pooled, order, scale):
 def test_every_form_tells_which_leaf_holds_what(form, pooled, drop, order):
     leaves = leaves_of(1.0)
     wanted = np.zeros((len(leaves), 3), bool)
-    held = {0: ["nan"], 1: ["+inf"], 2: ["-inf"], 3: ["nan"], 7: ["+inf", "-inf"],
-            9: ["nan", "-inf"], 11: ["nan", "+inf", "-inf"]}  # fmt: skip
+    leaves[4] = np.asarray(1.0, np.float32)  # a single number, as leaf 3 is
+    held = {
+        0: ["nan"],
+        1: ["+inf"],
+        2: ["-inf"],
+        3: ["nan"],
+        4: ["-inf"],
+        7: ["+inf", "-inf"],
+        9: ["nan", "-inf"],
+        11: ["nan", "+inf", "-inf"],
+    }
     for i, names in held.items():
         for place, name in enumerate(names):
             leaves[i].reshape(-1)[place] = KINDS[name]

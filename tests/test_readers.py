@@ -291,7 +291,7 @@ WARMUPS = {
     "zclip": lambda: optclip.zclip(warmup_steps=3, max_grad_norm=None),
     "by leaf": lambda: optclip.zclip(scope=scopes.leaf()),
     "no bound": lambda: optclip.clip(np.inf),
-    "by value": lambda: optclip.clip_by_value(np.inf),
+    "by value": lambda: optclip.clip_by_value(np.inf, record=True),
     "spectral": lambda: optclip.spectral_clip(np.inf),
     "skip": lambda: skipping(optax.sgd(0.1)),
 }

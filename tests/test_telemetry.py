@@ -81,7 +81,7 @@ def test_the_scale_is_the_smallest_factor_also_where_all_grow():
 
 
 def test_metrics_of_a_value_clip_are_largest_magnitudes():
-    got = figures(stepped(optclip.clip_by_value(3.0)))
+    got = figures(stepped(optclip.clip_by_value(3.0, record=True)))
     assert got["clip/norm_before"] == 12
     assert got["clip/norm_after"] == 3
     assert got["clip/scale"] == 0.25
@@ -233,7 +233,7 @@ def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
     [
         lambda: optclip.clip(1.0),
         lambda: optclip.clip_by_unit_norm(1.0),
-        lambda: optclip.clip_by_value(1.0),
+        lambda: optclip.clip_by_value(1.0, record=True),
         lambda: optclip.clip(1.0, ord=3, nonfinite="drop"),
         optclip.monitor,
     ],

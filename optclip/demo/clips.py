@@ -1,5 +1,6 @@
 """The clips that the demo can run, by name, with thresholds that suit its task."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,11 @@ METHODS = {
     "clip_by_leaf_norm": Method(
         optclip.clip_by_leaf_norm, 0.25, "norm of each parameter's gradient"
     ),
-    "clip_by_value": Method(optclip.clip_by_value, 0.005, "magnitude of each entry"),
+    "clip_by_value": Method(
+        functools.partial(optclip.clip_by_value, record=True),
+        0.005,
+        "magnitude of each entry",
+    ),
     "clip_by_unit_norm": Method(
         optclip.clip_by_unit_norm, 0.05, "norm of each unit's gradient"
     ),

@@ -55,12 +55,13 @@ def clip_by_value(
     nonfinite: str = "propagate",
     axis_name: Any = None,
     update_dtype: Any = None,
+    record: bool = False,
 ) -> Clip:
     """Clips each entry to [-max_value, max_value], or to [low, high].
 
     u' = sign(u) * min(|u|, max_value). A complex entry keeps its direction, and its
     magnitude is bounded. Infinite entries become the bound; NaN stays NaN unless
-    ``nonfinite`` says otherwise. The norms in the state are largest magnitudes.
+    ``nonfinite`` says otherwise.
 
     Args:
         max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
@@ -69,9 +70,13 @@ def clip_by_value(
         nonfinite: As in `optclip.clip`.
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
+        record: Whether to keep figures for `metrics` and `culprits`, whose norms are
+            largest magnitudes. That takes one more read of the updates; without it
+            the clamp melts into the optimizer and costs nothing beside it.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A transformation with `UnrecordedState`, or with ``record`` `ClipState`;
+        ``params`` is not used.
 
     Raises:
         ValueError: If a bound is negative or NaN, or ``low`` is above ``high``.
@@ -101,6 +106,7 @@ def clip_by_value(
         nonfinite=nonfinite,
         axis_name=axis_name,
         update_dtype=update_dtype,
+        record=record,
     )
 
 

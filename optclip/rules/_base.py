@@ -63,6 +63,9 @@ class Rule(NamedTuple):
         signed: Whether it fits numbers that may be negative, such as losses:
             `skip_steps` asks no other rule about these.
         elements_only: Whether it makes sense in the element scope alone.
+        needs_norms: Whether ``update`` looks at the norms or the context's tree norm,
+            and not at shapes, dtypes and the step alone. In element scope, a clip that
+            records nothing measures nothing for a rule that does not.
         for_groups: For a rule that differs by group, as `by_name` does: function of the
             names of the groups, a label or a path for each row of the norms, that
             returns the rule for these rows. None for all others.
@@ -73,6 +76,7 @@ class Rule(NamedTuple):
     name: str = "clip"
     signed: bool = False
     elements_only: bool = False
+    needs_norms: bool = True
     for_groups: Callable[[Sequence[Any]], Rule] | None = None
 
 

@@ -19,11 +19,12 @@ __all__ = [
 ]
 
 
-def _stateless(limit_of: Callable, name: str) -> Rule:
+def _stateless(limit_of: Callable, name: str, *, needs_norms: bool = False) -> Rule:
     return Rule(
         init=lambda norm: (),
         update=lambda norm, state, context: (limit_of(norm, context), state),
         name=name,
+        needs_norms=needs_norms,
     )
 
 
@@ -148,4 +149,4 @@ def relative_to_params(
         size = jnp.maximum(context.params_norm().astype(norm.dtype), floor)
         return _both(ratio * size, norm)
 
-    return _stateless(limit_of, "relative_to_params")
+    return _stateless(limit_of, "relative_to_params", needs_norms=True)
