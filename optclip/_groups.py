@@ -163,14 +163,17 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         for i, (x, factor) in enumerate(zip(leaves, factors, strict=True))
     ]
     total = [s * f for s, f in zip(scales, firsts, strict=True)]
-    return Outcome(
-        leaves=new,
-        rule_state=tuple(new_state),
-        figures=Figures(
+    figures = None
+    if options.record:
+        figures = Figures(
             before=_measure.total(norms, call.counts, options.order, call.plan),
             after=_measure.total(afters, call.counts, options.order, call.plan),
             **_summary(safe, limits, total, call.plan, options.action),
-        ),
+        )
+    return Outcome(
+        leaves=new,
+        rule_state=tuple(new_state),
+        figures=figures,
         stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
     )
 

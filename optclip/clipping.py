@@ -202,7 +202,7 @@ def clip(
         remembers = jax.tree.leaves(state.rule_state)
         rule_state = done.rule_state if remembers else state.rule_state
         updates = call.found.rebuild(done.leaves)
-        if not record:
+        if done.figures is None:
             return updates, UnrecordedState(rule_state, increment(state.steps))
         before, after, threshold, scale, clipped, bad = _trees.in_one_array(
             [*done.figures, call.bad.astype(jnp.float32)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _masks, _measure, _spikes, _state, _trees
+from optclip import _checks, _holding, _masks, _measure, _spikes, _state, _trees
 from optclip._checks import EUCLIDEAN, Static
 from optclip._spikes import pushed
 from optclip._state import BadSteps, SkipState
@@ -267,8 +267,11 @@ def skip_steps(
         if by_loss is not None and loss_said is not None:
             loss_above = _state.figures(loss_said.threshold)
             loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
-        out, after = inner.update(updates, state.optimizer_state, params, **extra_args)
-        out = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), out)
+        # Or XLA writes out what measuring and the optimizer share, such as squares.
+        updates = _trees.kept_apart(updates)
+        out, after = _holding.update_unless(
+            skip, inner, updates, state.optimizer_state, params, extra_args
+        )
 
         worst = _worst(measured.norm[0], measured.kinds)
         kinds = measured.kinds[worst]
@@ -280,7 +283,7 @@ def skip_steps(
         run = {"skipped_run": skip, "spike_run": spike}
         runs = {k: _counted(getattr(state, k), flag) for k, flag in run.items()}
         return out, SkipState(
-            optimizer_state=_state.chosen(skip, state.optimizer_state, after),
+            optimizer_state=after,
             norm_rule_state=norm_rule,
             loss_rule_state=loss_rule,
             offered_norms=norms,

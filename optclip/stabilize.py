@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _masks, _state, _trees, methods, scopes
+from optclip import _checks, _holding, _masks, _state, _trees, methods, scopes
 from optclip._state import ClipState
 
 __all__ = ["StabilizeState", "stabilize"]
@@ -197,14 +197,14 @@ def stabilize(
 
         again = _started_again(inner, params, state.optimizer_state)
         before = _state.chosen(restart, again, state.optimizer_state)
-        out, after = inner.update(clipped, before, params, **extra_args)
+        out, after = _holding.update_unless(
+            bad, inner, clipped, before, params, extra_args
+        )
         if isinstance(out, optax.LookaheadParams):
             raise ValueError(
                 "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
                 "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
             )
-        after = _state.chosen(bad, state.optimizer_state, after)
-        out = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), out)
         # Optimizers give floats for integer leaves, which pass through as they came.
         out = _trees.leaves_of(updates).rebuild(_trees.matching(updates, out))
         capped, cap_state = last.update(

@@ -54,10 +54,15 @@ MAY_IMPORT = {
         "rules",
     },
     "_masks": set(),
-    "stabilize": {"_checks", "_masks", "_state", "_trees", "methods", "scopes"},
+    "_jaxprs": set(),
+    "_holding": {"_jaxprs", "_state"},
+    "stabilize": {
+        "_checks", "_holding", "_masks", "_state", "_trees", "methods", "scopes",
+    },
     "_spikes": {"_checks", "_engine", "_measure", "_state", "_trees", "rules"},
     "skipping": {
-        "_checks", "_masks", "_measure", "_spikes", "_state", "_trees", "rules",
+        "_checks", "_holding", "_masks", "_measure", "_spikes", "_state", "_trees",
+        "rules",
     },
     "sharding": {"_names"},
     "_lookup": {"_names", "_trees"},
@@ -65,7 +70,7 @@ MAY_IMPORT = {
     "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
     "attribution": {"_lookup", "clipping", "monitoring", "skipping"},
     "diagnosis": {
-        "_checks", "_lookup", "_names", "_trees", "attribution", "clipping",
+        "_checks", "_jaxprs", "_lookup", "_names", "_trees", "attribution", "clipping",
         "monitoring", "norms", "rules", "skipping",
     },
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
+from optclip._jaxprs import closed
 from optclip.diagnosis._program import (
     CONSTANT,
     DATA,
@@ -23,7 +24,6 @@ from optclip.diagnosis._program import (
     Plan,
     SiteSpec,
     Step,
-    closed,
     inner_programs,
     name_of,
     opaque_uses,

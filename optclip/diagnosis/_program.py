@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend import core
+
+from optclip._jaxprs import closed
 
 __all__ = [
     "CONSTANT", "DATA", "ELEMENTWISE", "INLINED", "LINEAR", "LOST", "OPAQUE", "OPENED",
-    "RULED", "Chain", "Made", "Plan", "SiteSpec", "Step", "closed", "inner_programs",
+    "RULED", "Chain", "Made", "Plan", "SiteSpec", "Step", "inner_programs",
     "name_of", "opaque_uses",
 ]  # fmt: skip
 
@@ -134,13 +135,6 @@ class Plan(NamedTuple):
     hidden: tuple[str, ...]
     outs: tuple[Made, ...]
     unseen: tuple[SiteSpec, ...] = ()
-
-
-def closed(jaxpr: Any, consts: Any = ()) -> Any:
-    """Returns a jaxpr with its constants, which some primitives leave out."""
-    if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
-        return jaxpr
-    return core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def name_of(eqn: Any) -> str:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from optclip._jaxprs import carried_out
 from optclip.diagnosis._plan import scan_layout
-from optclip.diagnosis._program import LOST, Plan, Step, closed
+from optclip.diagnosis._program import LOST, Plan, Step
 
 __all__ = ["Change", "magnitude", "no_probes", "replay"]
 
@@ -68,24 +69,6 @@ def no_probes(plan: Plan) -> list[jax.Array]:
     return [jnp.zeros((*s.lengths, 2), jnp.float32) for s in plan.sites]
 
 
-def _bind(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Carries one equation of a jaxpr out as JAX would, custom rules included."""
-    given, invars, kept = [], [], {}
-    for atom, value in zip(eqn.invars, values, strict=True):
-        if not isinstance(atom, core.Literal) and atom not in kept:
-            kept[atom] = True
-            invars.append(atom)
-            given.append(value)
-    names = jaxpr.debug_info._replace(
-        arg_names=("",) * len(invars), result_paths=("",) * len(eqn.outvars)
-    )
-    alone = jaxpr.replace(
-        constvars=[], invars=invars, outvars=eqn.outvars, eqns=[eqn],
-        effects=eqn.effects, debug_info=names,
-    )  # fmt: skip
-    return core.jaxpr_as_fun(closed(alone))(*given)
-
-
 def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Carries one equation out in float32 where it was written in less."""
 
@@ -120,7 +103,9 @@ def _site(
     if floats and probe is not None:
         values[at] = _probed(values[at], probe[0])
     (out,) = (
-        _widened(step.eqn, values) if change.wide else _bind(jaxpr, step.eqn, values)
+        _widened(step.eqn, values)
+        if change.wide
+        else carried_out(jaxpr, step.eqn, values)
     )
     if probe is None:
         return out, jnp.zeros(3, jnp.float32)
@@ -248,7 +233,7 @@ def replay(
             if change.wide:
                 pairs = zip(given, eqn.invars, strict=True)
                 given = [_narrow(x, v.aval.dtype) for x, v in pairs]
-            outs = _bind(jaxpr, eqn, given)
+            outs = carried_out(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars], seen
 
