@@ -358,8 +358,9 @@ plt.show()
 # %% [markdown]
 # Without a clip, all three end at the high rate above the dotted line: they know less
 # than someone who only counts how often each character comes. The recurrent networks
-# get there by rare spikes, of up to 330 in the RNN and 650,000 in the LSTM, whose gates
-# help only while they are half open. The longest gradient of the transformer is 14.
+# get there by rare spikes, of up to 370,000 in the RNN and 92 million in the LSTM, whose
+# gates help only while they are half open. The longest gradient of the transformer is
+# 24.
 #
 # With a clip, whichever it is, all three learn at both rates.
 #
@@ -367,8 +368,8 @@ plt.show()
 #   rate the RNN and the LSTM then end lower than at the usual rate without a clip: the
 #   clip makes the higher rate usable. In the RNN and the transformer they act on nearly
 #   all steps, and so are a part of the learning rate. In the LSTM, at the high rate,
-#   all but the clip by value act on 6% to 8% of the steps.
-# - **`quantile_clip`** needs no threshold and acts on 9% to 14% of the steps at the
+#   all but the clip by value act on 6% to 10% of the steps.
+# - **`quantile_clip`** needs no threshold and acts on 7% to 14% of the steps at the
 #   high rate. It helps the transformer least, whose norm rises for many steps at once:
 #   the threshold follows it.
 # - **`stabilize`** ends at nearly the same loss whatever the rate: where the rate is

@@ -245,7 +245,7 @@ plt.show()
 print("left out:", int(left_out.sum()), "of", int(optclip.metrics(state)["skip/steps"]))
 for culprit in optclip.culprits(state, init_params())[:5]:
     print(
-        f"step {culprit.step}: {culprit.path:14} {culprit.nan:4} NaN",
+        f"step {culprit.step}: {culprit.path:14} {'NaN' if culprit.nan else '':4}",
         f"norm {culprit.norm:.2g}, loss {culprit.loss:.2g}",
     )
 
@@ -258,8 +258,8 @@ for culprit in optclip.culprits(state, init_params())[:5]:
 # network is sure of itself: at step 11 their norm and loss are like the others, at step
 # 306 they are spikes.
 #
-# The lines below the picture name the leaves of the newest bad steps. The 1024 NaN in
-# the hidden weights are 8 pixels times 128 units, which hints at the spoiled inputs.
+# The lines below the picture name the leaves of the newest bad steps. NaN comes in with
+# the pixels and goes through the whole network, so all leaves hold it.
 #
 # ## In every batch a few examples are bad
 #
@@ -353,7 +353,7 @@ assert kept["skip/loss"][11] < 1.5 * kept["skip/loss"][0]
 assert kept["skip/norm"][306] > kept["skip/threshold"][306]
 assert kept["skip/loss"][306] > 10 * kept["skip/loss_threshold"][306]
 spoiled = [c for c in optclip.culprits(state, init_params()) if c.nan]
-assert {"hidden/kernel": 1024} == {c.path: c.nan for c in spoiled if "hidden" in c.path}
+assert "hidden/kernel" in {c.path for c in spoiled}
 
 spoiled = np.isin(bad_examples, (NAN, INF))
 assert 0.75 < spoiled.any(axis=1).mean() < 0.85
