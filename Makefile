@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled test-accelerators constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -108,7 +108,7 @@ accelerators := $(VENV)-accelerators
 $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 	@echo "Installing what compiling for accelerators needs"
 	@$(bin)/uv venv --quiet --clear --python $(bin)/python $(accelerators)
-	@$(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt -e . --group tpu
+	@$(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt -e . --group test --group tpu
 	@jax=$$($(accelerators)/bin/python -c 'import jax; print(jax.__version__)'); \
 	  $(bin)/uv pip install --quiet --python $(accelerators)/bin/python -c constraints.txt \
 	  --group gpu jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
@@ -116,6 +116,9 @@ $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 
 compiled: $(accelerators)/.stamp-$(key)  ## What clips cost on GPU and TPU, by compiling for them
 	@cd benchmarks && ../$(accelerators)/bin/python compiled.py $(ARGS)
+
+test-accelerators: $(accelerators)/.stamp-$(key)  ## Hold what clips cost on GPU and TPU, by compiling for them
+	@JAX_PLATFORMS=cpu $(accelerators)/bin/python -m pytest tests/accelerators $(ARGS)
 
 constraints: $(VENV)/.uv-$(version)  ## Look for newer versions and write constraints.txt
 	@echo '# The versions that `make` installs, for every Python; remade by `make constraints`.' > constraints.new

@@ -6,7 +6,9 @@ import numpy as np
 
 SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2,
          "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
-SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
+# The fast memory of a TPU, which arrays are brought to in time: no main memory.
+FAST = re.compile(r"S\([1-9]")
 COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?$"
 )
@@ -17,13 +19,27 @@ NO_KERNEL = {
 }  # fmt: skip
 
 
+def arrays_of(shape):
+    """Returns (bytes, whether it lies in main memory) of each array of a shape."""
+    return [
+        (
+            SIZES[kind]
+            * int(np.prod([int(n) for n in dims.split(",") if n], initial=1)),
+            not FAST.search(layout),
+        )
+        for kind, dims, layout in SHAPE.findall(shape)
+    ]
+
+
 def bytes_of(shape):
-    """Returns how many bytes an array, or a tuple of arrays, takes."""
-    counts = (
-        SIZES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], initial=1))
-        for kind, dims in SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
-    )
-    return sum(counts)
+    """Returns how many bytes of main memory an array, or a tuple of arrays, takes."""
+    return sum(size for size, main in arrays_of(shape) if main)
+
+
+def copied(shape):
+    """Returns the bytes of main memory that a copy reads and writes, of its result."""
+    source, result = arrays_of(shape)[:2]
+    return min(source[0], result[0]) * (source[1] + result[1])
 
 
 def computations(text):
@@ -47,12 +63,18 @@ def collectives(instructions):
 
 
 def kernels(instructions):
-    """Returns how many kernels there are, and the bytes that they read and write."""
+    """Returns how many kernels there are, and the bytes that they read and write.
+
+    Bytes are those of main memory. A copy to fast memory that runs beside the kernels
+    is no kernel, but it reads what it copies.
+    """
     sizes, count, moved = {}, 0, 0
     for name, shape, op, rest in instructions:
         sizes[name] = bytes_of(shape)
         sent = COLLECTIVE.match(op.removesuffix("-done"))
-        if op in NO_KERNEL or sent:
+        if op in ("copy-start", "slice-start"):
+            moved += copied(shape)
+        if op in NO_KERNEL or sent or op.endswith(("-start", "-done")):
             continue
         operands = [o.strip() for o in rest.split(")")[0].split(",")]
         names = [re.search(r"([\w.-]*)$", o)[1] for o in operands]

@@ -62,7 +62,9 @@ class Program(NamedTuple):
     """What was counted of a compiled program.
 
     Attributes:
-        bytes: What its kernels read and write; on a TPU, by XLA's own count.
+        bytes: What its kernels read from main memory and write to it.
+        accessed: The same by XLA's own count, that of fast memory included; on a TPU
+            only, else None.
         kernels: How many kernels are launched, without those of conditions.
         conditions: How many times the host may wait to learn what to launch.
         collectives: How many collectives there are, by kind.
@@ -71,6 +73,7 @@ class Program(NamedTuple):
     """
 
     bytes: float
+    accessed: float | None
     kernels: int
     conditions: int
     collectives: dict
@@ -86,10 +89,12 @@ def compiled(function, target, *arguments, donate=()):
     seconds = sum(os.times()[:4]) - start
     entry = _hlo.computations(made.as_text())["ENTRY"]
     kernels, moved = _hlo.kernels(entry)
+    accessed = None
     if TARGETS[target] == "tpu":
-        moved = made.cost_analysis()["bytes accessed"]
+        accessed = made.cost_analysis()["bytes accessed"]
     return Program(
         bytes=moved,
+        accessed=accessed,
         kernels=kernels,
         conditions=sum(op == "conditional" for _, _, op, _ in entry),
         collectives=collections.Counter(kind for kind, _ in _hlo.collectives(entry)),

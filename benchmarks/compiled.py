@@ -100,10 +100,10 @@ def table(tree, target, count, only):
     plural = "s" if count > 1 else ""
     yield from ("", f"### {tree}, {count} {target}{plural}", "")
     yield (
-        "| before AdamW | passes over the gradients | kernels | conditions | "
-        "collectives | temporaries, MB | CPU s to compile |"
+        "| before AdamW | passes over the gradients | accessed, MB | kernels | "
+        "conditions | collectives | temporaries, MB | CPU s to compile |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     measure(None, "policy network of 8 leaves", target, 1)  # what is paid once
     bare = None
     for name, clip in CLIPS.items():
@@ -122,8 +122,10 @@ def table(tree, target, count, only):
                 f"{cost.kernels - bare.kernels:+d}",
                 f"{cost.seconds - bare.seconds:+.1f}",
             )
+        accessed = "" if cost.accessed is None else f"{cost.accessed / 1e6:.0f}"
         yield (
-            f"| {name} | {columns[0]} | {columns[1]} | {cost.conditions} | "
+            f"| {name} | {columns[0]} | {accessed} | {columns[1]} | "
+            f"{cost.conditions} | "
             f"{sent or 'none'} | {cost.temporaries / 1e6:.1f} | {columns[2]} |"
         )
 
@@ -141,9 +143,10 @@ def main():
         "",
         "These programs were compiled and not run: no GPU or TPU was there, so the "
         "time of a step is not known. Rows are compared with the first, AdamW alone: "
-        "bytes moved, in passes over the gradients (on a TPU by XLA's own count), "
-        "kernels, and CPU seconds of tracing and compiling. A condition makes the host "
-        "wait.",
+        "bytes that kernels move from and to main memory, in passes over the "
+        "gradients, kernels, and CPU seconds of tracing and compiling. A condition "
+        "makes the host wait. *Accessed* is XLA's own count on a TPU, which counts "
+        "what lies in fast memory like the rest.",
         "",
         f"Compiled on {machine()}.",
     ]

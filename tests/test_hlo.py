@@ -51,6 +51,20 @@ def test_kernels_are_counted_with_what_they_read_and_write():
     assert hlo.kernels(ENTRY) == (2, 328 + 256)
 
 
+def test_fast_memory_is_not_counted_but_copies_to_it_are():
+    entry = hlo.computations("""ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0:T(128)} parameter(0)
+  %part = ((f32[64]{0:T(128)}), f32[32]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %have = f32[32]{0:T(128)S(1)} slice-done(%part)
+  %whole = (f32[64]{0:T(128)S(1)}, f32[64]{0:T(128)}, u32[]{:S(2)}) copy-start(%a)
+  %there = f32[64]{0:T(128)S(1)} copy-done(%whole)
+  ROOT %out = f32[64]{0:T(128)} fusion(%have, %there), kind=kLoop, calls=%f
+}
+""")["ENTRY"]
+    # Read: 32 numbers and 64. Written: 64.
+    assert hlo.kernels(entry) == (1, 4 * (32 + 64 + 64))
+
+
 def test_collectives_are_counted_once_and_by_computation():
     assert hlo.collectives(ENTRY) == [("all-reduce", "f32[2]{0}"),
                                       ("all-gather", "f32[4]{0}")]  # fmt: skip
