@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled test-accelerators constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled accelerators test-accelerators constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -116,6 +116,8 @@ $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 
 compiled: $(accelerators)/.stamp-$(key)  ## What clips cost on GPU and TPU, by compiling for them
 	@cd benchmarks && ../$(accelerators)/bin/python compiled.py $(ARGS)
+
+accelerators: $(accelerators)/.stamp-$(key)
 
 test-accelerators: $(accelerators)/.stamp-$(key)  ## Hold what clips cost on GPU and TPU, by compiling for them
 	@JAX_PLATFORMS=cpu $(accelerators)/bin/python -m pytest tests/accelerators $(ARGS)
