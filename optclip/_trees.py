@@ -67,6 +67,17 @@ def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
     return jax.tree.map(spread, tree)
 
 
+@jax.custom_jvp
+def _barrier(arrays: list[jax.Array]) -> list[jax.Array]:
+    return lax.optimization_barrier(arrays)
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals: tuple, tangents: tuple) -> tuple:
+    # JAX 0.12 can't transpose a barrier of which some tangents are constant.
+    return _barrier(*primals), tangents[0]
+
+
 def kept_apart(tree: Any) -> Any:
     """Returns ``tree`` behind a barrier, across which XLA shares no work."""
     flat, treedef = jax.tree.flatten(tree)
@@ -75,7 +86,7 @@ def kept_apart(tree: Any) -> Any:
     along = list(map(varying, flat))
     for names in sorted(set(along)):
         at = [i for i, own in enumerate(along) if own == names]
-        behind = lax.optimization_barrier([flat[i] for i in at])
+        behind = _barrier([flat[i] for i in at])
         for i, x in zip(at, behind, strict=True):
             flat[i] = x
     return jax.tree.unflatten(treedef, flat)
