@@ -358,9 +358,9 @@ plt.show()
 # %% [markdown]
 # Without a clip, all three end at the high rate above the dotted line: they know less
 # than someone who only counts how often each character comes. The recurrent networks
-# get there by rare spikes, of up to 370,000 in the RNN and 92 million in the LSTM, whose
-# gates help only while they are half open. The longest gradient of the transformer is
-# 24.
+# get there by rare spikes, of up to 370,000 in the RNN and 92 million in the LSTM,
+# whose gates help only while they are half open. The longest gradient of the
+# transformer is 24.
 #
 # With a clip, whichever it is, all three learn at both rates.
 #
