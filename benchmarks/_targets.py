@@ -22,39 +22,71 @@ import _hlo
 import jax
 from jax.experimental import topologies
 
-# The published specifications of an H100 SXM, in the form in which XLA takes them.
-H100 = """
-gpu_device_info {
+
+class Gpu(NamedTuple):
+    """The published specifications of a GPU, as far as XLA asks for them."""
+
+    name: str
+    major: int
+    shared_per_core: int
+    cores: int
+    bandwidth: int
+    l2_cache: int
+    clock_ghz: float
+    memory: int
+
+    def __str__(self):
+        """Returns them in the form in which XLA takes them."""
+        return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_per_core}
+  shared_memory_per_block_optin: {self.shared_per_core - 1024}
+  threads_per_core_limit: 2048 core_count: {self.cores}
+  fpus_per_core: {128 if self.major == 9 else 64}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3"
+  memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_cache}
+  clock_rate_ghz: {self.clock_ghz} device_memory_size: {self.memory}
+  cuda_compute_capability {{ major: {self.major} }}
+  device_vendor: "NVIDIA Corporation" name: "{self.name}"
   driver_version: "12.8.0" runtime_version: "12.8.0"
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-device_description_str: "sm_90 H100"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "sm_{self.major}0 {self.name}"
 """
-TARGETS = {"H100": "cuda", "TPU v5e": "tpu"}
+
+
+GPUS = {
+    "H100": Gpu(
+        "NVIDIA H100 80GB HBM3", 9, 233472, 132, 3352320000000, 52428800, 1.98,
+        84942979072,
+    ),
+    "A100": Gpu(
+        "NVIDIA A100-SXM4-80GB", 8, 167936, 108, 2039000000000, 41943040, 1.41,
+        85094825984,
+    ),
+}  # fmt: skip
+TPUS = {"TPU v5e": "v5e", "TPU v6e": "v6e"}
+TARGETS = (*GPUS, *TPUS)
 
 
 def devices(target, count):
     """Returns the devices of a machine with this many, which need not exist."""
-    if TARGETS[target] == "cuda":
+    if target in GPUS:
         made = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology=f"1x1x{count}",
-            target_config=H100,
-        )  # fmt: skip
+            platform="cuda",
+            topology_name=target.lower(),
+            topology=f"1x1x{count}",
+            target_config=str(GPUS[target]),
+        )
     else:
         grid = [2, 4, 1] if count == 8 else [2, 2, 1]
         made = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"v5e:{grid[0]}x{grid[1]}",
+            platform="tpu",
+            topology_name=f"{TPUS[target]}:{grid[0]}x{grid[1]}",
             chips_per_host_bounds=grid,
-        )  # fmt: skip
+        )
     return made.devices[:count]
 
 
@@ -90,7 +122,7 @@ def compiled(function, target, *arguments, donate=()):
     entry = _hlo.computations(made.as_text())["ENTRY"]
     kernels, moved = _hlo.kernels(entry)
     accessed = None
-    if TARGETS[target] == "tpu":
+    if target in TPUS:
         accessed = made.cost_analysis()["bytes accessed"]
     return Program(
         bytes=moved,

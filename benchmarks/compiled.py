@@ -3,7 +3,8 @@
 Usage:
 
     python benchmarks/compiled.py [--target H100] [--devices 1] [--tree NAME]
-                                  [--only TEXT] [--output benchmarks/results]
+                                  [--dtype bfloat16] [--only TEXT]
+    python benchmarks/compiled.py --all --output benchmarks/results
 
 It needs JAX's plugins (the dependency groups `gpu` and `tpu`) and no device. Each row
 is a donated step with the clip, compared with AdamW alone. With 8 devices, matrices are
@@ -23,35 +24,76 @@ import optax
 from _results import machine, parser, write
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from step_cost import TREES
+from step_cost import TREES, block
 
 import optclip
 
+LAYERS, WIDTH = 12, 512
 TREES = {
     **TREES,
     "policy network of 8 leaves": [
         (64, 256), (256,), (256, 256), (256,), (256, 8), (8,), (256, 1), (1,),
     ],
+    "transformer of 12 scanned layers": [
+        *((LAYERS, *s) for s in block(WIDTH)), (8192, WIDTH), (WIDTH,), (WIDTH,),
+    ],
 }  # fmt: skip
 SKIPPING = functools.partial(optax.apply_if_finite, max_consecutive_errors=10)
-CLIPS = {
-    "AdamW alone": None,
-    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
-    "optclip.clip_by_global_norm": optclip.clip_by_global_norm(1.0),
-    "optclip.zclip": optclip.zclip(),
-    "optclip.quantile_clip": optclip.quantile_clip(),
-    "optax.clip_by_block_rms": optax.clip_by_block_rms(0.1),
-    "optclip.clip_by_leaf_norm": optclip.clip_by_leaf_norm(0.1),
-    "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
-    "optclip.adaptive_grad_clip": optclip.adaptive_grad_clip(0.01),
-    "optclip.clip_by_unit_norm": optclip.clip_by_unit_norm(0.01),
-    "optax.clip": optax.clip(0.01),
-    "optclip.clip_by_value": optclip.clip_by_value(0.01),
-    "optclip.clip_by_value, record": optclip.clip_by_value(0.01, record=True),
-    "optax.apply_if_finite": SKIPPING,
-    "optclip.skip_steps": optclip.skip_steps,
-    "optclip.stabilize": optclip.stabilize,
-}
+
+
+def clips(dtype):
+    """Returns the clips and wrappers to compare, by name; None is AdamW alone."""
+    wide = {} if dtype == "float32" else {"update_dtype": jnp.float32}
+    return {
+        "AdamW alone": None,
+        "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+        "optclip.clip_by_global_norm": optclip.clip_by_global_norm(1.0, **wide),
+        "optclip.zclip": optclip.zclip(**wide),
+        "optclip.quantile_clip": optclip.quantile_clip(**wide),
+        "optclip.autoclip": optclip.autoclip(**wide),
+        "optax.clip_by_block_rms": optax.clip_by_block_rms(0.1),
+        "optclip.clip_by_leaf_norm": optclip.clip_by_leaf_norm(0.1, **wide),
+        "optclip.adagc": optclip.adagc(**wide),
+        "optclip.clip_per_layer": optclip.clip_per_layer(0.1, {".*": 1}, **wide),
+        "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
+        "optclip.adaptive_grad_clip": optclip.adaptive_grad_clip(0.01, **wide),
+        "optclip.clip_by_unit_norm": optclip.clip_by_unit_norm(0.01, **wide),
+        "optax.clip": optax.clip(0.01),
+        "optclip.clip_by_value": optclip.clip_by_value(0.01, **wide),
+        "optclip.clip_by_value, record": optclip.clip_by_value(
+            0.01, record=True, **wide
+        ),
+        "optax.apply_if_finite": SKIPPING,
+        "optclip.skip_steps": optclip.skip_steps,
+        "optclip.stabilize": optclip.stabilize,
+    }
+
+
+CORE = (
+    "optax.clip_by_global_norm",
+    "optclip.clip_by_global_norm",
+    "optclip.clip_by_leaf_norm",
+)
+UNITS = ("optax.adaptive_grad_clip", "optclip.adaptive_grad_clip")
+WRAPPERS = ("optax.apply_if_finite", "optclip.skip_steps")
+FIRST, MANY, POLICY, SCANNED = TREES
+# What `--all` writes: tree, dtype of the gradients, target, devices, rows (all if ()).
+ALL = [
+    (FIRST, "float32", "H100", 1, ()),
+    (FIRST, "bfloat16", "H100", 1, ()),
+    (FIRST, "float32", "H100", 8, (*CORE, *UNITS)),
+    (MANY, "float32", "H100", 1, CORE),
+    (POLICY, "float32", "H100", 1, (*CORE, *WRAPPERS)),
+    (SCANNED, "float32", "H100", 1, (*CORE, "optclip.clip_per_layer")),
+    (FIRST, "float32", "A100", 1, CORE),
+    (FIRST, "float32", "TPU v5e", 1, ()),
+    (FIRST, "bfloat16", "TPU v5e", 1, CORE),
+    (FIRST, "float32", "TPU v5e", 8, (*CORE, *UNITS)),
+    (MANY, "float32", "TPU v5e", 1, CORE),
+    (POLICY, "float32", "TPU v5e", 1, (*CORE, *WRAPPERS)),
+    (SCANNED, "float32", "TPU v5e", 1, (*CORE, "optclip.clip_per_layer")),
+    (FIRST, "float32", "TPU v6e", 1, CORE),
+]
 
 
 def shapes_of(tree, target, count):
@@ -71,8 +113,8 @@ def shapes_of(tree, target, count):
     return params, place
 
 
-def measure(clip, tree, target, count):
-    """Returns what a step with the clip costs."""
+def measure(clip, tree, target, count, dtype="float32"):
+    """Returns what a step with the clip costs; ``dtype`` is that of the gradients."""
     params, place = shapes_of(tree, target, count)
     inner = optax.adamw(1e-3)
     if clip is None:
@@ -91,14 +133,18 @@ def measure(clip, tree, target, count):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return compiled(step, target, params, state, params, donate=(0, 1))
+    grads = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding),
+        params,
+    )
+    return compiled(step, target, params, state, grads, donate=(0, 1))
 
 
-def table(tree, target, count, only):
+def table(tree, dtype, target, count, rows):
     """Yields the lines of one table, as they are measured."""
-    size = 4 * sum(int(np.prod(shape)) for shape in TREES[tree])
+    size = jnp.dtype(dtype).itemsize * sum(int(np.prod(s)) for s in TREES[tree])
     plural = "s" if count > 1 else ""
-    yield from ("", f"### {tree}, {count} {target}{plural}", "")
+    yield from ("", f"## {tree}, {dtype} gradients, {count} {target}{plural}", "")
     yield (
         "| before AdamW | passes over the gradients | accessed, MB | kernels | "
         "conditions | collectives | temporaries, MB | CPU s to compile |"
@@ -106,10 +152,10 @@ def table(tree, target, count, only):
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     measure(None, "policy network of 8 leaves", target, 1)  # what is paid once
     bare = None
-    for name, clip in CLIPS.items():
-        if bare is not None and only and only not in name:
+    for name, clip in clips(dtype).items():
+        if bare is not None and rows and name not in rows:
             continue
-        cost = measure(clip, tree, target, count)
+        cost = measure(clip, tree, target, count, dtype)
         sent = ", ".join(f"{n} {k}" for k, n in sorted(cost.collectives.items()))
         if bare is None:
             bare = cost
@@ -133,10 +179,12 @@ def table(tree, target, count, only):
 def main():
     """Measures what the command line asks for."""
     options = parser(__doc__)
-    options.add_argument("--target", choices=TARGETS, action="append")
+    options.add_argument("--all", action="store_true", help="what the docs show")
+    options.add_argument("--target", choices=TARGETS, default="H100")
     options.add_argument("--devices", type=int, choices=(1, 8), default=1)
-    options.add_argument("--tree", choices=TREES, default=next(iter(TREES)))
-    options.add_argument("--only", help="rows whose name holds this text")
+    options.add_argument("--tree", choices=TREES, default=FIRST)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--only", help="rows whose name holds this text", default="")
     chosen = options.parse_args()
     lines = [
         "# What a clip costs on accelerators",
@@ -146,13 +194,17 @@ def main():
         "bytes that kernels move from and to main memory, in passes over the "
         "gradients, kernels, and CPU seconds of tracing and compiling. A condition "
         "makes the host wait. *Accessed* is XLA's own count on a TPU, which counts "
-        "what lies in fast memory like the rest.",
+        "what lies in fast memory like the rest. Parameters are float32; where "
+        "gradients are bfloat16, optclip hands its updates on in float32 "
+        "(`update_dtype`).",
         "",
         f"Compiled on {machine()}.",
     ]
     print("\n".join(lines))
-    for target in chosen.target or TARGETS:
-        for line in table(chosen.tree, target, chosen.devices, chosen.only):
+    rows = tuple(name for name in clips("float32") if chosen.only in name)
+    one = (chosen.tree, chosen.dtype, chosen.target, chosen.devices, rows)
+    for part in ALL if chosen.all else [one]:
+        for line in table(*part):
             print(line, flush=True)
             lines.append(line)
     write(chosen.output, "compiled.md", lines)

@@ -52,6 +52,9 @@ def variants(dtype):
         "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
         "optax.normalize_by_update_norm": optax.normalize_by_update_norm(),
         "optclip.clip_by_value": optclip.clip_by_value(0.01, **wide),
+        "optclip.clip_by_value, record": optclip.clip_by_value(
+            0.01, record=True, **wide
+        ),
         "optclip.clip_by_global_norm": optclip.clip_by_global_norm(1.0, **wide),
         "optclip.clip_by_leaf_norm": optclip.clip_by_leaf_norm(0.1, **wide),
         "optclip.clip_per_layer": optclip.clip_per_layer(0.1, **stacked),

@@ -4,7 +4,6 @@ import inspect
 import re
 
 import optclip
-from optclip import methods
 
 OTHERS = [
     "stabilize",
@@ -14,6 +13,13 @@ OTHERS = [
     "spectral_clip",
     "scale_by_stable_adam",
 ]
+
+
+def methods():
+    """Returns the names of the clips that have a file in `optclip.methods`."""
+    functions = inspect.getmembers(optclip, inspect.isfunction)
+    own = [n for n, f in functions if f.__module__.startswith("optclip.methods.")]
+    return [n for n in own if n in optclip.__all__ and n not in OTHERS]
 
 
 def first_sentence(text):
@@ -37,7 +43,7 @@ def rows():
     """Yields the lines of the table."""
     yield "| name | what it does | published |"
     yield "| --- | --- | --- |"
-    for name in [*methods.__all__, *OTHERS]:
+    for name in [*methods(), *OTHERS]:
         text = inspect.getdoc(getattr(optclip, name))
         link = f"{{py:func}}`~optclip.{name}`"
         yield f"| {link} | {first_sentence(text)} | {source(text)} |"

@@ -9,51 +9,54 @@ scans, vmaps, shards and checkpoints as Optax's own.
 """
 
 from optclip import actions, norms, rules, scopes
-from optclip.attribution import Culprit, culprits
-from optclip.clipping import ClipState, GroupStats, UnrecordedState, clip
+from optclip._engine.state import ClipState, GroupStats, UnrecordedState
+from optclip.clipping import clip
 from optclip.diagnosis.diagnose import diagnose
 from optclip.diagnosis.findings import Action, Finding, Report
 from optclip.diagnosis.page import report
 from optclip.diagnosis.taps import Site, Taps, tap
 from optclip.diagnosis.thresholds import Suggestion, suggest_threshold
-from optclip.feedback import CarryState, u_clip
-from optclip.methods import (
-    adagc,
-    adagn,
-    adamw_clip,
-    adaptive_grad_clip,
-    autoclip,
-    cap_update,
-    clip_by_block_rms,
-    clip_by_global_norm,
-    clip_by_leaf_norm,
-    clip_by_unit_norm,
-    clip_by_value,
-    clip_grad_norm,
-    clip_grad_value,
-    clip_per_layer,
-    dual_ema_clip,
-    ema_sigma_clip,
-    norm_growth_limiter,
-    normalize_by_norm,
-    percentile_clip,
-    quantile_clip,
-    rolling_sigma_clip,
-    soft_clip,
-    spam_clip,
-    stable_spam_clip,
-    trust_ratio_clip,
-    zclip,
-)
-from optclip.monitoring import MonitorState, monitor
-from optclip.per_example import ExampleStats, per_example_clip
+from optclip.methods.adagc import adagc
+from optclip.methods.adagn import adagn
+from optclip.methods.adamw_clip import adamw_clip
+from optclip.methods.agc import adaptive_grad_clip
+from optclip.methods.autoclip import autoclip
+from optclip.methods.block_rms import clip_by_block_rms
+from optclip.methods.cap_update import cap_update
+from optclip.methods.dual_ema import dual_ema_clip
+from optclip.methods.ema_sigma import ema_sigma_clip
+from optclip.methods.global_norm import clip_by_global_norm
+from optclip.methods.leaf_norm import clip_by_leaf_norm
+from optclip.methods.norm_growth_limiter import norm_growth_limiter
+from optclip.methods.normalized import normalize_by_norm
+from optclip.methods.per_layer import clip_per_layer
+from optclip.methods.percentile import percentile_clip
+from optclip.methods.quantile import quantile_clip
+from optclip.methods.rolling_sigma import rolling_sigma_clip
+from optclip.methods.soft import soft_clip
+from optclip.methods.spam import spam_clip
+from optclip.methods.spectral import spectral_clip
+from optclip.methods.stable_adam import StableAdamState, scale_by_stable_adam
+from optclip.methods.stable_spam import stable_spam_clip
+from optclip.methods.torch import clip_grad_norm, clip_grad_value
+from optclip.methods.trust_ratio import trust_ratio_clip
+from optclip.methods.unit_norm import clip_by_unit_norm
+from optclip.methods.value import clip_by_value
+from optclip.methods.zclip import zclip
 from optclip.sharding import state_specs
-from optclip.skipping import BadSteps, SkipState, skip_steps
-from optclip.spectral import spectral_clip
-from optclip.stabilize import StabilizeState, stabilize
-from optclip.stable_adam import StableAdamState, scale_by_stable_adam
-from optclip.taken import step_taken
-from optclip.telemetry import leaf_metrics, metrics
+from optclip.telemetry import (
+    Culprit,
+    MonitorState,
+    culprits,
+    leaf_metrics,
+    metrics,
+    monitor,
+)
+from optclip.wrappers.per_example import ExampleStats, per_example_clip
+from optclip.wrappers.skip_steps import BadSteps, SkipState, skip_steps
+from optclip.wrappers.stabilize import StabilizeState, stabilize
+from optclip.wrappers.step_taken import step_taken
+from optclip.wrappers.u_clip import CarryState, u_clip
 
 __version__ = "0.1.0"
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks
-from optclip._numbers import quotient
-from optclip.rules import Limit
+from optclip._engine import validation
+from optclip._engine.numerics import quotient
+from optclip._engine.rule import Limit
 
 __all__ = ["Action", "normalize", "rescale", "soften", "zero"]
+
 
 Action = Callable[[jax.Array, Limit], jax.Array]
 
@@ -115,7 +116,7 @@ def soften(kind: str = "rational") -> Action:
         >>> import optclip
         >>> tx = optclip.clip(1.0, action=optclip.actions.soften("tanh"))
     """
-    _checks.one_of("kind", kind, tuple(_CURVES))
+    validation.one_of("kind", kind, tuple(_CURVES))
     curve = _CURVES[kind]
 
     def action(norm, limit):

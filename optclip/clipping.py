@@ -16,38 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import (
-    _checks,
-    _elements,
-    _engine,
-    _groups,
-    _measure,
-    _state,
-    _trees,
-    actions,
-    rules,
-    scopes,
-)
-from optclip._checks import EUCLIDEAN
-from optclip._numbers import increment
-from optclip._state import ClipState, GroupStats, UnrecordedState
+from optclip import actions, scopes
+from optclip._engine import barriers, group_norms, pytrees, sharding, validation
+from optclip._engine import state as states
+from optclip._engine.elements import clamp_elements
+from optclip._engine.numerics import increment
+from optclip._engine.rule import Rule
+from optclip._engine.scaling import empty_norms, scale_groups
+from optclip._engine.state import ClipState, GroupStats, UnrecordedState
+from optclip._engine.thresholds import as_rule
+from optclip._engine.update import POLICIES, Options, begin, rules_for
+from optclip._engine.validation import EUCLIDEAN
 
-__all__ = ["ClipState", "GroupStats", "UnrecordedState", "clip"]
+__all__ = ["clip"]
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
     norm, threshold, scale = picked
     return GroupStats(
-        _state.figures(norm),
-        _state.finite_threshold(threshold),
-        _state.figures(scale),
+        states.figures(norm),
+        states.finite_threshold(threshold),
+        states.figures(scale),
         which,
     )
 
 
 def clip(
-    rule: rules.Rule | jax.typing.ArrayLike | Callable | Mapping,
+    rule: Rule | jax.typing.ArrayLike | Callable | Mapping,
     *,
     scope: scopes.Scope = scopes.tree(),
     ord: float | str = EUCLIDEAN,
@@ -119,8 +115,8 @@ def clip(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
         networks, 2013, https://arxiv.org/abs/1211.5063
     """
-    _checks.one_of("nonfinite", nonfinite, _engine.POLICIES)
-    _checks.instance("scope", scope, scopes.Scope, "made by `optclip.scopes`")
+    validation.one_of("nonfinite", nonfinite, POLICIES)
+    validation.instance("scope", scope, scopes.Scope, "made by `optclip.scopes`")
     action = actions.rescale if action is None else action
     if not callable(action):
         raise TypeError(f"`action` must be one of `optclip.actions`, got {action!r}.")
@@ -130,16 +126,16 @@ def clip(
             "which makes one: call it, as in `action=actions.soften()`."
         )
     if update_dtype is not None:
-        _checks.floating("update_dtype", update_dtype)
-    record = _checks.flag("record", record)
-    order = np.inf if scope.by_element else _checks.order(ord)
-    rule = rules.as_rule(rule, "rule")
+        validation.floating("update_dtype", update_dtype)
+    record = validation.flag("record", record)
+    order = np.inf if scope.by_element else validation.order(ord)
+    rule = as_rule(rule, "rule")
     if rule.elements_only and not scope.by_element:
         raise ValueError(
             f"The rule `{rule.name}` is about single entries: give "
             f"`scope=optclip.scopes.element()`, got {scope!r}."
         )
-    options = _engine.Options(
+    options = Options(
         rule,
         scope,
         order,
@@ -151,21 +147,23 @@ def clip(
     )
 
     def init_fn(params) -> Any:
-        params = _trees.trained(params)
-        found = _trees.leaves_of(params)
+        params = pytrees.trained(params)
+        found = pytrees.leaves_of(params)
         layout = scope.layout(params, found.paths, found.leaves)
-        plan = _measure.plan_of(params, found, layout, order=order, axis_name=axis_name)
-        norms = _groups.empty_norms(layout, found.leaves, plan)
+        plan = group_norms.plan_of(
+            params, found, layout, order=order, axis_name=axis_name
+        )
+        norms = empty_norms(layout, found.leaves, plan)
         if scope.by_element:
             norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
-        own_rules = _engine.rules_for(options, layout, plan) if found.leaves else ()
+        own_rules = rules_for(options, layout, plan) if found.leaves else ()
         rule_state = tuple(r.init(n) for r, n in zip(own_rules, norms, strict=False))
         if scope.by_element:
             each = zip(rule_state, found.leaves, strict=True)
-            rule_state = tuple(_trees.lying_like(own, x) for own, x in each)
+            rule_state = tuple(sharding.lying_like(own, x) for own, x in each)
         if not record:
-            steps = _state.scalar(0, jnp.int32)
-            return UnrecordedState(_state.copied(rule_state), steps)
+            steps = states.scalar(0, jnp.int32)
+            return UnrecordedState(states.copied(rule_state), steps)
         groups = None
         if not (layout.scalar or scope.summary):
             which = np.zeros(max(len(found.leaves), 1), int)
@@ -175,28 +173,26 @@ def clip(
             ones = tuple(map(jnp.ones_like, norms))
             groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
         return ClipState(
-            rule_state=_state.copied(rule_state),
-            norm_before=_state.scalar(0.0),
-            norm_after=_state.scalar(0.0),
-            threshold=_state.scalar(0.0),
-            scale=_state.scalar(1.0),
-            clipped=_state.scalar(0.0),
-            steps=_state.scalar(0, jnp.int32),
-            clipped_steps=_state.scalar(0, jnp.int32),
-            seen=_state.first_seen(found.paths),
+            rule_state=states.copied(rule_state),
+            norm_before=states.scalar(0.0),
+            norm_after=states.scalar(0.0),
+            threshold=states.scalar(0.0),
+            scale=states.scalar(1.0),
+            clipped=states.scalar(0.0),
+            steps=states.scalar(0, jnp.int32),
+            clipped_steps=states.scalar(0, jnp.int32),
+            seen=states.first_seen(found.paths),
             groups=groups,
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
-        found = _trees.leaves_of(updates)
-        state = _state.own(state, lambda: init_fn(updates), absent=found.absent)
+        found = pytrees.leaves_of(updates)
+        state = states.own(state, lambda: init_fn(updates), absent=found.absent)
         if not found.leaves:
             return updates, state._replace(steps=increment(state.steps))
-        call = _engine.begin(options, updates, params, state.steps)
-        pipeline = (
-            _elements.clamp_elements if scope.by_element else _groups.scale_groups
-        )
+        call = begin(options, updates, params, state.steps)
+        pipeline = clamp_elements if scope.by_element else scale_groups
         done = pipeline(call, state.rule_state)
         # Without a memory there is nothing in it but the structure that `init` made.
         remembers = jax.tree.leaves(state.rule_state)
@@ -204,24 +200,24 @@ def clip(
         updates = call.found.rebuild(done.leaves)
         if done.figures is None:
             return updates, UnrecordedState(rule_state, increment(state.steps))
-        before, after, threshold, scale, clipped, bad = _trees.in_one_array(
+        before, after, threshold, scale, clipped, bad = barriers.in_one_array(
             [*done.figures, call.bad.astype(jnp.float32)]
         )
         kinds, paths = call.measured.kinds, call.found.paths
-        seen = _state.look(state.seen, kinds, bad > 0, state.steps, paths)
+        seen = states.look(state.seen, kinds, bad > 0, state.steps, paths)
         groups = state.groups
         if groups is not None and done.stats is not None:
             groups = _stats(done.stats, call.layout, groups.group_of_leaf)
-        steps, clipped_steps = _state.counted(
+        steps, clipped_steps = states.counted(
             state.steps, state.clipped_steps, clipped > 0
         )
         new_state = ClipState(
             rule_state=rule_state,
-            norm_before=_state.figures(before),
-            norm_after=_state.figures(after),
-            threshold=_state.finite_threshold(threshold),
-            scale=_state.figures(scale),
-            clipped=_state.figures(clipped),
+            norm_before=states.figures(before),
+            norm_after=states.figures(after),
+            threshold=states.finite_threshold(threshold),
+            scale=states.figures(scale),
+            clipped=states.figures(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
             seen=seen,

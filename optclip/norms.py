@@ -12,32 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks, _layouts, _measure, _trees
-from optclip._checks import EUCLIDEAN
-from optclip._layouts import Layout
+from optclip._engine import group_norms, grouping, pytrees, validation
+from optclip._engine.grouping import Layout
+from optclip._engine.reading import unpool
+from optclip._engine.validation import EUCLIDEAN
 
 __all__ = ["global_norm", "leaf_norms", "unit_norms"]
 
 
-def _whole(found: _trees.Leaves) -> Layout:
-    return _layouts.pooled([0] * len(found.leaves), found.leaves)
+def _whole(found: pytrees.Leaves) -> Layout:
+    return grouping.pooled([0] * len(found.leaves), found.leaves)
 
 
-def _each(found: _trees.Leaves) -> Layout:
-    return _layouts.pooled(range(len(found.leaves)), found.leaves)
+def _each(found: pytrees.Leaves) -> Layout:
+    return grouping.pooled(range(len(found.leaves)), found.leaves)
 
 
 def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
-    order = _checks.order(ord)
-    found = _trees.leaves_of(tree)
+    order = validation.order(ord)
+    found = pytrees.leaves_of(tree)
     if not found.leaves:
         return [], found
     layout = layout_of(found)
-    measured, _, plan = _measure.measure_layout(
+    measured, _, plan = group_norms.measure_layout(
         tree, found, layout, order=order, axis_name=axis_name
     )
     if plan.kinds:
-        return [n for (n,) in _measure.unpool([measured.norm], plan)], found
+        return [n for (n,) in unpool([measured.norm], plan)], found
     return list(measured.norm), found
 
 
@@ -125,7 +126,7 @@ def unit_norms(
         >>> optclip.norms.unit_norms(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
         [5.0, 1.0]
     """
-    axes_of = _layouts.unit_axes(axis)
+    axes_of = grouping.unit_axes(axis)
 
     def units(found):
         return Layout(tuple(map(axes_of, found.paths, found.leaves)), ())

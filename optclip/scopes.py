@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optclip import _layouts, _trees
-from optclip._layouts import Axes, Layout
+from optclip._engine import grouping, pytrees
+from optclip._engine.grouping import Axes, Layout
 
-__all__ = ["Layout", "Scope", "element", "label", "layer", "leaf", "tree", "unit"]
+__all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
 
 class Scope(NamedTuple):
@@ -42,7 +42,7 @@ def _cut(
 ) -> Callable[..., Layout]:
     def layout(tree, paths, leaves):
         del tree
-        _layouts.check_found(table, paths, argument)
+        grouping.check_found(table, paths, argument)
         return Layout(tuple(map(axes_of, paths, leaves)), (), names=tuple(paths))
 
     return layout
@@ -57,7 +57,7 @@ def tree() -> Scope:
         True
     """
     return Scope(
-        "tree", lambda _, paths, xs: _layouts.pooled([0] * len(xs), xs, scalar=True)
+        "tree", lambda _, paths, xs: grouping.pooled([0] * len(xs), xs, scalar=True)
     )
 
 
@@ -68,7 +68,7 @@ def leaf() -> Scope:
 
 def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
     del tree
-    return _layouts.pooled(range(len(leaves)), leaves, names=paths)
+    return grouping.pooled(range(len(leaves)), leaves, names=paths)
 
 
 def label(labels: Any) -> Scope:
@@ -103,7 +103,7 @@ def label(labels: Any) -> Scope:
                 "clip in `optax.masked`."
             )
         order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return _layouts.pooled(
+        return grouping.pooled(
             [order[name] for name in names], leaves, names=list(order)
         )
 
@@ -114,7 +114,7 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
     names: list[Any] = []
 
     def visit(name, subtree):
-        names.extend([name] * len(_trees.leaves_of(subtree).leaves))
+        names.extend([name] * len(pytrees.leaves_of(subtree).leaves))
 
     try:
         jax.tree.map(visit, labels, updates)
@@ -149,7 +149,7 @@ def layer(stack_axes: Any) -> Scope:
         raise ValueError(f"`stack_axes` must be an int >= 0, got {stack_axes!r}.")
 
     def axes_of(path: str, x: Any) -> Axes:
-        count = _layouts.lookup(stack_axes, path, "stack_axes") or 0
+        count = grouping.lookup(stack_axes, path, "stack_axes") or 0
         if isinstance(count, jax.Array):
             raise ValueError(
                 "`stack_axes` must be an int, got an array. Under "
@@ -187,7 +187,7 @@ def unit(axis: Any = None) -> Scope:
         >>> stacked = optclip.scopes.unit({"blocks/.*kernel": 1})  # [layer, in, out]
         >>> tx = optclip.clip(1.0, scope=stacked)
     """
-    return Scope("unit", _cut(_layouts.unit_axes(axis), axis, "axis"), summary=True)
+    return Scope("unit", _cut(grouping.unit_axes(axis), axis, "axis"), summary=True)
 
 
 def element() -> Scope:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from optclip import _names
+from optclip._engine.names import leaf_names
 
 __all__ = ["state_specs"]
 
@@ -17,7 +17,10 @@ __all__ = ["state_specs"]
 # one shape into one array.
 FACTOR = 127
 
+
 Entry = tuple[str, ...]
+
+
 Shapes = dict[tuple, Any]
 
 
@@ -67,7 +70,7 @@ def _entries_of(params: Any, specs: Any) -> list[list[Entry]]:
             "`specs` must have the structure of `params`, or be a prefix of it as in "
             f"`jax.shard_map`. JAX says: {error}"
         ) from error
-    leaves, names = jax.tree.leaves(params), _names.leaf_names(params)
+    leaves, names = jax.tree.leaves(params), leaf_names(params)
     return [
         _entries(spec, leaf.shape, name)
         for spec, leaf, name in zip(each, leaves, names, strict=True)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optclip
-from optclip._holding import update_unless
+from optclip.wrappers._holding import update_unless
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 7, "b": jnp.full(3, 0.5)}
 GRADS = {"w": jnp.ones((2, 3)), "b": jnp.array([1.0, -2.0, 0.5])}

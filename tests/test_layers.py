@@ -11,74 +11,65 @@ import optclip
 ROOT = pathlib.Path(optclip.__file__).parent
 FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
 
-# Each room, and the rooms that it may import from. `__init__` and the demo see all.
-MAY_IMPORT = {
-    "_checks": set(),
-    "_numbers": set(),
-    "_names": set(),
-    "_leaves": {"_names"},
-    "_trees": {"_leaves"},
-    "_reads": {"_trees"},
-    "_sums": {"_numbers", "_reads", "_trees"},
-    "_layouts": set(),
-    "_validation": {"_names"},
-    "_state": {"_names", "_numbers", "_validation"},
-    "_measure": {"_layouts", "_numbers", "_reads", "_sums", "_trees"},
-    "norms": {"_checks", "_layouts", "_measure", "_trees"},
-    "rules": {"_checks", "_layouts", "_numbers"},
-    "actions": {"_checks", "_numbers", "rules"},
-    "scopes": {"_layouts", "_trees"},
-    "_engine": {"_layouts", "_measure", "_trees", "actions", "rules", "scopes"},
-    "_groups": {
-        "_engine", "_layouts", "_measure", "_reads", "_trees", "actions", "rules",
-    },
-    "_elements": {
-        "_engine", "_groups", "_layouts", "_measure", "_numbers", "_trees", "actions",
-        "rules",
-    },
-    "clipping": {
-        "_checks", "_elements", "_engine", "_groups", "_measure", "_numbers", "_state",
-        "_trees", "actions", "norms", "rules", "scopes",
-    },
-    "methods": {"_checks", "actions", "clipping", "norms", "rules", "scopes"},
-    "monitoring": {"_checks", "_measure", "_numbers", "_state", "_trees"},
-    "_spectra": {"_numbers"},
-    "spectral": {
-        "_checks", "_engine", "_layouts", "_measure", "_numbers", "_spectra", "_state",
-        "_trees",
-    },
-    "stable_adam": {"_checks", "_numbers", "_state", "_trees", "rules"},
-    "feedback": {"_checks", "_state", "_trees", "methods"},
-    "per_example": {
-        "_checks", "_groups", "_measure", "_names", "_trees", "actions", "methods",
-        "rules",
-    },
-    "_masks": set(),
-    "_jaxprs": set(),
-    "_holding": {"_jaxprs", "_state"},
-    "stabilize": {
-        "_checks", "_holding", "_masks", "_state", "_trees", "methods", "scopes",
-    },
-    "_spikes": {"_checks", "_engine", "_measure", "_state", "_trees", "rules"},
-    "skipping": {
-        "_checks", "_holding", "_masks", "_measure", "_spikes", "_state", "_trees",
-        "rules",
-    },
-    "sharding": {"_names"},
-    "_lookup": {"_names", "_trees"},
-    "taken": {"_lookup", "skipping", "stabilize"},
-    "telemetry": {"_lookup", "clipping", "monitoring", "skipping"},
-    "attribution": {"_lookup", "clipping", "monitoring", "skipping"},
-    "diagnosis": {
-        "_checks", "_jaxprs", "_lookup", "_names", "_trees", "attribution", "clipping",
-        "monitoring", "norms", "rules", "skipping",
-    },
-}  # fmt: skip
-ABOVE = {"__init__", "__main__", "demo"}
+# In the order of the layers: a file imports from those above it in this list alone. In
+# a folder, which ends with "/", files may import each other. `__init__` and the demo
+# see all.
+ORDER = [
+    "_engine/numerics.py",
+    "_engine/names.py",
+    "_engine/validation.py",
+    "_engine/jaxprs.py",
+    "_engine/pytrees.py",
+    "_engine/sharding.py",
+    "_engine/barriers.py",
+    "_engine/lookup.py",
+    "_engine/state.py",
+    "_engine/grouping.py",
+    "_engine/reading.py",
+    "_engine/power_sums.py",
+    "_engine/group_norms.py",
+    "_engine/rule.py",
+    "_engine/thresholds.py",
+    "actions.py",
+    "scopes.py",
+    "norms.py",
+    "sharding.py",
+    "_engine/update.py",
+    "_engine/scaling.py",
+    "_engine/elements.py",
+    "clipping.py",
+    "methods/",
+    "wrappers/",
+    "rules.py",
+    "telemetry.py",
+    "diagnosis/",
+]
+# What a rule and an action are made of knows arrays alone: no trees, no mesh axes.
+ARRAYS_ONLY = {
+    "_engine/numerics.py",
+    "_engine/validation.py",
+    "_engine/grouping.py",
+    "_engine/rule.py",
+    "_engine/thresholds.py",
+    "actions.py",
+    "methods/_history.py",
+}
+ABOVE = {"__init__.py", "__main__.py", "demo"}
 
 
-def room(path):
-    return path.removesuffix(".py").split("/")[0]
+def layer(path):
+    """Returns the place of a file in the order."""
+    fits = [
+        i
+        for i, name in enumerate(ORDER)
+        if path == name or (name.endswith("/") and path.startswith(name))
+    ]
+    assert fits, f"{path} is a new file: write it into the order"
+    return fits[0]
+
+
+def is_above(path):
+    return path.split("/")[0] in ABOVE or path.endswith("__init__.py")
 
 
 def imported(path):
@@ -93,23 +84,33 @@ def imported(path):
     return names
 
 
-def rooms_imported(path):
-    parts = [name.split(".") for name in imported(path)]
-    return {p[1] for p in parts if p[0] == "optclip" and len(p) > 1}
+def files_imported(path):
+    """Returns the files of the library that a file imports from."""
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")[1:]
+        if name.split(".")[0] == "optclip":
+            tries = ["/".join(parts[:n]) + ".py" for n in range(len(parts), 0, -1)]
+            found |= set([f for f in tries if f in FILES][:1])
+    return found
 
 
-def test_the_table_only_points_down():
-    order = list(MAY_IMPORT)
-    for name, below in MAY_IMPORT.items():
-        assert below <= set(order[: order.index(name)]), name
+def test_each_file_of_the_order_is_there():
+    for name in ORDER:
+        assert any(p == name or p.startswith(name) for p in FILES), name
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", [p for p in FILES if not is_above(p)])
 def test_imports_go_down_only(path):
-    if room(path) in ABOVE:
-        return
-    assert room(path) in MAY_IMPORT, "a new room: write it into the table"
-    assert rooms_imported(path) - {room(path)} <= MAY_IMPORT[room(path)]
+    own = layer(path)
+    for other in files_imported(path):
+        within = ORDER[own].endswith("/") and layer(other) == own
+        assert layer(other) < own or within, f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted(ARRAYS_ONLY))
+def test_rules_and_actions_know_arrays_alone(path):
+    assert files_imported(path) <= ARRAYS_ONLY
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -124,7 +125,7 @@ NAMES = ("_axes", "_panels", "_signal_panels", "pictures")
 PICTURES = {f"diagnosis/{name}.py" for name in NAMES}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) != "demo"])
+@pytest.mark.parametrize("path", [p for p in FILES if not p.startswith("demo/")])
 def test_only_jax_optax_and_numpy_are_needed(path):
     allowed = {
         "__future__",
@@ -138,7 +139,7 @@ def test_only_jax_optax_and_numpy_are_needed(path):
         "re",
     }
     allowed |= {"math", "operator", "typing", "zlib"}
-    if room(path) == "diagnosis":
+    if path.startswith("diagnosis/"):
         allowed |= set(sys.stdlib_module_names)
     if path in PICTURES:
         allowed.add("matplotlib")

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optclip import _layouts, _reads, _sums
-from optclip._measure import root
-from optclip._reads import Plan
+from optclip._engine import grouping, power_sums, reading
+from optclip._engine.group_norms import root
+from optclip._engine.reading import Plan
 
 FORMS = {
-    "cpu": functools.partial(_sums.quick_sums, form=_reads.CPU),
-    "gpu": functools.partial(_sums.careful_sums, form=_reads.GPU),
-    "tpu": functools.partial(_sums.careful_sums, form=_reads.TPU),
+    "cpu": functools.partial(power_sums.quick_sums, form=reading.CPU),
+    "gpu": functools.partial(power_sums.careful_sums, form=reading.GPU),
+    "tpu": functools.partial(power_sums.careful_sums, form=reading.TPU),
 }
 ORDERS = [1.0, 2.0, 3.0, np.inf]
 # Stacks of one, of several and, of small leaves, of more than fit in one; no entry.
@@ -37,14 +37,14 @@ def plan_of(leaves, order, *, pooled, drop=False):
         axes = tuple(tuple(range(x.ndim)) for x in leaves)
         return Plan(order, axes, tuple(range(count)), names, drop)
     axes = tuple((0,) if x.ndim else () for x in leaves)
-    kinds = _layouts.kinds(leaves, axes)
+    kinds = grouping.kinds(leaves, axes)
     return Plan(order, axes, (), names, drop, ((),) * count, kinds)
 
 
 def measured(leaves, plan, form):
     """Returns the norm of each leaf's group in float64, and the kinds."""
-    order = _reads.reading_order(leaves, plan)
-    own = _reads.reordered(plan, order)
+    order = reading.reading_order(leaves, plan)
+    own = reading.reordered(plan, order)
     run = jax.jit(functools.partial(FORMS[form], plan=own))
     found = run(tuple(jnp.asarray(leaves[i]) for i in order))
     back = np.argsort(order)
@@ -143,8 +143,8 @@ def test_leaves_are_stacked_with_those_of_their_role_only():
     leaves = [np.ones((4, 4), np.float32)] * 6
     roles = ("q", "o", "q", "o", "q", "o")
     plan = plan_of(leaves, 2.0, pooled=True)._replace(roles=roles)
-    order = _reads.reading_order(leaves, plan)
+    order = reading.reading_order(leaves, plan)
     assert [roles[i] for i in order] == ["q"] * 3 + ["o"] * 3
-    plan = _reads.reordered(plan, order)
-    (segment,) = _reads.segments(leaves, plan, _reads.GPU)
+    plan = reading.reordered(plan, order)
+    (segment,) = reading.segments(leaves, plan, reading.GPU)
     assert segment.chunks == [[0, 1, 2], [3, 4, 5]]

@@ -16,12 +16,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import optclip
-from optclip.attribution import Culprit
 from optclip.diagnosis import __main__ as command
 from optclip.diagnosis.findings import Finding, Report
 from optclip.diagnosis.page import report
 from optclip.diagnosis.records import read_run
 from optclip.diagnosis.summary import diverged_at, headline, pick
+from optclip.telemetry import Culprit
 
 NAN, INF = float("nan"), float("inf")
 

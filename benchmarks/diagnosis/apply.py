@@ -8,7 +8,7 @@ import optax
 
 import optclip
 from benchmarks.diagnosis.problem import train, typical_loss
-from optclip._names import path_name
+from optclip._engine.names import path_name
 
 __all__ = ["apply", "apply_all", "first_applicable", "trains"]
 

@@ -7,7 +7,7 @@ import optax
 
 from benchmarks.diagnosis import attention, losses, tasks
 from benchmarks.diagnosis.problem import Recipe
-from optclip._names import path_name
+from optclip._engine.names import path_name
 
 
 def scaled(factor, where=""):

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optclip.attribution import Culprit
 from optclip.diagnosis.findings import Finding, Report, nothing_found
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
@@ -15,6 +14,7 @@ from optclip.diagnosis.thresholds import (
     factor_of,
     suggest_threshold,
 )
+from optclip.telemetry import Culprit
 
 __all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
 

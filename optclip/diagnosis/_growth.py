@@ -89,8 +89,12 @@ def _usual(number) -> float:
 def _columns(site: Site) -> list[tuple[float, ...]]:
     """Returns the five figures of a site, once for each layer that it stands for."""
     figures = (
-        site.signal_in, site.signal_out, site.rms_in, site.rms_out, site.rms_weight,
-    )  # fmt: skip
+        site.signal_in,
+        site.signal_out,
+        site.rms_in,
+        site.rms_out,
+        site.rms_weight,
+    )
     if not site.stacked:
         over = (_total, _total, _usual, _usual, _usual)
         return [tuple(f(x) for f, x in zip(over, figures, strict=True))]
@@ -134,10 +138,16 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
                 place[site.order] = len(found)
                 found.append(
                     Layer(
-                        site.leaf, back_in, back_out, rms_in, rms_out, he,
-                        site.activation, place.get(site.source),
+                        site.leaf,
+                        back_in,
+                        back_out,
+                        rms_in,
+                        rms_out,
+                        he,
+                        site.activation,
+                        place.get(site.source),
                     )
-                )  # fmt: skip
+                )
     return found
 
 

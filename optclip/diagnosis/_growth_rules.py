@@ -9,10 +9,14 @@ from optclip.diagnosis._signals import LIMITS, Signals
 from optclip.diagnosis.findings import Action, Finding
 
 __all__ = [
-    "Candidate", "activation", "depth", "initialization", "lowered",
+    "Candidate",
+    "activation",
+    "depth",
+    "initialization",
+    "lowered",
     "recurrence",
     "vanishing",
-]  # fmt: skip
+]
 
 
 class Candidate(NamedTuple):
@@ -60,15 +64,17 @@ def activation(s: Signals) -> Candidate | None:
     names = sorted({str(layer.activation) for layer in layers})
     most = max(map(gain, strong))
     finding = Finding(
-        "activation", _paths(layers),
+        "activation",
+        _paths(layers),
         f"The functions before these layers ({', '.join(names)}) make the signal up to "
         f"{most:.3g} times as large. With relu in their place the gradient's norm is "
         f"{s.relu_norm:.3g}, not {s.norm:.3g}.",
         "Use an activation that does not grow faster than its input: relu, gelu, tanh. "
         "Or normalize before it.",
-        "high" if drop > 2 else "medium", "measured",
+        "high" if drop > 2 else "medium",
+        "measured",
         (Action("change_activation"), Action("normalize"), Action("clip", 1.0)),
-    )  # fmt: skip
+    )
     return Candidate(finding, drop)
 
 
@@ -88,14 +94,16 @@ def recurrence(s: Signals) -> Candidate | None:
         smaller = (Action("scale_weights", factor, time.leaves),)
         first = f"Multiply the weights by about {factor:.2g}, clip"
     finding = Finding(
-        "recurrence", time.leaves,
+        "recurrence",
+        time.leaves,
         f"The {which} signal grows by {10**grown:.3g} over {time.count} steps, "
         f"x{each:.3g} a step.",
         f"{first} the gradient at {bound:.3g}, and use a gated cell (LSTM or GRU), "
         "an orthogonal or identity initialization, or fewer steps at a time.",
-        "high" if grown > 2 else "medium", "measured",
+        "high" if grown > 2 else "medium",
+        "measured",
         (*smaller, Action("clip", bound), Action("gate"), Action("normalize")),
-    )  # fmt: skip
+    )
     return Candidate(finding, grown)
 
 
@@ -124,19 +132,22 @@ def initialization(s: Signals) -> Candidate | None:
     factor = round(statistics.geometric_mean(s.scaled.values()), 4)
     leaves = tuple(s.scaled)
     finding = Finding(
-        "initialization", leaves,
+        "initialization",
+        leaves,
         f"The weights are up to {largest:.3g} times as large as He initialization "
         f"makes them. With weights of that size the gradient's norm is "
         f"{s.scaled_norm:.3g}, not {s.norm:.3g}.",
         f"Multiply these weights by about {factor:.2g}: He initialization "
         "(variance 2 / fan_in) for relu, Xavier initialization (2 / (fan_in + "
         "fan_out)) for tanh. Or normalize each layer.",
-        "high" if drop > 2 else "medium", "measured",
+        "high" if drop > 2 else "medium",
+        "measured",
         (
-            Action("scale_weights", factor, leaves), Action("normalize"),
+            Action("scale_weights", factor, leaves),
+            Action("normalize"),
             Action("clip", 1.0),
         ),
-    )  # fmt: skip
+    )
     return Candidate(finding, drop)
 
 
@@ -154,14 +165,16 @@ def depth(s: Signals) -> Candidate | None:
         return None
     which = "backward" if s.depth.back >= s.depth.forward else "forward"
     finding = Finding(
-        "depth", s.depth.leaves,
+        "depth",
+        s.depth.leaves,
         f"The {which} signal grows by {10**growing:.3g} over {s.depth.count} layers, "
         f"x{s.depth.each:.3g} a layer.",
         "Normalize each layer (layer or batch norm), add residual connections, or use "
         "fewer layers. A clip at 1 bounds the steps meanwhile.",
-        "high" if growing > 3 else "medium", "measured",
+        "high" if growing > 3 else "medium",
+        "measured",
         (Action("residual"), Action("normalize"), Action("clip", 1.0)),
-    )  # fmt: skip
+    )
     return Candidate(finding, growing)
 
 
@@ -172,20 +185,25 @@ def vanishing(s: Signals) -> Candidate | None:
         return None
     if s.norm == 0:
         finding = Finding(
-            "vanishing", s.depth.leaves,
+            "vanishing",
+            s.depth.leaves,
             "The gradient is exactly 0, so no step changes anything.",
             "Look whether these weights are all 0, whether a relu is never above 0, or "
             "whether the loss is cut off by `jax.lax.stop_gradient`.",
-            "high", "measured", (Action("normalize"),),
-        )  # fmt: skip
+            "high",
+            "measured",
+            (Action("normalize"),),
+        )
         return Candidate(finding, LIMITS.shrink)
     finding = Finding(
-        "vanishing", s.depth.leaves[: max(len(s.depth.leaves) // 4, 1)],
+        "vanishing",
+        s.depth.leaves[: max(len(s.depth.leaves) // 4, 1)],
         f"The backward signal shrinks by {10 ** abs(s.depth.back):.3g} over "
         f"{s.depth.count} layers, so the first hardly learn.",
         "Use He or Xavier initialization, an activation that does not saturate "
         "(relu, gelu), normalization or residual connections. A clip does not help.",
-        "medium", "measured",
+        "medium",
+        "measured",
         (Action("normalize"), Action("residual"), Action("change_activation")),
-    )  # fmt: skip
+    )
     return Candidate(finding, -s.depth.back)

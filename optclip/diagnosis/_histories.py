@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from optclip._lookup import find
-from optclip.clipping import ClipState
-from optclip.monitoring import MonitorState
-from optclip.rules._quantile import BINS, FIRST_BIN, OCTAVES
-from optclip.skipping import SkipState
+from optclip._engine.lookup import find
+from optclip._engine.state import ClipState
+from optclip.methods.autoclip import BINS, FIRST_BIN, OCTAVES
+from optclip.telemetry import MonitorState
+from optclip.wrappers.skip_steps import SkipState
 
 __all__ = ["History", "history_of"]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optclip import _names
+from optclip._engine import names as path_names
 
 __all__ = ["batches_of", "broken_parts", "fitted", "not_finite_leaves", "outside_jit"]
 
@@ -22,7 +22,7 @@ def outside_jit(name: str, *trees: Any) -> None:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    return list(zip(_names.leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    return list(zip(path_names.leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _as_array(leaf: Any, path: str, number: int) -> jax.Array:
@@ -137,9 +137,10 @@ def broken_parts(params: Any, batches: list[Any]) -> dict[str, Any]:
     bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
     empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
     found = {
-        "parameters": not_finite_leaves(params), "batches": tuple(bad),
+        "parameters": not_finite_leaves(params),
+        "batches": tuple(bad),
         "empty": tuple(empty),
-    }  # fmt: skip
+    }
     return {name: where for name, where in found.items() if where}
 
 

@@ -81,9 +81,14 @@ def _strip(axes: Any, run: Run) -> None:
         lefts, heights, width = _bars(run, flags)
         drawn = 0.8 * width if len(run.steps) <= FEW else width
         axes.bar(lefts + width / 2, heights, drawn, row + 0.1, color=colour)
-        axes.annotate(f"{int(flags.sum()):,}", (1, row + 0.5), (6, 0),
-                      xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                      va="center")  # fmt: skip
+        axes.annotate(
+            f"{int(flags.sum()):,}",
+            (1, row + 0.5),
+            (6, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+        )
     axes.set_yticks(np.arange(len(marks)) + 0.5, [mark[0] for mark in marks])
     axes.set_ylim(0, len(marks))
     axes.tick_params(axis="y", length=0)
@@ -97,16 +102,26 @@ def _threshold(axes: Any, run: Run) -> None:
     axes.plot(run.steps, run.thresholds, color="black", linewidth=1.3)
     known = run.thresholds[np.isfinite(run.thresholds)]
     name = "threshold" if np.ptp(known) == 0 else "threshold,\nat last"
-    axes.annotate(f"{name}\n{known[-1]:.3g}", (1, known[-1]), (6, 0),
-                  xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                  va="center")  # fmt: skip
+    axes.annotate(
+        f"{name}\n{known[-1]:.3g}",
+        (1, known[-1]),
+        (6, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="center",
+    )
 
 
 def _draw_norms(run: Run, figure: Any) -> None:
     rows = len(_marks(run))
     ratios = [1.0, 0.11 * rows] if rows else [1.0]
-    grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False,
-                           gridspec_kw={"height_ratios": ratios})  # fmt: skip
+    grid = figure.subplots(
+        len(ratios),
+        1,
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": ratios},
+    )
     axes, last = grid[0, 0], grid[-1, 0]
     shown = drawable(run.norms)
     _curve(axes, run.steps, shown)
@@ -118,10 +133,15 @@ def _draw_norms(run: Run, figure: Any) -> None:
     if place is not None:
         axes.axvline(run.steps[place], color=VERMILLION, linestyle=(0, (4, 2)))
         right = place > len(shown) / 2
-        axes.annotate(f"diverged, step {run.steps[place]}", (run.steps[place], 1),
-                      (-4 if right else 4, 4), xycoords=axes.get_xaxis_transform(),
-                      textcoords="offset points", color=VERMILLION,
-                      ha="right" if right else "left")  # fmt: skip
+        axes.annotate(
+            f"diverged, step {run.steps[place]}",
+            (run.steps[place], 1),
+            (-4 if right else 4, 4),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            color=VERMILLION,
+            ha="right" if right else "left",
+        )
     tidy(axes)
     axes.set_ylabel("gradient norm\nbefore the clip")
     last.set_xlabel("training step")
@@ -150,9 +170,14 @@ def _draw_histogram(norms: np.ndarray, figure: Any) -> None:
     for percent, shift, side, height in rows:
         value = float(np.quantile(norms, percent / 100))
         axes.axvline(value, color="black", linewidth=1.3, linestyle=(0, (4, 2)))
-        axes.annotate(f"q{percent}: {value:.3g}", (value, 1), (shift, height),
-                      xycoords=axes.get_xaxis_transform(), ha=side,
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            f"q{percent}: {value:.3g}",
+            (value, 1),
+            (shift, height),
+            xycoords=axes.get_xaxis_transform(),
+            ha=side,
+            textcoords="offset points",
+        )
     tidy(axes)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_xlabel("gradient norm before the clip")
@@ -169,13 +194,25 @@ def panels_of(contents: Contents) -> list[Panel]:
     norms = shown[np.isfinite(shown)]
     found = []
     if norms.size:
-        found.append(Panel("Gradient norm over the steps", contents.headline,
-                           lambda figure: _draw_norms(run, figure), True, 3.9,
-                           ))  # fmt: skip
+        found.append(
+            Panel(
+                "Gradient norm over the steps",
+                contents.headline,
+                lambda figure: _draw_norms(run, figure),
+                True,
+                3.9,
+            )
+        )
     found += signal_panels(contents.sites)
     if norms.size >= _HISTOGRAM:
         says = "How many steps had a gradient norm of which size, with quantiles."
-        found.append(Panel("How the norms are distributed", says,
-                           lambda figure: _draw_histogram(norms, figure), False, 3.7,
-                           ))  # fmt: skip
+        found.append(
+            Panel(
+                "How the norms are distributed",
+                says,
+                lambda figure: _draw_histogram(norms, figure),
+                False,
+                3.7,
+            )
+        )
     return found

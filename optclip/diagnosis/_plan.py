@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from optclip._jaxprs import closed
+from optclip._engine.jaxprs import closed
 from optclip.diagnosis._program import (
     CONSTANT,
     DATA,
@@ -134,11 +134,19 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
     chain = data.chain
     fan_in, fan_out = _fans(eqn, 1 - at)
     return SiteSpec(
-        kind, weight.leaves, place.first, fan_in, fan_out, at,
-        chain.functions if chain else (), chain.site if chain else None,
-        chain.before if chain else None, place.lengths, weight.stacked,
+        kind,
+        weight.leaves,
+        place.first,
+        fan_in,
+        fan_out,
+        at,
+        chain.functions if chain else (),
+        chain.site if chain else None,
+        chain.before if chain else None,
+        place.lengths,
+        weight.stacked,
         str(eqn.outvars[0].aval.dtype),
-    )  # fmt: skip
+    )
 
 
 def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import _names, norms
+from optclip import norms
+from optclip._engine import names as path_names
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
@@ -104,7 +105,7 @@ class Probe:
 
     def read(self, params: Any, batch: Any) -> None:
         """Reads the program of the loss, if this version of JAX can be read."""
-        self.paths = tuple(_names.leaf_names(params))
+        self.paths = tuple(path_names.leaf_names(params))
         self._programs: dict[Any, Tapped | None] = {}
         self.tapped = self._read(params, batch)
         self._gradient = jax.jit(self._gradients)
@@ -181,8 +182,10 @@ class Probe:
     def _updates(self, grads, opt_state, params, batch, loss):
         """Returns the updates, with all that optimizers of Optax may ask for."""
         more = {
-            "value": loss, "grad": grads, "value_fn": lambda p: self.loss_fn(p, batch),
-        }  # fmt: skip
+            "value": loss,
+            "grad": grads,
+            "value_fn": lambda p: self.loss_fn(p, batch),
+        }
         return self.optimizer.update(grads, opt_state, params, **more)
 
     def _next_step(self, grads, opt_state, params, batch, loss):

@@ -4,37 +4,114 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from optclip._jaxprs import closed
+from optclip._engine.jaxprs import closed
 
 __all__ = [
-    "CONSTANT", "DATA", "ELEMENTWISE", "INLINED", "LINEAR", "LOST", "OPAQUE", "OPENED",
-    "RULED", "Chain", "Made", "Plan", "SiteSpec", "Step", "inner_programs",
-    "name_of", "opaque_uses",
-]  # fmt: skip
+    "CONSTANT",
+    "DATA",
+    "ELEMENTWISE",
+    "INLINED",
+    "LINEAR",
+    "LOST",
+    "OPAQUE",
+    "OPENED",
+    "RULED",
+    "Chain",
+    "Made",
+    "Plan",
+    "SiteSpec",
+    "Step",
+    "inner_programs",
+    "name_of",
+    "opaque_uses",
+]
 
 # Elementwise functions that are linear in their one argument of data, and moves.
 LINEAR = {
-    "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "copy_p",
-    "expand_dims", "name", "neg", "optimization_barrier", "pad", "pvary",
-    "reduce_precision", "reshape", "sharding_constraint", "squeeze", "sub", "transpose",
-}  # fmt: skip
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "expand_dims",
+    "name",
+    "neg",
+    "optimization_barrier",
+    "pad",
+    "pvary",
+    "reduce_precision",
+    "reshape",
+    "sharding_constraint",
+    "squeeze",
+    "sub",
+    "transpose",
+}
 ELEMENTWISE = LINEAR | {
-    "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "cbrt", "clamp", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp",
-    "exp2", "expm1", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "not", "or", "pow", "rsqrt",
-    "select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "tan",
-    "tanh", "xor",
-}  # fmt: skip
+    "abs",
+    "acos",
+    "acosh",
+    "and",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "cbrt",
+    "clamp",
+    "cos",
+    "cosh",
+    "div",
+    "eq",
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "ge",
+    "gt",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "log",
+    "log1p",
+    "logistic",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "not",
+    "or",
+    "pow",
+    "rsqrt",
+    "select_n",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "stop_gradient",
+    "tan",
+    "tanh",
+    "xor",
+}
 LOST = "in another program"
 INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 OPENED = INLINED | {"scan", "cond"}
 RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # What these do with their operands is not written in the program, or not as a product.
 OPAQUE = {
-    "custom_linear_solve", "ffi_call", "io_callback", "pallas_call", "pure_callback",
-    "ragged_dot", "ragged_dot_general", "triangular_solve",
-}  # fmt: skip
+    "custom_linear_solve",
+    "ffi_call",
+    "io_callback",
+    "pallas_call",
+    "pure_callback",
+    "ragged_dot",
+    "ragged_dot_general",
+    "triangular_solve",
+}
 
 
 class Chain(NamedTuple):

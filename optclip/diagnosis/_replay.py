@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from optclip._jaxprs import carried_out
+from optclip._engine.jaxprs import carried_out
 from optclip.diagnosis._plan import scan_layout
 from optclip.diagnosis._program import LOST, Plan, Step
 
@@ -120,8 +120,10 @@ def _scan(step: Step, values: list, probes: list, change: Change) -> tuple:
     (plan,) = step.plans
     consts, carries = scan_layout(step.eqn)
     fixed, start, rows = (
-        values[:consts], values[consts : consts + carries], values[consts + carries :],
-    )  # fmt: skip
+        values[:consts],
+        values[consts : consts + carries],
+        values[consts + carries :],
+    )
 
     def body(carry, row):
         slices, mine = row
@@ -136,9 +138,13 @@ def _scan(step: Step, values: list, probes: list, change: Change) -> tuple:
         ]
     params = step.eqn.params
     carry, (outs, seen) = lax.scan(
-        body, start, (rows, probes), params["length"], params["reverse"],
+        body,
+        start,
+        (rows, probes),
+        params["length"],
+        params["reverse"],
         params.get("unroll", 1),
-    )  # fmt: skip
+    )
     return [*carry, *outs], seen
 
 

@@ -36,12 +36,16 @@ def _overflow(s: Signals) -> Candidate | None:
         else "Lower the loss scale, or compute in float32 or bfloat16"
     )
     finding = Finding(
-        "overflow", where,
+        "overflow",
+        where,
         f"{len(broken)} of {len(s.batches)} batches are not finite: the {what} signal "
         f"leaves the range of float16 (65504). The same program in float32 has a "
         f"gradient of norm {s.wide_norm:.3g}.",
-        f"{cure}.", "high", "measured", (Action("float32"),),
-    )  # fmt: skip
+        f"{cure}.",
+        "high",
+        "measured",
+        (Action("float32"),),
+    )
     return Candidate(finding, math.inf)
 
 
@@ -57,14 +61,16 @@ def _bad_batch(s: Signals) -> Candidate | None:
     bound = float(np.median([b.norm for b in s.batches if b.finite]))
     numbers = tuple(str(i) for i in s.outliers)
     finding = Finding(
-        "bad_batch", tuple(f"batch {i}" for i in numbers),
+        "bad_batch",
+        tuple(f"batch {i}" for i in numbers),
         f"{len(bad)} of {len(s.batches)} batches: {', '.join(words)}, where the median "
         f"of all is {bound:.3g}.",
         "Look at these batches, and drop or mend them. `optclip.skip_steps` leaves "
         f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
-        "high" if broken else "medium", "measured",
+        "high" if broken else "medium",
+        "measured",
         (Action("drop_batches", None, numbers), Action("clip", bound)),
-    )  # fmt: skip
+    )
     return Candidate(finding, lowered(largest, s.norm))
 
 
@@ -72,13 +78,16 @@ def _loss_sum(s: Signals) -> Candidate | None:
     if not LIMITS.twice[0] < s.halves < LIMITS.twice[1]:
         return None
     finding = Finding(
-        "loss_sum", (),
+        "loss_sum",
+        (),
         f"The loss of a batch is {s.halves:.3g} times the mean loss of its halves; a "
         "mean would give 1.",
         f"Divide the loss by the number of examples, or of examples and positions, "
         f"{s.size} in a batch, so that the gradient does not grow with it.",
-        "medium", "measured", (Action("divide_loss", float(s.size)),),
-    )  # fmt: skip
+        "medium",
+        "measured",
+        (Action("divide_loss", float(s.size)),),
+    )
     return Candidate(finding, math.log10(max(s.size, 1)))
 
 
@@ -116,15 +125,17 @@ def _uphill(s: Signals) -> Candidate | None:
     if s.begun or not s.slope > 1e-5 * abs(s.first.loss):
         return None
     finding = Finding(
-        "uphill", (),
+        "uphill",
+        (),
         f"The gradient predicts that the next step raises the loss by {s.slope:.3g}. "
         "An optimizer's updates are added to the parameters, so they must point down "
         "the gradient.",
         "Look whether the chain ends with a negative learning rate, as in "
         "`optax.sgd(0.1)` or `optax.scale(-0.1)`: a clip alone hands the gradient on "
         "as it is, and so does `optax.masked` where it does not apply.",
-        "high", "measured",
-    )  # fmt: skip
+        "high",
+        "measured",
+    )
     return Candidate(finding, math.inf)
 
 
@@ -176,7 +187,8 @@ def _learning_rate(s: Signals) -> Candidate | None:
     part = max(part, rehearsed)
     peak = max(whole) if leaped and math.isfinite(end) else None
     finding = Finding(
-        "learning_rate", (),
+        "learning_rate",
+        (),
         _promise(trust, s.trust.get(part, math.nan), part)
         + _run_of(s, part, start, peak),
         f"Multiply the learning rate by about {part:g}, or warm it up. An adaptive "
@@ -184,7 +196,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
         "by elimination" if hopeless and not rehearsed else "measured",
         (Action("scale_learning_rate", part),),
-    )  # fmt: skip
+    )
     # Other causes make steps fail as well: what mends more stands before this.
     relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
     relative = 0.0 if hopeless else max(relative, 0.0)
@@ -213,7 +225,7 @@ BROKEN = {
         "These batches hold no numbers: the mean over no examples is not finite.",
         "Leave empty batches out.",
     ),
-}  # fmt: skip
+}
 
 
 def _given(s: Signals) -> Finding | None:
@@ -228,12 +240,14 @@ def _given(s: Signals) -> Finding | None:
             return Finding("not_finite", where, evidence, remedy, "high", "measured")
     if s.bad_updates:
         return Finding(
-            "not_finite", (),
+            "not_finite",
+            (),
             "The gradient is finite, and the optimizer's updates are not.",
             "Look at the optimizer's numbers: a learning rate that is not finite, or a "
             "division by a root mean square of 0 with an `eps` of 0.",
-            "high", "measured",
-        )  # fmt: skip
+            "high",
+            "measured",
+        )
     return None
 
 
@@ -248,20 +262,31 @@ def _not_finite(s: Signals) -> Finding:
         else ""
     )
     return Finding(
-        "not_finite", where,
+        "not_finite",
+        where,
         f"{len(broken)} of {len(s.batches)} batches have a loss or gradient that is "
         f"not finite.{first}",
         "Look for a logarithm, root or division of zero, or an exponential of a "
         "large number: `jax.config.update('jax_debug_nans', True)` stops at it. "
         "`optclip.skip_steps` keeps such steps out of the optimizer.",
-        "high", "by elimination", (),
-    )  # fmt: skip
+        "high",
+        "by elimination",
+        (),
+    )
 
 
 RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
-    _overflow, _bad_batch, activation, recurrence, initialization, depth,
-    _loss_sum, _uphill, _learning_rate, vanishing,
-)  # fmt: skip
+    _overflow,
+    _bad_batch,
+    activation,
+    recurrence,
+    initialization,
+    depth,
+    _loss_sum,
+    _uphill,
+    _learning_rate,
+    vanishing,
+)
 # What explains the growth of a signal; of several, the one whose remedy helps most.
 GROWTH = {"activation", "recurrence", "initialization", "depth"}
 

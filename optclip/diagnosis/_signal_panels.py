@@ -36,9 +36,16 @@ def _short(path: str) -> str:
 def _lost(axes: Any, places: np.ndarray) -> None:
     """Marks the places whose signal is not finite."""
     if places.size:
-        axes.plot(places, np.full(len(places), 0.97), "X", color=VERMILLION,
-                  markersize=8, clip_on=False, transform=axes.get_xaxis_transform(),
-                  label="not finite")  # fmt: skip
+        axes.plot(
+            places,
+            np.full(len(places), 0.97),
+            "X",
+            color=VERMILLION,
+            markersize=8,
+            clip_on=False,
+            transform=axes.get_xaxis_transform(),
+            label="not finite",
+        )
         axes.legend(frameon=False)
 
 
@@ -130,12 +137,24 @@ def signal_panels(every: Sequence[Any]) -> list[Panel]:
     found = []
     if _can_draw([s.signal_out for s in by_depth]):
         says = "Norm of the backward signal at each parameter, in order of use."
-        found.append(Panel("Backward signal by depth", says,
-                           lambda figure: _draw_depth(by_depth, figure), False, 3.7,
-                           ))  # fmt: skip
+        found.append(
+            Panel(
+                "Backward signal by depth",
+                says,
+                lambda figure: _draw_depth(by_depth, figure),
+                False,
+                3.7,
+            )
+        )
     if _can_draw([s.signal_out for s in over_time]):
         says = "Norm of the backward signal at each step of the recurrence."
-        found.append(Panel("Backward signal over the recurrence", says,
-                           lambda figure: _draw_time(over_time, figure), False, 3.7,
-                           ))  # fmt: skip
+        found.append(
+            Panel(
+                "Backward signal over the recurrence",
+                says,
+                lambda figure: _draw_time(over_time, figure),
+                False,
+                3.7,
+            )
+        )
     return found

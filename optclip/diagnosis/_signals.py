@@ -105,8 +105,9 @@ class Signals:
 
 def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
     """Returns the numbers of batches that are unlike the others, if they are few."""
-    logs = np.array([math.log10(b.norm) if b.finite and b.norm > 0 else np.nan
-                     for b in batches])  # fmt: skip
+    logs = np.array(
+        [math.log10(b.norm) if b.finite and b.norm > 0 else np.nan for b in batches]
+    )
     fine = logs[np.isfinite(logs)]
     if len(batches) < 4 or not fine.size:
         return ()
@@ -210,13 +211,17 @@ def measure(
     he = _growth.he_ratios(layers)
     he |= unseen_ratios(probe.tapped, params, he)
     signals = Signals(
-        tuple(seen), outliers, usual, layers,
+        tuple(seen),
+        outliers,
+        usual,
+        layers,
         _growth.depth_growth(layers) if len(layers) >= _growth.FEWEST else None,
         _growth.time_growth(this.sites),
         he,
-        _growth.activation_gains(layers), low=_low_dtypes(probe, params, batch),
+        _growth.activation_gains(layers),
+        low=_low_dtypes(probe, params, batch),
         begun=begun,
-    )  # fmt: skip
+    )
     more: dict[str, Any] = {}
     if not any(b.finite for b in seen):
         more["broken"] = broken_parts(params, batches)
@@ -235,8 +240,10 @@ def measure(
         scaled = _scale(params, large, probe.tapped.paths if probe.tapped else ())
         after, after_grads = probe.batch(scaled, batch)
         more |= {
-            "scaled_norm": after.norm, "scaled_loss": after.loss, "scaled": large,
-        }  # fmt: skip
+            "scaled_norm": after.norm,
+            "scaled_loss": after.loss,
+            "scaled": large,
+        }
         if after.finite and not probe.no_steps:
             step = probe.step(scaled, opt_state, batch, after_grads, after.loss)
             more["scaled_trust"] = step.trust.get(1.0, math.nan)

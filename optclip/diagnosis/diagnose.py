@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from optclip import _checks
+from optclip._engine import validation
 from optclip.diagnosis import _models, _probe, _rules, _signals
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
 from optclip.diagnosis._outside import norms_by_path
@@ -186,10 +186,10 @@ def diagnose(
         >>> found.findings[0].cause
         'initialization'
     """
-    _checks.transformation(optimizer=optimizer)
+    validation.transformation(optimizer=optimizer)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
-    given, more = batches_of(batches, _checks.size("max_batches", max_batches))
+    given, more = batches_of(batches, validation.size("max_batches", max_batches))
     begun = opt_state is not None
     if begun:
         opt_state = fitted(params, opt_state, jax.eval_shape(wrapped.init, params))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optclip import _checks
-from optclip.attribution import Culprit
+from optclip._engine import validation
 from optclip.diagnosis._contents import Contents, Item, Section, contents_of
 from optclip.diagnosis.findings import Report
 from optclip.diagnosis.records import Run, printable, read_run
 from optclip.diagnosis.summary import pick
+from optclip.telemetry import Culprit
 
 __all__ = ["report"]
 
@@ -162,7 +162,7 @@ def report(
         ('report.png', 'report.html')
     """
     if diagnosis is not None:
-        _checks.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
+        validation.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
     if isinstance(run_or_metrics, Run):
         run = run_or_metrics
     else:

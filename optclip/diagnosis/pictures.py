@@ -32,13 +32,15 @@ def _own_style() -> Iterator[None]:
     """Draws alike whatever the user's settings are, and the same bytes each time."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({
-            "font.size": _FONT,
-            "axes.titlesize": _FONT,
-            "axes.axisbelow": True,
-            "svg.fonttype": "path",
-            "svg.hashsalt": "optclip",
-        })  # fmt: skip
+        matplotlib.rcParams.update(
+            {
+                "font.size": _FONT,
+                "axes.titlesize": _FONT,
+                "axes.axisbelow": True,
+                "svg.fonttype": "path",
+                "svg.hashsalt": "optclip",
+            }
+        )
         yield
 
 
@@ -64,8 +66,13 @@ def _write(figure: Any, lines: list[tuple[str, bool]], inches: float) -> None:
     for number, (line, bold) in enumerate(lines):
         weight = "bold" if bold else "normal"
         height = 1 - (number + 0.7) * _LINE / inches
-        figure.text(0.02, height, printable(line).replace("$", r"\$"), weight=weight,
-                    va="center")  # fmt: skip
+        figure.text(
+            0.02,
+            height,
+            printable(line).replace("$", r"\$"),
+            weight=weight,
+            va="center",
+        )
 
 
 # --- the page -------------------------------------------------------------------------

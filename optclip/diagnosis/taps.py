@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip import _names
+from optclip._engine import names as path_names
 from optclip.diagnosis import _models
 from optclip.diagnosis._inputs import outside_jit
 from optclip.diagnosis._plan import plan_program
@@ -222,7 +222,7 @@ def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
         (loss,), figures = replay(plan, values, probes, change)
         return loss.astype(jnp.float32) if change.wide else loss, figures
 
-    paths = tuple(_names.leaf_names(params))
+    paths = tuple(path_names.leaf_names(params))
     return Tapped(plan, paths, tuple(int(np.size(x)) for _, x in flat), run)
 
 

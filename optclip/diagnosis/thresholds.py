@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optclip import _checks
+from optclip._engine import validation
 from optclip.diagnosis._histories import History, history_of
 from optclip.diagnosis.findings import Report
 
@@ -214,9 +214,9 @@ def suggest_threshold(
         >>> suggestion.max_norm, suggestion.outliers
         (1.0, 1)
     """
-    _checks.fraction(quantile=quantile)
+    validation.fraction(quantile=quantile)
     if diagnosis is not None:
-        _checks.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
+        validation.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
     history = history_of(norms_or_state)
     positive = history.norms[np.isfinite(history.norms) & (history.norms > 0)]
     zeros = int(np.sum(history.norms == 0))

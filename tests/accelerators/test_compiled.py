@@ -23,7 +23,7 @@ SIZE = 4 * sum(compiled.np.prod(shape) for shape in compiled.TREES[TREE])
 
 @functools.cache
 def cost(name, target="H100", count=1):
-    return compiled.measure(compiled.CLIPS[name], TREE, target, count)
+    return compiled.measure(compiled.clips("float32")[name], TREE, target, count)
 
 
 def added(name, target="H100"):
@@ -72,7 +72,7 @@ def test_a_clip_moves_no_more_than_optax_on_a_tpu(name):
     assert ours.conditions == 0
 
 
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", ["H100", "TPU v5e"])
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
 def test_eight_devices_exchange_one_array(name, target):
     program = cost(f"optclip.{name}", target, 8)

@@ -1,0 +1,1 @@
+"""What happens in one update, a file for each stage."""

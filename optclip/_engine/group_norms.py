@@ -1,0 +1,268 @@
+"""Norms of groups, from sums of powers: roots, combinations and counts.
+
+Norms are float32, or float64 where a leaf is float64 or complex128.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip._engine import barriers, pytrees, sharding
+from optclip._engine.grouping import Layout, kinds, pooled
+from optclip._engine.numerics import largest_of, root_of, usable_unit
+from optclip._engine.power_sums import power_sums
+from optclip._engine.reading import Plan, reading_order, reordered
+
+__all__ = [
+    "REDUCTION",
+    "Measured",
+    "across_of",
+    "check_mesh",
+    "combine",
+    "devices_along",
+    "measure",
+    "measure_layout",
+    "measure_leaves",
+    "plan_of",
+    "rows",
+    "total",
+]
+
+# A norm may be longer than the largest float32; 2**-64 of it never is.
+REDUCTION = 2.0**-64
+
+
+class Measured(NamedTuple):
+    """The norms of all groups: one vector if they are pooled, else an array a kind.
+
+    Attributes:
+        norm: A norm too long for its dtype reads as the largest number; that of a
+            group with a NaN or inf reads as NaN or inf.
+        reduced: ``norm`` times 2**-64, which can't overflow.
+        kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
+    """
+
+    norm: tuple[jax.Array, ...]
+    reduced: tuple[jax.Array, ...]
+    kinds: jax.Array
+
+
+def root(total: jax.Array, order: float) -> jax.Array:
+    """Returns the norm of a group whose sum of powers (or maximum) is ``total``."""
+    return total if order in (1.0, np.inf) else root_of(total, order)
+
+
+def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = None):
+    """Returns the norm of ``norms``, without squaring large numbers.
+
+    ``add`` and ``most`` sum up a group and find its largest; ``back`` gives what was
+    found to its members.
+    """
+    if order == np.inf:
+        return largest_of(norms, add, most)
+    # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
+    norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
+    top = most(lax.stop_gradient(norms))
+    # Next to an infinite norm the others' squares must not overflow either: the product
+    # of their derivative and that of the root, 0, would be NaN.
+    unit = usable_unit(jnp.minimum(top, jnp.finfo(top.dtype).max))
+    ratio = norms / (unit if back is None else back(unit))
+    powers = jnp.square(ratio) if order == 2.0 else ratio**order
+    return root(add(powers), order) * unit
+
+
+def combine(norms: jax.Array, order: float) -> jax.Array:
+    """Returns the norm of all ``norms`` together."""
+    if norms.size == 1:
+        return norms.reshape(())
+    return _joined(norms, order, jnp.sum, jnp.max)
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
+    """Returns the norms of the groups of ``leaves`` that ``plan`` describes."""
+    axes, reals = list(plan.axes), list(leaves)
+    for i, x in enumerate(leaves):
+        if jnp.iscomplexobj(x) and plan.order == 2.0:
+            re, im = x.real, x.imag
+            if plan.drop:  # an entry is dropped whole: its finite part counts for 0
+                fine_re, fine_im = jnp.isfinite(re), jnp.isfinite(im)
+                re, im = (
+                    jnp.where(fine_im | ~fine_re, re, 0),
+                    jnp.where(fine_re | ~fine_im, im, 0),
+                )
+            reals[i] = jnp.stack([re, im], axis=-1)
+            axes[i] = (*axes[i], x.ndim)
+        elif jnp.iscomplexobj(x):
+            reals[i] = jnp.abs(x)
+    order = reading_order(reals, plan)
+    ordered = reordered(plan._replace(axes=tuple(axes)), order)
+    sums, units, kinds = power_sums(tuple(reals[i] for i in order), ordered)
+    roots = [root(s, plan.order) for s in sums]
+    norm = [r * u for r, u in zip(roots, units, strict=True)]
+    reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
+    return Measured(tuple(norm), tuple(reduced), kinds[np.argsort(order)])
+
+
+def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
+    """Divides the norms; those too long for their dtype read as the largest number."""
+    norms, reduced = [], []
+    for norm, small, divisor in zip(*measured[:2], divisors, strict=True):
+        short = small / divisor
+        long = jnp.isposinf(norm) & jnp.isfinite(small)
+        length = jnp.where(long, short / REDUCTION, norm / divisor)
+        largest = jnp.finfo(norm.dtype).max
+        too_long = long & jnp.isinf(length)
+        # Behind one barrier: so what follows reads one array, and XLA makes one kernel
+        # of it on a GPU, in place of one for each number.
+        pair = jnp.stack([jnp.where(too_long, largest, length), short])
+        norm, short = barriers.kept_apart(pair)
+        norms.append(norm)
+        reduced.append(short)
+    return Measured(tuple(norms), tuple(reduced), measured.kinds)
+
+
+def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, ...]:
+    """Returns how many entries each group has, one array for each array of norms."""
+    counts = []
+    for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
+        size = np.prod([x.shape[a] for a in axes], initial=1)
+        counts.append(float(size * devices_along(names)))
+    if not plan.groups:
+        return tuple(np.asarray(counts[kind[0]]) for kind in plan.kinds)
+    return (np.bincount(np.asarray(plan.groups), weights=counts),)
+
+
+def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm of each row of all leaves together, and 2**-64 times it.
+
+    A row is an index along the first axis. A norm too long for its dtype reads as the
+    largest number.
+    """
+    found = pytrees.leaves_of(tree)
+    layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves), ())
+    measured, _, _ = measure_layout(tree, found, layout, order=2.0, axis_name=None)
+    add, most = (functools.partial(f, axis=0) for f in (jnp.sum, jnp.max))
+
+    def whole(norms):
+        widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
+        each = jnp.concatenate([n.astype(widest) for n in norms])
+        return _joined(each, 2.0, add, most, lambda unit: unit[None])
+
+    norm, reduced = whole(measured.norm), whole(measured.reduced)
+    too_long = jnp.isposinf(norm) & jnp.isfinite(reduced)
+    return jnp.where(too_long, jnp.finfo(norm.dtype).max, norm), reduced
+
+
+def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
+    """Returns the norm of one number a device."""
+    if not names:
+        return norm
+    add, most = (functools.partial(f, axis_name=names) for f in (lax.psum, lax.pmax))
+    return _joined(norm, order, add, most)
+
+
+def total(
+    norms: Sequence[jax.Array], counts: Sequence[np.ndarray], order: Any, plan: Plan
+) -> jax.Array:
+    """Returns the norm of all groups together; the largest number if it is longer."""
+    power = 2.0 if order == "rms" else order
+    across = across_of(plan)
+    sizes = [
+        np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
+        for norm, count, names in zip(norms, counts, across, strict=True)
+    ]
+    parts = []
+    for norm, count, names in zip(norms, counts, across, strict=True):
+        if order == "rms":
+            share = np.sqrt(count / max(sum(sizes), 1))
+            norm = norm * share.astype(norm.dtype)
+        # Not made flat first: JAX can't, where it is sharded along an axis between.
+        part = jnp.zeros([], norm.dtype)
+        if norm.size:
+            part = _joined(norm, power, jnp.sum, jnp.max)
+        parts.append(_along(part, power, names))
+    widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
+    joined = jnp.stack([p.astype(widest) for p in parts])
+    length = combine(joined, power)
+    # An overflow, where no group is infinite itself: those are at most the largest.
+    pairs = zip(norms, across, strict=True)
+    finite = [sharding.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]
+    too_long = jnp.isposinf(length) & jnp.all(jnp.stack(finite))
+    return jnp.where(too_long, jnp.finfo(widest).max, length)
+
+
+def across_of(plan: Plan) -> list[tuple[str, ...]]:
+    """Returns the mesh axes that groups lie along, for each array of norms."""
+    if not plan.across:
+        return [()] * len(plan.kinds or (0,))
+    return [plan.across[kind[0]] for kind in plan.kinds]
+
+
+def devices_along(names: tuple[str, ...]) -> int:
+    """Returns over how many devices these mesh axes spread a leaf."""
+    return lax.psum(1, names) if names else 1
+
+
+def plan_of(
+    updates: Any,
+    found: pytrees.Leaves,
+    layout: Layout,
+    *,
+    order: Any,
+    axis_name: Any,
+    drop: bool = False,
+) -> Plan:
+    """Returns what to measure, and how the norms are laid out in arrays."""
+    names, across = sharding.axis_names(
+        axis_name, updates, found, list(layout.axes), local=not layout.groups
+    )
+    power = 2.0 if order == "rms" else order
+    roles = tuple(re.sub(r"\d+", "#", path) for path in found.paths)
+    if layout.groups:
+        return Plan(power, layout.axes, layout.groups, names, drop, roles=roles)
+    placed = list(map(sharding.placement, found.leaves))
+    # Leaves of one shape that are sharded differently have different local shapes.
+    specs = sharding.leaf_specs(axis_name, updates, found)
+    alike = kinds(found.leaves, layout.axes, names, across, placed, specs)
+    return Plan(power, layout.axes, (), names, drop, across, alike, roles)
+
+
+def check_mesh(plan: Plan) -> None:
+    """Raises if a mesh axis of the plan is not one of where this runs."""
+    sharding.check_bound({n for names in (*plan.names, *plan.across) for n in names})
+
+
+def measure_layout(
+    updates: Any, found: pytrees.Leaves, layout: Layout, *, order: Any, **how: Any
+) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
+    """Returns the norms of the groups of a layout, and how large they are."""
+    plan = plan_of(updates, found, layout, order=order, **how)
+    check_mesh(plan)
+    measured = measure(tuple(found.leaves), plan)
+    counts = entry_counts(found.leaves, plan)
+    divisors = [1.0] * len(counts)
+    if order == "rms":
+        dtypes = [n.dtype for n in measured.norm]
+        roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
+        divisors = [r.astype(d) for r, d in zip(roots, dtypes, strict=True)]
+    return _finished(measured, divisors), counts, plan
+
+
+def measure_leaves(
+    updates: Any, found: pytrees.Leaves, *, order: Any, axis_name: Any
+) -> tuple[Measured, jax.Array]:
+    """Returns the norm of each leaf, and that of all leaves together."""
+    layout = pooled(range(len(found.leaves)), found.leaves)
+    measured, counts, plan = measure_layout(
+        updates, found, layout, order=order, axis_name=axis_name
+    )
+    return measured, total(measured.norm, counts, order, plan)

@@ -1,0 +1,113 @@
+"""Finding the states of optclip in any optimizer state, and the names of leaves."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from optclip._engine import pytrees
+from optclip._engine.names import path_codes
+
+__all__ = ["Located", "find", "known", "locate", "names_of", "outside_jit"]
+
+
+class Located(NamedTuple):
+    """A state, and where it was found.
+
+    Attributes:
+        state: The state, as plain arrays.
+        groups: The labels of the groups of `optax.partition` that it is in, from the
+            outermost to the innermost; () if it is in none.
+    """
+
+    state: Any
+    groups: tuple[str, ...]
+
+
+def _plain(leaf: Any) -> Any:
+    """Returns the array in a Flax NNX variable; other leaves as they are."""
+    if isinstance(leaf, (jax.Array, np.ndarray)) or not hasattr(leaf, "get_value"):
+        return leaf
+    return leaf.get_value()
+
+
+def _is_variable(node: Any) -> bool:
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
+
+
+def outside_jit(tree: Any, name: str) -> None:
+    """Raises where the codes of paths can't be read."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"`{name}` looks up the names of leaves: call it outside of jit, on the "
+            "state that the step returned. `metrics` works inside."
+        )
+
+
+def _refuse_optimizers(opt_state: Any) -> None:
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "`opt_state` must be the state of an optimizer, got the optimizer itself. "
+            "Pass what `init` or `update` returned."
+        )
+
+
+def _groups_on(path: tuple) -> tuple[str, ...]:
+    """Returns the labels on the way to a state: `inner_states` maps them to states."""
+    return tuple(
+        str(key.key)
+        for above, key in itertools.pairwise(path)
+        if getattr(above, "name", None) == "inner_states" and hasattr(key, "key")
+    )
+
+
+def locate(
+    opt_state: Any, kinds: tuple[type, ...], groups: tuple[str, ...] = ()
+) -> list[Located]:
+    """Returns the states of these kinds in the order of the chain, the outer first."""
+    _refuse_optimizers(opt_state)
+    states: list[Located] = []
+
+    def stop(node):
+        return isinstance(node, kinds)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=stop)
+    for path, node in flat:
+        if stop(node):
+            own = groups + _groups_on(path)
+            plain = jax.tree.map(_plain, node, is_leaf=_is_variable)
+            states.append(Located(plain, own))
+            inside = getattr(node, "optimizer_state", ())
+            states += locate(inside, kinds, own)
+    return states
+
+
+def find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """Returns the states of these kinds in the order of the chain, the outer first."""
+    return [located.state for located in locate(opt_state, kinds)]
+
+
+def names_of(params: Any) -> dict[int, str]:
+    """Returns the path that each code in a state stands for."""
+    paths = pytrees.leaves_of(params).paths
+    codes = path_codes(paths)
+    return {int(c): p for c, p in zip(codes, paths, strict=False)}
+
+
+def known(codes: Any, names: dict[int, str]) -> list[tuple[int, str]]:
+    """Returns (index, path) of the leaves that a state watched."""
+    table = np.asarray(codes).reshape(-1, np.asarray(codes).shape[-1])[0].tolist()
+    (empty,) = path_codes([]).tolist()
+    missing = [c for c in table if c not in names and c != empty]
+    if missing:
+        raise ValueError(
+            f"`params` has no parameter for {len(missing)} of the {len(table)} leaves "
+            "that the state watched. Pass the parameters that the optimizer was "
+            "initialised with."
+        )
+    return [(i, names[c]) for i, c in enumerate(table) if c in names]

@@ -1,0 +1,69 @@
+"""Arithmetic that holds at the edges of a dtype, and its derivatives at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "LAST_COUNT",
+    "increment",
+    "largest_of",
+    "quotient",
+    "root_of",
+    "usable_unit",
+]
+
+# A counter that has reached this stays there, as Optax's do.
+LAST_COUNT = 2**31 - 1
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """Returns ``count + 1``, or the largest int32 once that is reached."""
+    return jnp.minimum(count, LAST_COUNT - 1) + 1
+
+
+@jax.custom_jvp
+def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Returns ``numerator / denominator``, with a derivative that squares neither.
+
+    JAX's own derivative divides by the square of the denominator, which underflows from
+    1e-23 on in float32.
+    """
+    return numerator / denominator
+
+
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    (top, bottom), (top_dot, bottom_dot) = primals, tangents
+    value = top / bottom
+    return value, top_dot / bottom - value * (bottom_dot / bottom)
+
+
+def usable_unit(length: jax.Array) -> jax.Array:
+    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
+    known = (length > 0) & (length < jnp.inf)
+    return jnp.where(known, jnp.minimum(length, jnp.finfo(length.dtype).max / 16), 1.0)
+
+
+def root_of(total: jax.Array, order: float = 2.0) -> jax.Array:
+    """Returns the root of that order, with derivative 0 at 0; of NaN, NaN."""
+    zero = total == 0
+    safe = jnp.where(zero, 1.0, total)
+    root = jnp.sqrt(safe) if order == 2.0 else safe ** (1 / order)
+    return jnp.where(zero, 0.0, root)
+
+
+def largest_of(
+    values: jax.Array, add: Callable = jnp.sum, most: Callable = jnp.max
+) -> jax.Array:
+    """Returns the maximum of non-negative ``values``, NaN if one of them is NaN.
+
+    ``add`` and ``most`` reduce over entries or devices. XLA's all-reduce of maxima
+    drops NaN, so NaN takes part as infinity, and a sum tells where it was.
+    """
+    nan = jnp.isnan(values)
+    top = most(jnp.where(nan, jnp.inf, values))
+    return jnp.where(add(nan.astype(jnp.int32)) > 0, jnp.nan, top)

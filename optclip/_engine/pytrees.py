@@ -1,0 +1,93 @@
+"""The leaves of a pytree that hold real or complex numbers, and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax import LookaheadParams, MaskedNode
+
+from optclip._engine.names import leaf_names
+
+__all__ = ["Leaves", "is_measured", "leaves_of", "matching", "trained"]
+
+
+class Leaves(NamedTuple):
+    """The leaves of a tree that hold real or complex numbers, and the way back.
+
+    Attributes:
+        leaves: The measured leaves, in the order of the tree.
+        paths: Their paths, as "encoder/0/kernel".
+        rebuild: Puts a list of new leaves in their place.
+        absent: How many entries of the tree are None.
+    """
+
+    leaves: list[jax.Array]
+    paths: list[str]
+    rebuild: Callable[[list], Any]
+    absent: int = 0
+
+
+def is_measured(leaf: Any) -> bool:
+    """Returns whether a leaf holds real or complex numbers."""
+    if isinstance(leaf, (float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def trained(tree: Any) -> Any:
+    """Returns the parameters that gradients are of: `optax.lookahead` has two sets."""
+    return tree.fast if isinstance(tree, LookaheadParams) else tree
+
+
+def leaves_of(tree: Any) -> Leaves:
+    """Returns the measured leaves of ``tree``; of `LookaheadParams`, the fast ones."""
+    if isinstance(tree, LookaheadParams):
+        fast = leaves_of(tree.fast)
+        return fast._replace(rebuild=lambda new: tree._replace(fast=fast.rebuild(new)))
+    values, treedef = jax.tree.flatten(tree)
+    names = leaf_names(tree)
+    at = [i for i, leaf in enumerate(values) if is_measured(leaf)]
+
+    def rebuild(new):
+        out = list(values)
+        for i, leaf in zip(at, new, strict=True):
+            out[i] = leaf
+        return jax.tree.unflatten(treedef, out)
+
+    leaves = [
+        x if isinstance(x, jax.Array) or hasattr(x, "aval") else _abstract_or_array(x)
+        for x in (values[i] for i in at)
+    ]
+    entries = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    absent = sum(x is None for x in entries)
+    return Leaves(leaves, [names[i] for i in at], rebuild, absent)
+
+
+def _abstract_or_array(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, MaskedNode)
+
+
+def matching(updates: Any, params: Any) -> list[jax.Array]:
+    """Returns the leaves of ``params`` that stand where ``updates`` is measured."""
+    pairs = []
+
+    def visit(update, param):
+        if not _is_hole(update) and is_measured(update):
+            pairs.append(jnp.asarray(param))
+
+    try:
+        jax.tree.map(visit, trained(updates), trained(params), is_leaf=_is_hole)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "`params` must have the structure of the updates. Pass the parameters that "
+            f"the gradients belong to. JAX says: {error}"
+        ) from error
+    return pairs

@@ -1,0 +1,215 @@
+"""The mesh axes that leaves are sharded over, and collectives along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optclip._engine.pytrees import Leaves, is_measured, leaves_of, trained
+
+__all__ = [
+    "axis_names",
+    "check_bound",
+    "leaf_axes",
+    "leaf_specs",
+    "lying_like",
+    "most",
+    "on_all",
+    "placement",
+    "spread_over",
+    "varying",
+    "zeros_of",
+]
+
+
+def zeros_of(tree: Any) -> Any:
+    """Returns zeros, float32 or complex64, for measured leaves, and None for others."""
+
+    def zeros(x):
+        if not is_measured(x):
+            return None
+        complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+        zero = jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
+        return lying_like(zero, x)
+
+    return jax.tree.map(zeros, trained(tree))
+
+
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """Returns the manual mesh axes that ``x`` varies over, as its type says."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    names = getattr(manual, "varying", None) if manual is not None else None
+    if names is None:
+        names = getattr(kind, "vma", frozenset())
+    return tuple(sorted(names))
+
+
+def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
+    """Returns ``tree`` as something that varies over these mesh axes."""
+
+    def spread(x):
+        missing = tuple(n for n in names if n not in varying(x))
+        if not missing:
+            return x
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return getattr(lax, "pvary")(x, missing)  # noqa: B009 (JAX before 0.7)
+
+    return jax.tree.map(spread, tree)
+
+
+def placement(x: Any) -> tuple:
+    """Returns how the type of ``x`` says it is sharded: () but in explicit mode."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return ()
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
+    names = tuple(spec) if spec is not None else ()
+    return names if any(n is not None for n in names) else ()
+
+
+def lying_like(tree: Any, x: Any) -> Any:
+    """Returns ``tree``; what is as large as ``x`` in it is sharded like it."""
+    if not placement(x):
+        return tree
+    return jax.tree.map(
+        lambda y: y + jnp.zeros_like(x, y.dtype) if y.shape == x.shape else y, tree
+    )
+
+
+def _flat(entries: Any) -> tuple[str, ...]:
+    names: list[str] = []
+    for entry in entries:
+        names += [] if entry is None else [entry] if isinstance(entry, str) else entry
+    return tuple(sorted(set(names)))
+
+
+def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes to sum a leaf over, and those that its groups lie along."""
+    if not _is_names(spec):
+        raise ValueError(
+            '`axis_name` must be the name of a mesh axis or several, "auto", or a tree '
+            f"of names or PartitionSpecs, got {spec!r}."
+        )
+    if not _is_spec(spec):
+        return _flat([spec] if isinstance(spec, str) else spec or ()), ()
+    names = _flat([spec[a] for a in axes if a < len(spec)])
+    return names, tuple(n for n in _flat(spec) if n not in names)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)
+
+
+def _is_names(node: Any) -> bool:
+    plain = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+    return (
+        node is None
+        or isinstance(node, str)
+        or _is_spec(node)
+        or (plain and all(isinstance(n, str) for n in node))
+    )
+
+
+def _mapped() -> tuple[set[str], set[str]]:
+    """Returns the mesh axes that types tell of here, and those that none tells of.
+
+    No type does in `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``.
+    """
+    here = set(jax.sharding.get_abstract_mesh().manual_axes)
+    told = {n for n in here if n in varying(lax.axis_index(n))}
+    return told, here - told
+
+
+def check_bound(names: Iterable[str]) -> None:
+    """Raises unless these are mesh axes that this code is mapped over."""
+    for name in names:
+        try:
+            lax.axis_index(name)
+        except (NameError, KeyError) as error:
+            here = sorted(jax.sharding.get_abstract_mesh().manual_axes)
+            raise ValueError(
+                f"`axis_name` names {name!r}, which is no mesh axis here, but "
+                f"{here or 'nothing'} is. It is for use inside `jax.shard_map` or "
+                "`jax.pmap`; under `jax.jit` leave it out."
+            ) from error
+
+
+def _for_each_leaf(axis_name: Any, tree: Any, count: int) -> list[Any]:
+    if _is_names(axis_name):
+        return [axis_name] * count
+    wanted: list[Any] = []
+
+    def visit(spec, subtree):
+        wanted.extend([spec] * len(leaves_of(subtree).leaves))
+
+    try:
+        jax.tree.map(visit, axis_name, trained(tree), is_leaf=_is_names)
+    except ValueError as error:
+        raise ValueError(
+            "`axis_name` must be laid out as the updates, or as the first levels "
+            f"of them. JAX says: {error}"
+        ) from error
+    return wanted
+
+
+def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
+    """Returns the PartitionSpec of each leaf; () where only names are given."""
+    each = _for_each_leaf(axis_name, tree, len(found.leaves))
+    return tuple(tuple(spec) if _is_spec(spec) else () for spec in each)
+
+
+def axis_names(
+    axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Returns the mesh axes of each leaf: those to sum over, those groups lie along."""
+    count = len(found.leaves)
+    if axis_name is None:
+        return ((),) * count, ((),) * count
+    if isinstance(axis_name, str) and axis_name == "auto":
+        untold = sorted(_mapped()[1])
+        if untold:
+            raise ValueError(
+                '`axis_name="auto"` asks the types of leaves along which mesh axes '
+                f"they are cut, and in `jax.pmap` or with `check_vma=False` they don't "
+                f"tell about {untold}. Name the axes or give PartitionSpecs; "
+                "leave it out for gradients that are averaged already."
+            )
+        names = tuple(varying(x) for x in found.leaves)
+        if local and any(names):
+            raise ValueError(
+                '`axis_name="auto"` can\'t tell along which axes a leaf is sharded, '
+                "which layers and units need. Give the tree of PartitionSpecs of the "
+                "updates instead."
+            )
+        return names, ((),) * count
+    wanted = _for_each_leaf(axis_name, tree, count)
+    pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
+    sums, groups = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+    if not local:  # a leaf that is whole by its type is counted once
+        told = _mapped()[0]
+        sums = tuple(
+            tuple(n for n in names if n not in told or n in varying(x))
+            for names, x in zip(sums, found.leaves, strict=True)
+        )
+    return sums, groups
+
+
+def leaf_axes(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that each leaf is sharded over."""
+    axes = [tuple(range(x.ndim)) for x in found.leaves]
+    return axis_names(axis_name, tree, found, axes, local=False)[0]
+
+
+def most(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Returns the largest value over the devices along these mesh axes."""
+    return lax.pmax(x, names) if names else x
+
+
+def on_all(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Returns whether a flag is set on all devices along these mesh axes."""
+    return most((~flag).astype(jnp.int32), names) == 0

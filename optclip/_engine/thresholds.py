@@ -1,0 +1,288 @@
+"""Thresholds that the user gives: a number, an array, a schedule, or a map by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip._engine import grouping, validation
+from optclip._engine.rule import Limit, Rule
+
+__all__ = [
+    "as_rule",
+    "by_name",
+    "constant",
+    "fixed",
+    "interval",
+    "limit_at",
+    "schedule",
+    "stateless",
+]
+
+
+def stateless(limit_of: Callable, name: str, *, needs_norms: bool = False) -> Rule:
+    return Rule(
+        init=lambda norm: (),
+        update=lambda norm, state, context: (limit_of(norm, context), state),
+        name=name,
+        needs_norms=needs_norms,
+    )
+
+
+def limit_at(threshold: jax.typing.ArrayLike, norm: jax.Array) -> Limit:
+    value = jnp.asarray(threshold).astype(norm.dtype)
+    return Limit(value, value)
+
+
+def constant(value: jax.typing.ArrayLike) -> Rule:
+    """Returns the rule whose threshold is ``value``, always.
+
+    Args:
+        value: The threshold, in the units of the norm: a number of at least 0, or an
+            array that broadcasts against the norms (in leaf scope, one a leaf). 0 clips
+            everything to zero, inf nothing. An array is not checked; its entries that
+            are negative or NaN count as 0.
+
+    Returns:
+        A stateless rule.
+
+    Raises:
+        ValueError: If a number is negative or NaN.
+        TypeError: If it is no number.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.constant(1.0))
+    """
+    validation.threshold(value=value)
+    return stateless(lambda norm, context: limit_at(value, norm), "constant")
+
+
+def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
+    """Returns the rule whose threshold is ``fn(step)``: any Optax schedule.
+
+    Args:
+        fn: A function from the number of updates so far (int32, 0 at the first) to the
+            threshold. Values that are negative or NaN count as 0.
+
+    Returns:
+        A stateless rule; the step is counted by the clip.
+
+    Raises:
+        TypeError: If ``fn`` can't be called.
+
+    Example:
+        >>> import optax, optclip
+        >>> warm_up = optax.linear_schedule(10.0, 1.0, transition_steps=100)
+        >>> tx = optclip.clip(optclip.rules.schedule(warm_up))
+    """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function of the step, got {fn!r}.")
+
+    def limit_of(norm, context):
+        value = fn(context.step)
+        if isinstance(value, tuple):
+            raise TypeError(
+                "The threshold is a function, and so a schedule: it must return a "
+                f"number for each step, got a {type(value).__name__}. If it makes a "
+                "rule, call it, as in `optclip.rules.constant(1.0)`."
+            )
+        return limit_at(value, norm)
+
+    return stateless(limit_of, "schedule")
+
+
+def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
+    """Returns the rule that allows values between ``low`` and ``high``: element scope.
+
+    Args:
+        low: The smallest value allowed.
+        high: The largest value allowed.
+
+    Returns:
+        A stateless rule, for `scopes.element` and real leaves only.
+
+    Raises:
+        ValueError: If ``low`` is above ``high``, or one of them is NaN.
+    """
+    validation.ordered(low=low, high=high)
+
+    def limit_of(norm, context):
+        del context
+        top, bottom = jnp.asarray(high, norm.dtype), jnp.asarray(low, norm.dtype)
+        return Limit(jnp.maximum(jnp.abs(top), jnp.abs(bottom)), top, bottom)
+
+    return stateless(limit_of, "interval")._replace(elements_only=True)
+
+
+def fixed(value: Any, name: str = "value") -> Rule:
+    """Returns the rule of a threshold given by the user, whatever form it has.
+
+    Args:
+        value: A number or array, as for `constant`, a function, as for `schedule`, or a
+            map, as for `by_name`.
+        name: How messages call it.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: If a number is negative or NaN.
+        TypeError: If it is none of these.
+
+    Example:
+        >>> import optclip
+        >>> optclip.rules.fixed(1.0).name
+        'constant'
+    """
+    if isinstance(value, Mapping):
+        return by_name(value)
+    if callable(value):
+        return schedule(value)
+    validation.threshold(**{name: value})
+    return constant(value)
+
+
+def as_rule(value: Any, name: str) -> Rule:
+    """Returns ``value`` if it is a rule, else the rule that has it for a threshold."""
+    if isinstance(value, Rule):
+        return value
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"`{name}` must be a rule of `optclip.rules`, a number, an array, a "
+            "schedule or a map from label or path pattern to one of these, got a "
+            f"{type(value).__name__}."
+        )
+    return fixed(value, name)
+
+
+def _of(name: Any, value: Any) -> Rule:
+    """Returns the rule of the threshold that ``name`` has in a table."""
+    return as_rule(value, f"table[{name!r}]")
+
+
+def _found(table: Any, name: Any) -> Any:
+    """Returns what a table says of a group: by its label first, then by patterns."""
+    if not isinstance(table, Mapping):
+        return table(name)
+    if name in table:
+        return table[name]
+    return grouping.lookup(table, name, "rule") if isinstance(name, str) else None
+
+
+def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
+    values = [_found(table, name) for name in names]
+    missing = [name for name, v in zip(names, values, strict=True) if v is None]
+    if missing:
+        known = f" It has {list(table)}." if isinstance(table, Mapping) else ""
+        raise ValueError(
+            f"`by_name` has no threshold for the group {missing[0]!r}.{known} Add its "
+            'label or a pattern that `re.search` finds in it; "" matches every name, '
+            "and inf leaves a group unclipped."
+        )
+    distinct: list[Any] = []
+    which = []
+    for value in values:
+        same = [k for k, v in enumerate(distinct) if v is value]
+        which.append(same[0] if same else len(distinct))
+        distinct += [] if same else [value]
+    said = [names[which.index(k)] for k in range(len(distinct))]
+    each = [_of(name, v) for name, v in zip(said, distinct, strict=True)]
+    if any(r.elements_only or r.for_groups for r in each) and len(each) > 1:
+        raise ValueError(
+            "`by_name` takes numbers, schedules and rules of norms, got "
+            f"`{next(r.name for r in each if r.elements_only or r.for_groups)}`."
+        )
+    return each[0] if len(each) == 1 else _selected(each, np.asarray(which))
+
+
+def _selected(each: list[Rule], which: np.ndarray) -> Rule:
+    """Returns the rule of an array of norms of which each row has one of several."""
+
+    def init(norm):
+        return tuple(rule.init(norm) for rule in each)
+
+    def update(norm, state, context):
+        row = which.reshape(-1, *(1,) * (norm.ndim - 1))
+        limits, after = [], []
+        for rule, own in zip(each, state, strict=True):
+            limit, new = rule.update(norm, own, context)
+            limits.append(limit)
+            after.append(new)
+
+        def pick(*values):
+            out = jnp.broadcast_to(
+                jnp.asarray(values[0]).astype(norm.dtype), norm.shape
+            )
+            for k, value in enumerate(values[1:], 1):
+                out = jnp.where(row == k, jnp.asarray(value).astype(norm.dtype), out)
+            return out
+
+        return Limit(*map(pick, *(li[:2] for li in limits))), tuple(after)
+
+    return Rule(init, update, "by_name")
+
+
+def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
+    """Returns the rule that gives each group the threshold of its label or path.
+
+    A map means this rule where it is given for a threshold, to `optclip.clip` or to a
+    clip with a fixed threshold: ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
+
+    | scope                   | a group is found by                                   |
+    | ----------------------- | ----------------------------------------------------- |
+    | label                   | its label, or a pattern in it                         |
+    | leaf, layer, unit       | a pattern in the path of its leaf                     |
+    | element                 | a pattern in the path of its leaf                     |
+    | tree                    | refused: there is one group                           |
+
+    The first key that is equal to the name counts, then the first pattern, a regular
+    expression for `re.search`, that is found in it; the pattern ``""`` is found in all.
+    A key that finds no group is ignored: `optclip.leaf_metrics` has the threshold that
+    each leaf got.
+
+    Args:
+        table: A map from label or pattern to a number, a schedule or a rule, or a
+            function of the name that returns one of these.
+
+    Returns:
+        A rule whose state holds that of each rule in ``table``, for all groups.
+
+    Raises:
+        TypeError: If ``table`` is neither a map nor a function.
+        ValueError: If it is empty or holds a negative number; when the updates are
+            first seen, if a group has no threshold.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> scope = optclip.scopes.label(lambda path: path.split("/")[0])
+        >>> tx = optclip.clip({"encoder": 5.0, "decoder": 1.0}, scope=scope)
+        >>> grads = {"encoder": jnp.array([8.0]), "decoder": jnp.array([8.0])}
+        >>> out, _ = tx.update(grads, tx.init(grads))
+        >>> float(out["encoder"][0]), float(out["decoder"][0])
+        (5.0, 1.0)
+    """
+    if isinstance(table, Mapping):
+        if not table:
+            raise ValueError("`table` must have a threshold for each group, got {}.")
+        for name, value in table.items():
+            _of(name, value)
+    elif not callable(table):
+        raise TypeError(
+            "`table` must be a map from label or pattern to a threshold, or a function "
+            f"of the name of a group, got {table!r}."
+        )
+
+    def unbound(*args):
+        raise ValueError(
+            "Thresholds by name need groups that have names: use them in "
+            "`optclip.clip` and the named clips, in any scope but the tree."
+        )
+
+    return Rule(
+        unbound, unbound, "by_name", for_groups=lambda names: _for_groups(table, names)
+    )

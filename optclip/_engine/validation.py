@@ -1,0 +1,217 @@
+"""Checks on hyperparameters, made once, when a transformation is built.
+
+A hyperparameter may be a tracer (`optax.inject_hyperparams` makes it one), and a tracer
+has no truth value. Every check therefore looks at Python and NumPy numbers and lets JAX
+arrays, tracers and schedules pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def concrete(value: Any) -> Any:
+    """Returns ``value`` if it is a number or NumPy array known now, else None."""
+    is_number = isinstance(value, (int, float, np.generic, np.ndarray))
+    return None if isinstance(value, bool) or not is_number else value
+
+
+def _require(rule: str, holds, named: dict[str, Any]) -> None:
+    for name, value in named.items():
+        if isinstance(value, (bool, str, bytes, type(None), complex)):
+            raise TypeError(
+                f"`{name}` must be a number {rule}, got {value!r} of type "
+                f"{type(value).__name__}."
+            )
+        if callable(value):
+            raise TypeError(
+                f"`{name}` must be a number {rule}, got a function. To have it follow "
+                "a schedule, wrap the transformation in `optax.inject_hyperparams`."
+            )
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` must be a number {rule} or an array, got a map. Where it "
+                "differs from group to group, give `optclip.clip` a rule for each: "
+                "`optclip.clip(optclip.rules.by_name({pattern: rule}), scope=...)`."
+            )
+        number = concrete(value)
+        if number is None and not hasattr(value, "dtype"):
+            raise TypeError(
+                f"`{name}` must be a number {rule} or an array, got {value!r} of type "
+                f"{type(value).__name__}."
+            )
+        if number is not None and not np.all(holds(number)):
+            raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+
+
+def positive(**named: Any) -> None:
+    """Raises for the first number that is not above zero (NaN is not)."""
+    _require("> 0", lambda x: x > 0, named)
+
+
+def non_negative(**named: Any) -> None:
+    """Raises for the first number that is not zero or above (NaN is not)."""
+    _require(">= 0", lambda x: x >= 0, named)
+
+
+def threshold(**named: Any) -> None:
+    """Raises for the first threshold that is not a number of at least 0."""
+    for name, value in named.items():
+        if value is None:
+            raise TypeError(
+                f"`{name}` must be a number >= 0, got None. Pass inf to switch the "
+                "clip off."
+            )
+    non_negative(**named)
+
+
+def fraction(**named: Any) -> None:
+    """Raises for the first number that is not between 0 and 1 (NaN is not)."""
+    _require("between 0 and 1", lambda x: (x >= 0) & (x <= 1), named)
+
+
+def decay(**named: Any) -> None:
+    """Raises for the first number that is not at least 0 and below 1 (NaN is not)."""
+    _require(">= 0 and < 1", lambda x: (x >= 0) & (x < 1), named)
+
+
+def percentile(**named: Any) -> None:
+    """Raises for the first number that is not between 0 and 100 (NaN is not)."""
+    _require("between 0 and 100", lambda x: (x >= 0) & (x <= 100), named)
+
+
+def not_nan(**named: Any) -> None:
+    """Raises for the first number that is NaN."""
+    _require("other than NaN", lambda x: x == x, named)
+
+
+def size(name: str, value: Any, least: int = 1) -> int:
+    """Returns an int of at least ``least`` that shapes arrays of the state."""
+    value = value.value if isinstance(value, Static) else value
+    known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if known and value >= least:
+        return int(value)
+    hint = ""
+    if hasattr(value, "dtype") and not known:
+        hint = (
+            " It shapes the state, so it can't be an array; under "
+            f'`optax.inject_hyperparams` pass `static_args=("{name}",)`.'
+        )
+    raise ValueError(f"`{name}` must be an int >= {least}, got {value!r}.{hint}")
+
+
+def steps(**named: Any) -> None:
+    """Raises for the first number of steps that is not whole and at least 0."""
+    _require("a whole number >= 0", lambda x: (x >= 0) & (x == np.floor(x)), named)
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    """Raises unless ``value`` is one of the ``allowed`` strings."""
+    if value not in allowed:
+        options = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+
+
+class Static:
+    """A default number that shapes the program, and so must never be traced.
+
+    `optax.inject_hyperparams` makes every int and float an array; this is neither.
+    """
+
+    def __init__(self, value: int):
+        """Holds ``value``."""
+        self.value = value
+
+    def __repr__(self) -> str:
+        """Looks like the number."""
+        return repr(self.value)
+
+    def __float__(self) -> float:
+        """Is the number."""
+        return float(self.value)
+
+
+EUCLIDEAN: Any = Static(2)
+
+
+def order(value: Any) -> float | str:
+    """Returns a norm's order as a static value: a float of at least 1, inf or "rms"."""
+    if isinstance(value, str) and value == "rms":
+        return "rms"
+    value = float(value) if isinstance(value, Static) else value
+    known = isinstance(value, (int, float, np.generic)) and not isinstance(value, bool)
+    if known and float(value) >= 1:
+        return float(value)
+    hint = ""
+    if not known and hasattr(value, "dtype"):
+        hint = (
+            " The order shapes the compiled program, so it can't be an array; under "
+            '`optax.inject_hyperparams` pass `static_args=("ord",)`.'
+        )
+    raise ValueError(f'`ord` must be a number >= 1, inf or "rms", got {value!r}.{hint}')
+
+
+def ordered(*, low: Any, high: Any) -> None:
+    """Raises unless ``low`` is at most ``high``, as far as both are known now."""
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, (bool, str, bytes, type(None), complex)):
+            raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    a, b = concrete(low), concrete(high)
+    if (a is not None and not a == a) or (b is not None and not b == b):
+        raise ValueError(f"`low` and `high` must not be NaN, got {low!r} and {high!r}.")
+    if a is not None and b is not None and not np.all(np.asarray(a) <= b):
+        raise ValueError(f"`low` must be at most `high`, got {low!r} and {high!r}.")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns ``value``, which must be True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def instance(name: str, value: Any, kind: type, described: str) -> None:
+    """Raises unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__} {described}, got {value!r}."
+        )
+
+
+def floating(name: str, value: Any) -> None:
+    """Raises unless ``value`` names a dtype of real numbers."""
+    try:
+        known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"`{name}` must be a floating dtype such as jnp.float32, got {value!r}."
+        )
+
+
+def transformation(**named: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the one transformation given, which then takes extra arguments."""
+    ((name, value),) = named.items()
+    if isinstance(value, optax.MultiSteps):
+        raise TypeError(
+            f"`{name}` must be a transformation, got `optax.MultiSteps`: pass what its "
+            "method `gradient_transformation()` returns."
+        )
+    inner = getattr(value, "tx", None)
+    if isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an Optax transformation, got {type(value).__name__}, "
+            "which holds one: pass its `tx`."
+        )
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an Optax transformation, such as `optax.adamw(1e-3)`, "
+            f"got {value!r}."
+        )
+    return optax.with_extra_args_support(value)

@@ -1,0 +1,219 @@
+"""Matrices and vectors with their singular values bounded, and the derivatives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip._engine.numerics import root_of
+
+__all__ = ["METHODS", "clipped"]
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _by_svd(x: jax.Array, cap: jax.Array) -> jax.Array:
+    left, values, right = jnp.linalg.svd(x, full_matrices=False)
+    # The excess is subtracted, so that what is not clipped keeps its digits.
+    over = jnp.maximum(values - cap[..., 0], 0.0)
+    clipped = x - (left * over[..., None, :]) @ right
+    # Far above the cap nothing would be left of them.
+    rebuilt = (left * jnp.minimum(values, cap[..., 0])[..., None, :]) @ right
+    far = values[..., :1, None] > FAR_ABOVE * cap
+    clipped = jnp.where(far, rebuilt, clipped)
+    return jnp.where(jnp.any(over > 0, axis=-1)[..., None, None], clipped, x)
+
+
+FAR_ABOVE = 4  # from here on the difference above has fewer digits than a product
+MOST_CAPS = 1e3  # beyond, no iteration below converges in its number of steps
+
+
+def _norm(x: jax.Array, axes: Any = (-2, -1)) -> jax.Array:
+    return root_of(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+def _sign(x: jax.Array, steps: int) -> jax.Array:
+    """Returns U Vt of x = U S Vt, by the cubic Newton-Schulz iteration."""
+    size = _norm(x)
+    x = x / jnp.where(size > 0, size, 1.0)
+
+    def step(_, y):
+        return 1.5 * y - 0.5 * (y @ _transposed(y)) @ y
+
+    return jax.lax.fori_loop(0, steps, step, x)
+
+
+def _hardcap(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns ``x``, in units of the cap, with singular values bounded by 1."""
+    del like
+    sign = _sign(x, 30)
+    rest = sign - x
+    return 0.5 * (sign + x - rest @ (_transposed(_sign(rest, 30)) @ sign))
+
+
+def _soft(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns (I + x xt)^(-1/2) ``like``, by a coupled Newton-Schulz iteration."""
+    gram = x @ _transposed(x)
+    one = jnp.eye(x.shape[-2], dtype=x.dtype).reshape(
+        (1,) * (x.ndim - 2) + gram.shape[-2:]
+    )
+    eye = jnp.broadcast_to(one, gram.shape)
+    rows = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
+    top = 1 + rows  # no eigenvalue of I + gram is larger
+    start = (eye + gram) / top
+
+    def step(_, pair):
+        a, b = pair
+        middle = 0.5 * (3 * eye - b @ a)
+        return a @ middle, middle @ b
+
+    _, inverse_root = jax.lax.fori_loop(0, 20, step, (start, eye))
+    return (inverse_root @ like) / jnp.sqrt(top)
+
+
+METHODS = ("svd", "hardcap", "soft")
+ITERATIONS = {"hardcap": _hardcap, "soft": _soft}
+
+
+def _matrix(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
+    """Returns wide matrices with their singular values bounded."""
+    if method == "svd":
+        return _by_svd(y, bound)
+    y = y * jnp.minimum(1.0, MOST_CAPS * (bound / jnp.where(size > 0, size, 1.0)))
+    out = ITERATIONS[method](y / bound, y)
+    return bound * out if method == "hardcap" else out
+
+
+def _vector(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
+    """Returns a leaf of rank 0 or 1 with its norm bounded, in units of the cap."""
+    size = jnp.where(size > 0, size, 1.0)
+    return y / size * (size / jnp.hypot(bound, size) if method == "soft" else 1.0)
+
+
+def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns a leaf and the cap in a unit near the largest entry; unit, and norm.
+
+    The powers of such entries can't overflow. The unit is a power of two, and no larger
+    than has a normal inverse.
+    """
+    axes, info = tuple(range(x.ndim))[-2:], jnp.finfo(x.dtype)
+    top = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
+    top = jnp.clip(top, info.tiny * 16, info.max / 16)
+    unit = jnp.exp2(jnp.floor(jnp.log2(top)))
+    y = x * (1 / unit)
+    return y, jnp.maximum(cap / unit, info.tiny), unit, _norm(y, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
+    """Returns one finite leaf with its singular values bounded by ``cap``."""
+    if x.size == 0:
+        return x
+    y, bound, unit, size = _in_units(x, cap)
+    if method != "soft":  # an infinite one, too
+        bound = jnp.minimum(bound, 2 * jnp.maximum(size, 1e-3))
+    if x.ndim < 2:
+        # In units of the cap: in those of the leaf it may be subnormal.
+        out = _vector(y, bound, size, method) * cap
+        short = (size <= bound) if method != "soft" else (size < 1e-5 * bound)
+        return jnp.where(cap > 0, jnp.where(short, x, out), jnp.zeros_like(x))
+    if x.shape[-2] > x.shape[-1]:
+        out = _transposed(_matrix(_transposed(y), bound, size, method))
+    else:
+        out = _matrix(y, bound, size, method)
+    kept = out == y
+    if method != "soft":  # no singular value is larger than the norm of all together
+        kept |= size <= bound
+    out = jnp.where(kept, x, out * unit)
+    return jnp.where(cap > 0, out, jnp.zeros_like(x))
+
+
+@clipped.defjvp
+def _clipped_jvp(method, primals, tangents):
+    """Differentiates in units of the leaf, where nothing overflows."""
+    (x, cap), (x_dot, cap_dot) = primals, tangents
+    out = clipped(x, cap, method)
+    if x.size == 0:
+        return out, x_dot
+    y, bound, _, size = _in_units(x, cap)
+    bound = jnp.minimum(bound, 1e30)  # far above every entry, and not infinite
+    if x.ndim < 2:
+        slope = _vector_slope(y, bound, size, x_dot, cap_dot, method)
+    elif x.shape[-2] > x.shape[-1]:
+        turned = _transposed(y), bound, size, _transposed(x_dot), cap_dot
+        slope = _transposed(_matrix_slope(*turned, method))
+    else:
+        slope = _matrix_slope(y, bound, size, x_dot, cap_dot, method)
+    return out, jnp.where(cap > 0, slope, jnp.zeros_like(slope))
+
+
+def _parts(y, size, x_dot, axes):
+    """Returns the direction of a leaf, and its tangent along and across it."""
+    way = y / jnp.where(size > 0, size, 1.0)
+    along = way * jnp.sum(way * x_dot, axis=axes, keepdims=True)
+    return way, along, x_dot - along
+
+
+def _vector_slope(y, bound, size, x_dot, cap_dot, method):
+    way, along, across = _parts(y, size, x_dot, tuple(range(y.ndim)))
+    if method == "soft":  # cap * h(r) with h(r) = r / sqrt(1 + r**2)
+        whole = jnp.hypot(bound, size)
+        share, rise = bound / whole, (size / whole) ** 3
+        return share * across + share**3 * along + cap_dot * rise * way
+    over = size > bound
+    share = jnp.where(over, bound / jnp.where(over, size, 1.0), 1.0)
+    one = over.astype(y.dtype)
+    return share * across + (1 - one) * along + cap_dot * one * way
+
+
+def _matrix_slope(y, bound, size, x_dot, cap_dot, method):
+    if method == "svd":
+        return _svd_slope(y, bound, x_dot, cap_dot)
+    way, _, across = _parts(y, size, x_dot, (-2, -1))
+    known = jnp.where(size > 0, size, 1.0)
+    far = size > MOST_CAPS * bound
+    x = jnp.where(far, MOST_CAPS * way, y / jnp.where(far, known, bound))
+    kept = (size <= bound) & (method == "hardcap")
+    x = jnp.where(kept, 0.0, x)
+    # The tangent of x times the cap.
+    move = jnp.where(far, MOST_CAPS * (bound / known) * across, x_dot - cap_dot * x)
+    value, slope = jax.jvp(lambda x: ITERATIONS[method](x, x), (x,), (move,))
+    return jnp.where(kept, x_dot, slope + cap_dot * value)
+
+
+def _svd_slope(y, bound, x_dot, cap_dot):
+    """Returns the derivative of U min(S, c) Vt, by the divided differences of min.
+
+    JAX's derivative of the SVD divides by the differences of the singular values, and
+    so is not finite where two are the same; what it is multiplied by vanishes there.
+    """
+    left, s, right = jnp.linalg.svd(y, full_matrices=False)
+    cap = bound[..., 0]
+    over, ends = s > cap, jnp.minimum(s, cap)
+    share = jnp.where(over, cap / jnp.where(over, s, 1.0), 1.0)
+
+    def pairs(f, a):
+        return f(a[..., :, None], a[..., None, :])
+
+    mixed = pairs(jnp.logical_xor, over)
+    gaps = jnp.where(mixed, pairs(jnp.subtract, s), 1.0)
+    same = 1 - pairs(jnp.logical_and, over).astype(s.dtype)
+    even = jnp.where(mixed, pairs(jnp.subtract, ends) / gaps, same)
+    total = pairs(jnp.add, s)
+    odd = jnp.where(
+        total > 0, pairs(jnp.add, ends) / jnp.where(total > 0, total, 1.0), 1.0
+    )
+    mid = _transposed(left) @ x_dot @ _transposed(right)
+    turned = _transposed(mid)
+    inner = 0.5 * (even * (mid + turned) + odd * (mid - turned))
+    one = jnp.expand_dims(jnp.eye(s.shape[-1], dtype=s.dtype), tuple(range(s.ndim - 1)))
+    inner = inner + cap_dot * one * over[..., None, :]
+    outside_left = (x_dot @ _transposed(right) - left @ mid) * share[..., None, :]
+    outside_right = share[..., :, None] * (_transposed(left) @ x_dot - mid @ right)
+    slope = left @ (inner @ right + outside_right) + outside_left @ right
+    return jnp.where(jnp.any(over, axis=-1)[..., None, None], slope, x_dot)

@@ -1,0 +1,246 @@
+"""AdaGC: each leaf, relative to the running average of its clipped norms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment, quotient
+from optclip._engine.rule import Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods._history import (
+    RECORDS,
+    check_escape,
+    counts,
+    first_run,
+    floats,
+    in_a_row,
+    one,
+    recorded_norm,
+    remembering,
+)
+
+__all__ = ["LevelState", "adagc", "ema_ratio", "level_rule"]
+
+
+class LevelState(NamedTuple):
+    """State of `ema_ratio` and `max_ema`.
+
+    Attributes:
+        ema_norm: float32, one per group. The running average; 0 at first.
+        recorded: int32, one per group. How many norms were recorded.
+        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
+            norm; None with ``escape_steps=None``.
+    """
+
+    ema_norm: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def ema_ratio(
+    ratio: jax.typing.ArrayLike,
+    *,
+    decay: jax.typing.ArrayLike,
+    record: str = "clipped",
+    warmup_steps: jax.typing.ArrayLike = 0,
+    warmup_threshold: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike = 0.0,
+    floor: jax.typing.ArrayLike = 0.0,
+    escape_steps: int | None = 200,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of AdaGC: a multiple of a running average of the norm.
+
+    With the average g, the threshold is t = ratio * max(g, eps), and then
+    g = decay * g + (1 - decay) * m, where m is the norm recorded; at the first step
+    nothing is clipped and g = m. So g grows by at most ``decay + (1 - decay) * ratio``
+    per step while clipped norms are recorded. ``decay=0`` limits the growth of the norm
+    from one step to the next (Fira, APOLLO).
+
+    With a ``warmup_threshold``, AdaGC's warm-up: in the first ``warmup_steps - 1``
+    steps (at least one) all groups share the factor
+    min(1, warmup_threshold / (n + eps)) with n the norm of the whole tree, and g is the
+    smallest norm recorded.
+
+    The rule is scale invariant: gradients times a constant have thresholds times that
+    constant. ``eps``, ``floor`` and ``warmup_threshold`` are not: they have the unit of
+    the norm.
+
+    Args:
+        ratio: The multiple, at least 0.
+        decay: At least 0 and below 1.
+        record: "clipped" or "raw": the norm after or before the clip.
+        warmup_steps: See above.
+        warmup_threshold: See above; None for no warm-up.
+        eps: The smallest average that counts, at least 0; AdaGC has 1e-8.
+        floor: The smallest threshold after the warm-up, at least 0.
+        escape_steps: After so many consecutive steps that were clipped, or whose norm
+            was at most a hundredth of the average, the average becomes the current
+            norm. None: never, as in the original.
+        record_zeros: Record norms of zero too, as the originals do: one zero gradient
+            at the start then brings the threshold to about ``ratio * eps`` permanently.
+
+    Returns:
+        A rule with one float32 and two int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> rule = optclip.rules.ema_ratio(1.05, decay=0.98)
+        >>> tx = optclip.clip(rule, scope=optclip.scopes.leaf())
+
+    Reference:
+        Wang et al., AdaGC: Improving Training Stability for Large Language Model
+        Pretraining, 2025, https://arxiv.org/abs/2502.11034
+    """
+    validation.non_negative(ratio=ratio, eps=eps)
+    return level_rule(
+        ratio,
+        lambda level: jnp.maximum(level, eps),
+        decay=decay,
+        record=record,
+        warmup_steps=warmup_steps,
+        warmup_threshold=warmup_threshold,
+        eps=eps,
+        floor=floor,
+        escape_steps=escape_steps,
+        record_zeros=record_zeros,
+        name="ema_ratio",
+    )
+
+
+def level_rule(
+    ratio: Any,
+    padded: Any,
+    *,
+    decay: Any,
+    record: str,
+    warmup_steps: Any,
+    warmup_threshold: Any,
+    eps: Any,
+    floor: Any,
+    escape_steps: Any,
+    record_zeros: bool,
+    name: str,
+) -> Rule:
+    """Returns the rule whose threshold is ``ratio * padded(average)``."""
+    validation.non_negative(floor=floor)
+    validation.decay(decay=decay)
+    validation.steps(warmup_steps=warmup_steps)
+    validation.one_of("record", record, RECORDS)
+    check_escape(escape_steps)
+    if warmup_threshold is not None:
+        validation.non_negative(warmup_threshold=warmup_threshold)
+
+    def init(norm):
+        return LevelState(floats(norm), counts(norm), first_run(norm, escape_steps))
+
+    def update(norm, state, context):
+        start = state.recorded == 0
+        count = increment(state.recorded)
+        threshold = jnp.maximum(ratio * padded(state.ema_norm), floor)
+        warm: Any = jnp.zeros_like(start)
+        if warmup_threshold is None:
+            threshold = jnp.where(start, jnp.inf, threshold)
+        else:
+            warm = start | (count < warmup_steps)
+            whole = context.tree_norm + eps
+            above = whole > warmup_threshold
+            # In this order: 1 / whole may be subnormal, and that is 0 to XLA.
+            share = quotient(norm, jnp.where(above, whole, 1.0).astype(norm.dtype))
+            early = jnp.where(
+                above, share * jnp.where(above, warmup_threshold, 0.0), norm
+            )
+            threshold = jnp.where(warm, early, threshold)
+        limit = one(threshold)
+        seen = recorded_norm(norm, limit, record)
+        level = decay * state.ema_norm + (1 - decay) * seen
+        level = jnp.where(warm, jnp.minimum(state.ema_norm, seen), level)
+        run, away = in_a_row(
+            ~warm & (norm > threshold),
+            norm,
+            jnp.where(warm, 0.0, state.ema_norm),
+            state.clipped_run,
+            escape_steps,
+        )
+        level = jnp.where(start, seen, jnp.where(away, norm, level))
+        return limit, LevelState(level, count, run)
+
+    return remembering(init, update, name, zeros=record_zeros)
+
+
+def adagc(
+    lambda_rel: jax.typing.ArrayLike = 1.05,
+    *,
+    beta: jax.typing.ArrayLike = 0.98,
+    lambda_abs: jax.typing.ArrayLike = 1.0,
+    warmup_steps: jax.typing.ArrayLike = 100,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each leaf to a little above the running average of its own norm (AdaGC).
+
+    With the average g of the clipped norms of a leaf: u' = u * min(1, lambda_rel * g /
+    n) and g = beta * g + (1 - beta) * n'. In the warm-up all leaves are clipped
+    together, by the norm of the whole tree, to ``lambda_abs``, and g is the smallest
+    norm of a leaf. As in the reference code, ``warmup_steps=100`` means 99 steps, and
+    thresholds rise by at most 0.1% per step: after a lasting rise of the gradients they
+    take long to follow. Apart from ``lambda_abs``, the clip is scale invariant.
+
+    Args:
+        lambda_rel: The threshold in units of the average, at least 0.
+        beta: Decay of the average, at least 0 and below 1.
+        lambda_abs: Bound on the norm of the tree in the warm-up, at least 0; inf for
+            none. It has the unit of the gradient.
+        warmup_steps: See above.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms and add 1e-8, as the original does: a leaf without
+            gradient in the warm-up is then held at zero permanently. If False, the
+            average is set to the current norm after 200 consecutive clipped steps.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.adagc(scope=optclip.scopes.layer({"blocks/": 1}))
+
+    Reference:
+        Wang et al., AdaGC: Improving Training Stability for Large Language Model
+        Pretraining, 2025, https://arxiv.org/abs/2502.11034
+    """
+    validation.non_negative(lambda_rel=lambda_rel, lambda_abs=lambda_abs)
+    validation.decay(beta=beta)
+    rule = ema_ratio(
+        lambda_rel,
+        decay=beta,
+        warmup_steps=warmup_steps,
+        warmup_threshold=lambda_abs,
+        eps=1e-8 if original else 0.0,
+        escape_steps=None if original else 200,
+        record_zeros=original,
+    )
+    return clip(
+        rule._replace(name="adagc"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

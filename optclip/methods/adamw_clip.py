@@ -1,0 +1,69 @@
+"""AdamW-clip: entries far above their own second moment, before the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods.spam import second_moment
+
+__all__ = ["adamw_clip"]
+
+
+def adamw_clip(
+    ratio: jax.typing.ArrayLike = 3.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    floor: jax.typing.ArrayLike | None = None,
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each entry to three times its own root mean square (AdamWClip).
+
+    u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with the bias-corrected running
+    mean square v of the clipped entry. An entry whose v is 0 passes. Scale invariant
+    with ``floor=0``.
+
+    Args:
+        ratio: The threshold in root mean squares, at least 0.
+        decay: Decay of v, at least 0 and below 1: Adam's second.
+        floor: The smallest threshold, at least 0, in the unit of the gradient. None: 0,
+            or the original's 1e-10 with ``original``.
+        original: Clip an entry whose v is 0 to ``floor``, as the original does: the
+            first gradients are 1e-10 and grow from there, by a factor of at most
+            ``ratio`` per step. With ``floor=0`` they stay zero permanently.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.adamw_clip(3.0)
+
+    Reference:
+        The package adamwclip, version 0.1.4.
+    """
+    if floor is None:
+        floor = 1e-10 if original else 0.0
+    rule = second_moment(
+        ratio, decay=decay, floor=floor, debias=True, pass_unseen=not original
+    )
+    return clip(
+        rule._replace(name="adamw_clip"),
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,314 @@
+"""AutoClip: a percentile of the norms so far."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import actions, scopes
+from optclip._engine import validation
+from optclip._engine.rule import Rule
+from optclip._engine.validation import Static
+from optclip.clipping import clip
+from optclip.methods._common import Clip, hard
+from optclip.methods._history import (
+    in_a_row,
+    next_place,
+    one,
+    places,
+    recorded_norm,
+    remembering,
+)
+from optclip.methods.quantile import LEAST
+
+__all__ = [
+    "HistogramState",
+    "WindowState",
+    "autoclip",
+    "empty",
+    "log_histogram_percentile",
+    "put",
+    "window_percentile",
+]
+
+# No plain int: `optax.inject_hyperparams` would make it an array.
+WINDOW = Static(1000)
+# Differences below this share of the largest norm are rounding.
+ROUNDING = 1e-6
+
+
+class WindowState(NamedTuple):
+    """State of the rules with a window.
+
+    Attributes:
+        recent_norms: float32, one row of ``window`` per group: the last norms, in a
+            ring buffer.
+        recorded: int32, one per group. How many norms were recorded; at the end of
+            int32, a smaller number at the same place of the ring.
+    """
+
+    recent_norms: jax.Array
+    recorded: jax.Array
+
+
+def put(state: WindowState, value: jax.Array, first_fills: bool = False):
+    """Returns the state after ``value``, written over the oldest norm."""
+    ring, count = state
+    at = places(ring)
+    here = at == (count % ring.shape[-1])[..., None]
+    if first_fills:
+        here |= (count == 0)[..., None]
+    put = jnp.where(here, value.astype(ring.dtype)[..., None], ring)
+    return WindowState(put, next_place(count, ring.shape[-1]))
+
+
+def empty(norm: jax.Array, window: int) -> WindowState:
+    """Returns the state before the first norm."""
+    ring = jnp.zeros((*norm.shape, window), jnp.float32)
+    return WindowState(ring, jnp.zeros(norm.shape, jnp.int32))
+
+
+def _sorted(state: WindowState, full: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the norms in ascending order, the missing ones last, and their number."""
+    ring, count = state
+    window = ring.shape[-1]
+    known = jnp.full_like(count, window) if full else jnp.minimum(count, window)
+    valid = places(ring) < known[..., None]
+    return jnp.sort(jnp.where(valid, ring, jnp.inf), axis=-1), known
+
+
+def _percentile(state: WindowState, percentile: Any, by_rank: bool) -> jax.Array:
+    values, known = _sorted(state, by_rank)
+
+    def at(index):
+        index = jnp.clip(index, 0, values.shape[-1] - 1).astype(jnp.int32)
+        return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+    if by_rank:
+        return at(jnp.broadcast_to(jnp.asarray(percentile), known.shape))
+    place = percentile / 100 * jnp.maximum(known - 1, 0).astype(values.dtype)
+    low = jnp.floor(place).astype(jnp.int32)
+    below, above = at(low), at(jnp.minimum(low + 1, jnp.maximum(known - 1, 0)))
+    return below + (above - below) * (place - low.astype(place.dtype))
+
+
+def window_percentile(
+    percentile: jax.typing.ArrayLike,
+    *,
+    window: Any = WINDOW,
+    include_current: bool = True,
+    by_rank: bool = False,
+    record: str = "raw",
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
+
+    The threshold is that of ``numpy.percentile``, with linear interpolation. With
+    ``by_rank``, bitsandbytes' rule: the first norm fills the whole window, and the
+    threshold is entry ``percentile * window / 100`` of the sorted norms. Scale
+    invariant.
+
+    Args:
+        percentile: Between 0 and 100.
+        window: How many norms are kept, at least 1.
+        include_current: Whether this step's norm counts for its own threshold. If not,
+            nothing is clipped at the first step.
+        by_rank: See above.
+        record: "raw" or "clipped": the norm before or after the clip.
+        record_zeros: Record norms of zero too.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.window_percentile(10.0, window=100))
+
+    Reference:
+        Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks, 2020, https://arxiv.org/abs/2007.14469
+    """
+    validation.percentile(percentile=percentile)
+    validation.one_of("record", record, ("raw", "clipped"))
+    window = validation.size("window", window)
+    wanted = (
+        jnp.floor(jnp.asarray(percentile) * window / 100) if by_rank else percentile
+    )
+
+    def update(norm, state, context):
+        del context
+        seen = put(state, norm, by_rank)
+        used = seen if include_current else state
+        threshold = _percentile(used, wanted, by_rank)
+        threshold = jnp.where(used.recorded == 0, jnp.inf, threshold)
+        limit = one(threshold)
+        if record == "clipped":
+            seen = put(state, recorded_norm(norm, limit, record), by_rank)
+        return limit, seen
+
+    def init(norm):
+        return empty(norm, window)
+
+    return remembering(init, update, "window_percentile", zeros=record_zeros)
+
+
+class HistogramState(NamedTuple):
+    """State of `log_histogram_percentile`.
+
+    Attributes:
+        norm_counts: float32, a row of 1,000 per group: how many norms fell into each
+            bin. All are halved when one reaches 2**23.
+        first_log: float32, one per group: log2 of the first norm, in the middle bin.
+        outside_run: int32, one per group. Consecutive norms that fell into no bin.
+    """
+
+    norm_counts: jax.Array
+    first_log: jax.Array
+    outside_run: jax.Array
+
+
+BINS = 1000
+OCTAVES = 80  # so a bin is 2**0.08 wide, 5.7%
+OUTSIDE_STEPS = 50
+FIRST_BIN = BINS // 2 + 0.5  # the first norm lies in the middle of its bin
+FULL_BIN = 2.0**23  # adding 1 to a float32 count changes nothing from 2**24 on
+
+
+def log_histogram_percentile(
+    percentile: jax.typing.ArrayLike, *, forgetting: jax.typing.ArrayLike = 0.0
+) -> Rule:
+    """Returns the rule of AutoClip over the whole history, in 4 KB per group.
+
+    The threshold is the given percentile of all norms so far, this one included, read
+    from a histogram of log n: 1,000 bins over 80 octaves around the first norm, each
+    5.7% wide. So it is within 6% of a norm next to the exact percentile, for norms
+    between 2**-40 and 2**40 times the first. Norms beyond that count in the last bins;
+    after fifty consecutive ones the history restarts. Scale invariant.
+
+    When a bin holds 2**23 norms, all counts are halved: from then on, after at least
+    eight million steps, recent norms weigh more than old ones.
+
+    Args:
+        percentile: Between 0 and 100.
+        forgetting: Share of the history forgotten each step, at least 0 and below 1; a
+            history of about ``1 / forgetting`` norms then counts. 0: nothing is.
+
+    Returns:
+        A rule with 1,001 float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.log_histogram_percentile(10.0))
+
+    Reference:
+        Seetharaman et al., AutoClip, 2020, https://arxiv.org/abs/2007.14469
+    """
+    validation.percentile(percentile=percentile)
+    validation.decay(forgetting=forgetting)
+
+    def init(norm):
+        counts = jnp.zeros((*norm.shape, BINS), jnp.float32)
+        return HistogramState(
+            counts,
+            jnp.zeros(norm.shape, jnp.float32),
+            jnp.zeros(norm.shape, jnp.int32),
+        )
+
+    def update(norm, state, context):
+        del context
+        x: Any = jnp.log2(jnp.maximum(norm, LEAST)).astype(state.first_log.dtype)
+        start = jnp.sum(state.norm_counts, axis=-1) == 0
+        outside = ~start & (jnp.abs(x - state.first_log) > OCTAVES / 2)
+        run, away = in_a_row(
+            outside, norm, jnp.zeros_like(norm), state.outside_run, OUTSIDE_STEPS
+        )
+        first = jnp.where(start | away, x, state.first_log)
+        place = (x - first) * (BINS / OCTAVES) + FIRST_BIN
+        at = jnp.clip(jnp.floor(place), 0, BINS - 1).astype(jnp.int32)
+        numbers = places(state.norm_counts)
+        hit = numbers == at[..., None]
+        kept = jnp.where(away[..., None], 0.0, state.norm_counts)
+        counts = kept * (1 - forgetting) + hit.astype(kept.dtype)
+        full = jnp.max(counts, axis=-1, keepdims=True) >= FULL_BIN
+        counts = jnp.where(full, 0.5 * counts, counts)
+        upto = jnp.cumsum(counts, axis=-1)
+        # The place of the percentile among the norms, where the first is number 0.
+        wanted = percentile / 100 * jnp.maximum(upto[..., -1] - 1, 0.0)
+        bin_of = jnp.sum(upto <= wanted[..., None], axis=-1, dtype=jnp.int32)
+        bin_of = jnp.minimum(bin_of, jnp.max(jnp.where(counts > 0, numbers, 0), -1))
+        pick = numbers == bin_of[..., None]
+        inside = jnp.sum(jnp.where(pick, counts, 0.0), axis=-1)
+        before = jnp.sum(jnp.where(pick, upto, 0.0), axis=-1) - inside
+        part = (wanted - before + 0.5) / jnp.where(inside > 0, inside, 1.0)
+        height = bin_of.astype(part.dtype) + jnp.clip(part, 0.0, 1.0) - FIRST_BIN
+        threshold = jnp.exp2(first + height * (OCTAVES / BINS))
+        threshold = jnp.where(start | away, norm, threshold)  # rounding clips no first
+        return one(threshold), HistogramState(counts, first, run)
+
+    return remembering(init, update, "log_histogram_percentile", zeros=False)
+
+
+def autoclip(
+    percentile: jax.typing.ArrayLike = 10.0,
+    *,
+    window: Any = WINDOW,
+    scope: scopes.Scope = scopes.tree(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips to a percentile of the norms so far (AutoClip).
+
+    u' = u * min(1, t / n) with t the percentile of the last ``window`` norms, this one
+    included and unclipped, as `numpy.percentile` gives it. With the published 10, nine
+    steps of ten are clipped: choose the learning rate as for normalised gradients.
+    Scale invariant, unless ``original``.
+
+    Args:
+        percentile: Between 0 and 100.
+        window: How many norms are kept; as long as they have not filled it, this is the
+            original with its whole history. None for the whole history in 4 KB per
+            group, to within 6%: `optclip.rules.log_histogram_percentile`.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: As the original, record zero norms and divide by n + 1e-6, which
+            scales down all norms that are not far above 1e-6.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.autoclip(10.0)
+
+    Reference:
+        Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks, 2020, https://arxiv.org/abs/2007.14469
+    """
+    rule = (
+        log_histogram_percentile(percentile)
+        if window is None
+        else window_percentile(percentile, window=window, record_zeros=original)
+    )
+    return clip(
+        rule._replace(name="autoclip"),
+        scope=scope,
+        action=hard(1e-6) if original else actions.rescale,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,59 @@
+"""Adafactor's clip of updates, by the root mean square of each leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optclip import scopes
+from optclip._engine.thresholds import fixed
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold
+
+__all__ = ["clip_by_block_rms"]
+
+
+def clip_by_block_rms(
+    threshold: Threshold = 1.0,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales down each leaf whose root mean square is above ``threshold``.
+
+    For each leaf, u' = u / max(1, rms(u) / threshold): Adafactor's update clipping, and
+    with ``threshold=1.0`` its default. Placed after `optax.scale_by_adam`, it is the
+    composable form of StableAdamW's.
+
+    Args:
+        threshold: The largest root mean square, at least 0: a number, array (one entry
+            per leaf) or schedule. 0 gives zeros, which stops training; inf switches the
+            clip off.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If ``threshold`` is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.clip_by_block_rms(1.0)
+        >>> grads = jnp.array([2.0, -2.0])
+        >>> tx.update(grads, tx.init(grads))[0].tolist()
+        [1.0, -1.0]
+
+    Reference:
+        Shazeer and Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235
+    """
+    return clip(
+        fixed(threshold, "threshold"),
+        scope=scopes.leaf(),
+        ord="rms",
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

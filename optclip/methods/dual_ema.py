@@ -1,0 +1,199 @@
+"""A slow and a fast running average of the norm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import actions, scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment
+from optclip._engine.rule import Limit, Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip, strict
+from optclip.methods._history import (
+    RECORDS,
+    check_escape,
+    counts,
+    first_run,
+    floats,
+    in_a_row,
+    recorded_norm,
+    remembering,
+    weight_of,
+)
+
+__all__ = ["DualState", "dual_ema", "dual_ema_clip"]
+
+
+class DualState(NamedTuple):
+    """State of `dual_ema`.
+
+    Attributes:
+        fast_ema: float32, one per group. The fast average, not yet corrected for bias.
+        slow_ema: float32, one per group. The slow one.
+        recorded: int32, one per group. How many norms were recorded.
+        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
+            norm; None with ``escape_steps=None``.
+    """
+
+    fast_ema: jax.Array
+    slow_ema: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def dual_ema(
+    trigger: jax.typing.ArrayLike = 2.0,
+    target: jax.typing.ArrayLike = 1.1,
+    *,
+    fast_decay: jax.typing.ArrayLike = 0.9,
+    slow_decay: jax.typing.ArrayLike = 0.99,
+    record: str = "clipped",
+    escape_steps: int | None = 50,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule with two averages: one tells when to clip, one how far.
+
+    With bias-corrected averages s (slow) and f (fast) of the norms so far: where
+    n > trigger * s, the group is scaled to the norm min(n, target * f). Nothing is
+    clipped before a norm was recorded. Scale invariant.
+
+    Args:
+        trigger: Multiple of the slow average, at least 0.
+        target: Multiple of the fast average, at least 0.
+        fast_decay: At least 0 and below 1.
+        slow_decay: At least 0 and below 1.
+        record: "clipped" or "raw": the norm after or before the clip. "target", as the
+            original: ``target * f`` where the group was clipped, even if n is less.
+        escape_steps: After so many consecutive steps that were clipped, or whose norm
+            was at most a hundredth of the slow average, both averages restart from the
+            current norm. None: never, as in the original.
+        record_zeros: Record norms of zero too.
+
+    Returns:
+        A rule with two float32 and two int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.dual_ema())
+    """
+    validation.non_negative(trigger=trigger, target=target)
+    validation.decay(fast_decay=fast_decay, slow_decay=slow_decay)
+    validation.one_of("record", record, (*RECORDS, "target"))
+    check_escape(escape_steps)
+
+    def init(norm):
+        run = first_run(norm, escape_steps)
+        return DualState(floats(norm), floats(norm), counts(norm), run)
+
+    def update(norm, state, context):
+        del context
+        start = state.slow_ema == 0  # nothing was recorded yet, or zeros only
+        fast: Any = state.fast_ema / weight_of(fast_decay, state.recorded, norm.dtype)
+        slow: Any = state.slow_ema / weight_of(slow_decay, state.recorded, norm.dtype)
+        threshold = jnp.where(start, jnp.inf, trigger * slow)
+        limit = Limit(threshold, jnp.minimum(target * fast, norm))
+        run, away = in_a_row(
+            norm > threshold,
+            norm,
+            jnp.where(start, 0.0, slow),
+            state.clipped_run,
+            escape_steps,
+        )
+        seen = recorded_norm(norm, limit, record)
+        if record == "target":
+            seen = jnp.where(norm > threshold, target * fast, norm)
+        seen = jnp.where(away, norm, seen)
+        old = [jnp.where(away, 0.0, e) for e in (state.fast_ema, state.slow_ema)]
+        fast = fast_decay * old[0] + (1 - fast_decay) * seen
+        slow = slow_decay * old[1] + (1 - slow_decay) * seen
+        count = jnp.where(away, 1, increment(state.recorded))
+        return limit, DualState(fast, slow, count, run)
+
+    return remembering(init, update, "dual_ema", zeros=record_zeros)
+
+
+def dual_ema_clip(
+    trigger: jax.typing.ArrayLike = 2.0,
+    target: jax.typing.ArrayLike = 1.1,
+    *,
+    fast_decay: jax.typing.ArrayLike = 0.9,
+    slow_decay: jax.typing.ArrayLike = 0.99,
+    scope: scopes.Scope = scopes.tree(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips norms above twice a slow average to a little above a fast one.
+
+    Where n > trigger * s, u' = u * min(1, target * f / n), with the bias-corrected
+    averages s (slow) and f (fast) of the clipped norms: the rule of PDE-Transformer's
+    trainer. Nothing is clipped at the first step. Scale invariant, unless ``original``.
+
+    Args:
+        trigger: Multiple of the slow average, at least 0.
+        target: Multiple of the fast average, at least 0.
+        fast_decay: At least 0 and below 1.
+        slow_decay: At least 0 and below 1.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: As the published trainer, clip a first norm above 10,000 to 1, divide
+            by n + 1e-6, record ``target * f`` after a clip even if n is less, record
+            zero norms, and never restart. If False, both averages restart after 50
+            consecutive clipped steps.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.dual_ema_clip()
+
+    Reference:
+        Holzschuh et al., PDE-Transformer: Efficient and Versatile Transformers for
+        Physics Simulations, 2025, https://arxiv.org/abs/2505.24717
+    """
+    rule = dual_ema(
+        trigger,
+        target,
+        fast_decay=fast_decay,
+        slow_decay=slow_decay,
+        record="target" if original else "clipped",
+        escape_steps=None if original else 50,
+        record_zeros=original,
+    )
+    if original:
+        rule = _first_bounded(rule)
+    return clip(
+        rule._replace(name="dual_ema_clip"),
+        scope=scope,
+        action=strict(1e-6) if original else actions.rescale,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )
+
+
+def _first_bounded(rule: Rule) -> Rule:
+    """Returns `rules.dual_ema` with the trainer's limits while its averages are 0."""
+
+    def update(norm, state, context):
+        limit, after = rule.update(norm, state, context)
+        start = state.slow_ema == 0
+        threshold = jnp.where(start, 1e4, limit.threshold)
+        target = jnp.where(start, 1.0, limit.target)
+        return Limit(threshold, target), after
+
+    return rule._replace(update=update)

@@ -1,0 +1,150 @@
+"""Mean plus deviations of the norm, as running averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import actions, scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment
+from optclip._engine.rule import Limit, Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip, strict
+from optclip.methods._history import check_escape, in_a_row, remembering
+from optclip.methods.zclip import ROUNDING, ScoreState, first_score, followed
+
+__all__ = ["ema_sigma", "ema_sigma_clip"]
+
+
+def ema_sigma(
+    sigmas: jax.typing.ArrayLike = 3.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.99,
+    first_cap: jax.typing.ArrayLike = 1.0,
+    escape_steps: int | None = 50,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of Open-Sora-Plan: mean plus some deviations, without outliers.
+
+    The threshold is t = m + sigmas * s with running mean m and standard deviation s;
+    norms above it are not recorded. At the first step nothing is clipped, s = 0 and
+    m = min(3 * n, first_cap). A norm above m by at most a millionth of m is never
+    clipped: where all norms were the same s is 0. Scale invariant with
+    ``first_cap=inf``.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        decay: At least 0 and below 1.
+        first_cap: The largest mean to begin with; above 0, also inf. (With the
+            original's 1.0, a run whose norms are above 1 is clipped to 1 permanently.)
+        escape_steps: After so many consecutive steps that were clipped, or whose norm
+            was at most a hundredth of the mean, the rule restarts with m = 3 * n. None:
+            as in the original, never, and norms above m by a millionth are clipped.
+        record_zeros: Record norms of zero too, as the original does.
+
+    Returns:
+        A rule with two float32 and two int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.ema_sigma(3.0))
+
+    Reference:
+        Lin et al., Open-Sora Plan: Open-Source Large Video Generation Model, 2024,
+        https://arxiv.org/abs/2412.00131
+    """
+    validation.non_negative(sigmas=sigmas)
+    validation.positive(first_cap=first_cap)
+    check_escape(escape_steps)
+    validation.decay(decay=decay)
+
+    def init(norm):
+        return first_score(norm, escape_steps)
+
+    def update(norm, state, context):
+        del context
+        start = state.recorded == 0
+        target = state.mean_norm + sigmas * state.spread_norm
+        threshold = target
+        if escape_steps is not None:
+            threshold = jnp.maximum(target, state.mean_norm * (1 + ROUNDING))
+        threshold = jnp.where(start, jnp.inf, threshold)
+        over = norm > threshold
+        run, away = in_a_row(
+            over, norm, state.mean_norm, state.clipped_run, escape_steps
+        )
+        count = increment(state.recorded)
+        after = followed(state, norm, decay, count, run)
+        mean = jnp.where(over, state.mean_norm, after.mean_norm)
+        spread = jnp.where(over, state.spread_norm, after.spread_norm)
+        tripled = jnp.minimum(3 * norm, float(jnp.finfo(jnp.float32).max))
+        first = jnp.where(away, tripled, jnp.minimum(tripled, first_cap))
+        mean = jnp.where(start | away, first, mean)
+        spread = jnp.where(start | away, 0.0, spread)
+        return Limit(threshold, target), ScoreState(mean, spread, count, run)
+
+    return remembering(init, update, "ema_sigma", zeros=record_zeros)
+
+
+def ema_sigma_clip(
+    sigmas: jax.typing.ArrayLike = 3.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.99,
+    scope: scopes.Scope = scopes.tree(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips norms above their running mean plus three deviations (Open-Sora-Plan).
+
+    u' = u * min(1, t / n) with t = m + sigmas * s of the norms that were not clipped:
+    see `optclip.rules.ema_sigma`. Scale invariant, unless ``original``.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        decay: Decay of the averages, at least 0 and below 1.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: As the original, divide by n + 1e-6, begin with a mean of at most 1
+            and never restart: a run whose norms are above 1 is clipped to 1
+            permanently. If False, the first mean is three times the first norm, and the
+            statistics restart after 50 consecutive clipped steps.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.ema_sigma_clip(3.0)
+
+    Reference:
+        Lin et al., Open-Sora Plan: Open-Source Large Video Generation Model, 2024,
+        https://arxiv.org/abs/2412.00131
+    """
+    rule = ema_sigma(
+        sigmas,
+        decay=decay,
+        first_cap=1.0 if original else float("inf"),
+        escape_steps=None if original else 50,
+        record_zeros=original,
+    )
+    return clip(
+        rule._replace(name="ema_sigma_clip"),
+        scope=scope,
+        action=strict(1e-6) if original else actions.rescale,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

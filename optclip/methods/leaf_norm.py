@@ -1,0 +1,65 @@
+"""Clipping by the norm of each leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine.thresholds import fixed
+from optclip._engine.validation import EUCLIDEAN
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold, hard
+
+__all__ = ["clip_by_leaf_norm"]
+
+
+def clip_by_leaf_norm(
+    max_norm: Threshold,
+    *,
+    ord: float | str = EUCLIDEAN,
+    eps: jax.typing.ArrayLike = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales down each leaf whose norm is above ``max_norm``.
+
+    For each leaf, u' = u * min(1, max_norm / (n + eps)) with n its own norm. Prefer it
+    where one part of a model explodes and should not slow down the others; it changes
+    the direction of the whole update.
+
+    Args:
+        max_norm: The largest norm of a leaf, at least 0: a number, a schedule, or an
+            array with one entry for each leaf. 0 gives zeros, which stops training; inf
+            switches the clip off.
+        ord: As in `clip_by_global_norm`.
+        eps: As in `clip_by_global_norm`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: As `clip_by_global_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.clip_by_leaf_norm(1.0)
+        >>> grads = {"w": jnp.array([0.0, 4.0]), "b": jnp.array(0.5)}
+        >>> updates, _ = tx.update(grads, tx.init(grads))
+        >>> updates["w"].tolist(), float(updates["b"])
+        ([0.0, 1.0], 0.5)
+    """
+    return clip(
+        fixed(max_norm, "max_norm"),
+        scope=scopes.leaf(),
+        ord=ord,
+        action=hard(eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

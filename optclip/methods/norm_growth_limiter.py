@@ -1,0 +1,121 @@
+"""The norm-growth limiter of Fira and APOLLO: relative to the norm before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine import validation
+from optclip._engine.rule import Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods.adagc import level_rule
+
+__all__ = ["norm_growth_limiter", "previous_norm"]
+
+
+def previous_norm(
+    growth: jax.typing.ArrayLike = 1.01,
+    *,
+    record: str = "clipped",
+    eps: jax.typing.ArrayLike = 0.0,
+    escape_steps: int | None = 200,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule that lets the norm grow by a factor from step to step.
+
+    The threshold is t = growth * (s + eps) with s the norm of the step before; nothing
+    is clipped at the first step. This is `ema_ratio` with ``decay=0``, except that
+    ``eps`` is added to the norm, as in Fira and APOLLO. Scale invariant with ``eps=0``.
+
+    Args:
+        growth: The largest factor, at least 0.
+        record: "clipped" or "raw": the norm after or before the clip.
+        eps: Added to the norm of the step before, at least 0; the originals have 1e-8.
+        escape_steps: As in `ema_ratio`.
+        record_zeros: As in `ema_ratio`.
+
+    Returns:
+        A rule with one float32 and two int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.previous_norm(1.01))
+
+    Reference:
+        Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623
+    """
+    validation.non_negative(growth=growth, eps=eps)
+    return level_rule(
+        growth,
+        lambda level: level + eps,
+        decay=0.0,
+        record=record,
+        warmup_steps=0,
+        warmup_threshold=None,
+        eps=eps,
+        floor=0.0,
+        escape_steps=escape_steps,
+        record_zeros=record_zeros,
+        name="previous_norm",
+    )
+
+
+def norm_growth_limiter(
+    gamma: jax.typing.ArrayLike = 1.01,
+    *,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Lets a norm grow by at most a factor from one step to the next (Fira, APOLLO).
+
+    u' = u * min(1, gamma * n0 / n) with n0 the norm of the step before, after its own
+    clipping. The papers put it after the scaling of Adam, on the updates. Scale
+    invariant.
+
+    Args:
+        gamma: The largest factor, at least 0.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms and take gamma * (n0 + 1e-8), as the originals do:
+            after one zero gradient a leaf starts again at about 1e-8. If False, n0 is
+            set to the current norm after 200 consecutive clipped steps.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.norm_growth_limiter(1.01)
+
+    Reference:
+        Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+        Constraint?, 2024, https://arxiv.org/abs/2410.01623
+    """
+    validation.non_negative(gamma=gamma)
+    rule = previous_norm(
+        gamma,
+        eps=1e-8 if original else 0.0,
+        escape_steps=None if original else 200,
+        record_zeros=original,
+    )
+    return clip(
+        rule._replace(name="norm_growth_limiter"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,72 @@
+"""Normalised gradients: every group is scaled to one norm."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from optclip import actions, scopes
+from optclip._engine import validation
+from optclip._engine.thresholds import fixed
+from optclip._engine.validation import EUCLIDEAN
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold
+
+__all__ = ["normalize_by_norm"]
+
+
+def normalize_by_norm(
+    target: Threshold = 1.0,
+    *,
+    eps: jax.typing.ArrayLike = 0.0,
+    scope: scopes.Scope = scopes.tree(),
+    ord: float | str = EUCLIDEAN,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales each group, up or down, to the norm ``target``: normalised gradients.
+
+    u' = u * target / (n + eps); a zero group stays zero. With ``eps=1e-6`` this is
+    `optax.normalize_by_update_norm`. The norm of a gradient no longer counts, so the
+    learning rate has to be tuned again, and should decay.
+
+    Args:
+        target: The norm to scale to, at least 0: a number, array or schedule. 0 gives
+            zeros, which stops training; inf leaves the updates as they are.
+        eps: Added to the norm, at least 0.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        ord: As in `clip_by_global_norm`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.normalize_by_norm()
+        >>> grads = jnp.array([0.0, 0.01])
+        >>> tx.update(grads, tx.init(grads))[0].tolist()
+        [0.0, 1.0]
+
+    Reference:
+        Cutkosky and Mehta, Momentum Improves Normalized SGD, 2020,
+        https://arxiv.org/abs/2002.03305
+    """
+    validation.non_negative(eps=eps)
+    return clip(
+        fixed(target, "target"),
+        scope=scope,
+        ord=ord,
+        action=functools.partial(actions.normalize, eps=eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

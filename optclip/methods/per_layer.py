@@ -1,0 +1,65 @@
+"""Clipping by the norm of each layer of scan-stacked leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine.thresholds import fixed
+from optclip._engine.validation import EUCLIDEAN
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold, hard
+
+__all__ = ["clip_per_layer"]
+
+
+def clip_per_layer(
+    max_norm: Threshold,
+    stack_axes: Any,
+    *,
+    ord: float | str = EUCLIDEAN,
+    eps: jax.typing.ArrayLike = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales down each layer of scan-stacked leaves whose norm is above ``max_norm``.
+
+    As `clip_by_leaf_norm`, but a leaf of shape [layers, ...] that ``jax.lax.scan`` runs
+    over is clipped as that many leaves.
+
+    Args:
+        max_norm: The largest norm of a layer, at least 0: a number, array or schedule.
+            0 gives zeros, which stops training; inf switches the clip off.
+        stack_axes: How many leading axes count layers: an int for all leaves, a
+            function of the path, or a map from regular expression to int.
+        ord: As in `clip_by_global_norm`.
+        eps: As in `clip_by_global_norm`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: As `clip_by_global_norm`, and in ``init`` if a leaf has fewer axes.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.clip_per_layer(1.0, {"blocks": 1})
+        >>> grads = {"blocks": jnp.array([[0.0, 2.0], [0.0, 0.5]])}
+        >>> tx.update(grads, tx.init(grads))[0]["blocks"].tolist()
+        [[0.0, 1.0], [0.0, 0.5]]
+    """
+    return clip(
+        fixed(max_norm, "max_norm"),
+        scope=scopes.layer(stack_axes),
+        ord=ord,
+        action=hard(eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,70 @@
+"""The percentile clipping of bitsandbytes: a rank among the last norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine.validation import Static
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods.autoclip import window_percentile
+
+__all__ = ["percentile_clip"]
+
+# No plain int: `optax.inject_hyperparams` would make it an array.
+WINDOW = Static(100)
+
+
+def percentile_clip(
+    percentile: jax.typing.ArrayLike = 5.0,
+    *,
+    window: Any = WINDOW,
+    scope: scopes.Scope = scopes.leaf(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips to a rank among the last hundred norms (bitsandbytes' percentile clipping).
+
+    u' = u * min(1, t / n) with t the entry number ``percentile * window / 100`` of the
+    last norms, sorted, this one included. The first norm fills the whole window, so
+    that it dominates the first steps. bitsandbytes removed its option in 2026. Scale
+    invariant.
+
+    Args:
+        percentile: Between 0 and 100.
+        window: How many norms are kept, at least 1.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: Record zero norms, as the original does.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.percentile_clip(5)
+
+    Reference:
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022,
+        https://arxiv.org/abs/2110.02861 (the option is the library's, not the paper's)
+    """
+    rule = window_percentile(
+        percentile, window=window, by_rank=True, record_zeros=original
+    )
+    return clip(
+        rule._replace(name="percentile_clip"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,169 @@
+"""A low quantile of the norm, followed by steps of its logarithm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment
+from optclip._engine.rule import Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods._history import one, remembering
+
+__all__ = ["QuantileState", "geometric_quantile", "quantile_clip"]
+
+# Norms below this count as this: its logarithm is finite, and a tiny first norm is
+# forgotten within 1,500 steps.
+LEAST = 1e-30
+
+
+class QuantileState(NamedTuple):
+    """State of `geometric_quantile`.
+
+    Attributes:
+        log_quantile: float32, one per group. Natural logarithm of the quantile.
+        recorded: int32, one per group. How many norms were recorded.
+    """
+
+    log_quantile: jax.Array
+    recorded: jax.Array
+
+
+def geometric_quantile(
+    quantile: jax.typing.ArrayLike = 0.1,
+    *,
+    margin: jax.typing.ArrayLike = 2.0,
+    rate: jax.typing.ArrayLike = 0.05,
+    warmup_steps: jax.typing.ArrayLike = 5,
+) -> Rule:
+    """Returns the rule that follows a quantile of the norm in one number.
+
+    With x = log n and the estimate q, at first the smallest x of ``warmup_steps``
+    steps:
+
+        t = margin * exp(q)
+        q = q + max(rate, 1 / step) * (quantile if x > q else quantile - 1)
+
+    except that q rises by max(rate, 1 / step) where n is more than ten times the
+    threshold: the way out after a tiny first norm. So a spike of any size raises q by
+    at most 1 / step in the first ``1 / rate`` steps, and by at most ``rate`` from then
+    on; a norm within ten thresholds raises q by only ``quantile`` of that, so a low
+    quantile is slow to rise and quick to fall. The rule is scale invariant: gradients a
+    hundred times as large have thresholds a hundred times as large.
+
+    Args:
+        quantile: Between 0 and 1.
+        margin: The threshold in units of the quantile, above 0.
+        rate: The largest change of q per step, above 0, after the first ``1 / rate``
+            steps.
+        warmup_steps: Steps in which q is the smallest x; at least 1 counts.
+
+    Returns:
+        A rule with one float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.geometric_quantile(0.1))
+
+    Reference:
+        Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
+        https://arxiv.org/abs/1905.03871 (the update of its threshold, without noise)
+    """
+    validation.fraction(quantile=quantile)
+    validation.positive(margin=margin, rate=rate)
+    validation.steps(warmup_steps=warmup_steps)
+
+    def init(norm):
+        zeros = jnp.zeros(norm.shape, jnp.float32)
+        return QuantileState(zeros, jnp.zeros(norm.shape, jnp.int32))
+
+    def update(norm, state, context):
+        del context
+        x = jnp.log(jnp.maximum(norm, LEAST))
+        count = increment(state.recorded)
+        warm = count <= jnp.maximum(warmup_steps, 1)
+        level: Any = jnp.where(
+            warm, jnp.minimum(state.log_quantile, x), state.log_quantile
+        )
+        level = jnp.where(count == 1, x, level)
+        level = jnp.where(norm > 0, level, state.log_quantile)
+        pull = jnp.where(x > level, quantile, quantile - 1.0)
+        far = x > level + jnp.log(margin) + math.log(10.0)
+        pull = jnp.where(far, 1.0, pull)
+        moved = level + jnp.maximum(rate, 1.0 / count.astype(x.dtype)) * pull
+        after = QuantileState(jnp.where(warm, level, moved), count)
+        threshold: Any = margin * jnp.exp(level)
+        unknown = (norm == 0) & (state.recorded == 0)
+        return one(jnp.where(unknown, jnp.inf, threshold)), after
+
+    return remembering(init, update, "geometric_quantile", zeros=False)
+
+
+def quantile_clip(
+    quantile: jax.typing.ArrayLike = 0.1,
+    *,
+    margin: jax.typing.ArrayLike = 2.0,
+    rate: jax.typing.ArrayLike = 0.05,
+    warmup_steps: jax.typing.ArrayLike = 5,
+    scope: scopes.Scope = scopes.tree(),
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips to twice a low quantile of the norm, which it follows: nothing to pick.
+
+    u' = u * min(1, t / n), t = margin * exp(q), with q the estimate of a quantile of
+    log n: see `optclip.rules.geometric_quantile`. From step 20 on, a spike of any size
+    raises q by at most 0.05, the threshold by 5%; at an earlier step, after the
+    warm-up, by at most 1 / step, at step 6 by 18%. While norms stay within ten
+    thresholds, exp(q) needs 140 steps to double and 15 to halve. No parameter has the
+    unit of a gradient: the same defaults fit any loss scale.
+
+    It bounds the harm of bad batches, not that of a learning rate that is too high:
+    when norms rise permanently, the threshold follows. `optclip.cap_update` is the
+    other half, and `optclip.stabilize` puts both around an optimizer.
+
+    Args:
+        quantile: Between 0 and 1.
+        margin: The threshold in units of the quantile, above 0.
+        rate: The largest change of q per step, above 0, after the first ``1 / rate``
+            steps.
+        warmup_steps: Steps in which q follows the smallest norm so far.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optax, optclip
+        >>> tx = optax.chain(optclip.quantile_clip(), optax.sgd(0.1))
+
+    Reference:
+        Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
+        https://arxiv.org/abs/1905.03871 (the update of its threshold, without noise)
+    """
+    rule = geometric_quantile(
+        quantile, margin=margin, rate=rate, warmup_steps=warmup_steps
+    )
+    return clip(
+        rule._replace(name="quantile_clip"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,146 @@
+"""Levanter's clip: mean plus deviations of the last norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import scopes
+from optclip._engine import validation
+from optclip._engine.numerics import root_of, usable_unit
+from optclip._engine.rule import Rule
+from optclip._engine.validation import Static
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods._history import one, places, recorded_norm, remembering
+from optclip.methods.autoclip import ROUNDING, empty, put
+
+__all__ = ["rolling_sigma_clip", "window_sigma"]
+
+# No plain int: `optax.inject_hyperparams` would make it an array.
+WINDOW = Static(128)
+
+
+def window_sigma(
+    sigmas: jax.typing.ArrayLike = 3.0,
+    *,
+    window: Any = WINDOW,
+    floor: jax.typing.ArrayLike | None = None,
+    unbiased: bool = False,
+    record: str = "raw",
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
+
+    The threshold is t = m + sigmas * max(s, floor) with the mean m and the standard
+    deviation s of the norms before this one; nothing is clipped before half the window,
+    at least two norms, is filled. It is the only rule with a history that can judge
+    numbers which may be negative, such as losses. Scale invariant with the default
+    ``floor``.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        window: How many norms are kept, at least 2.
+        floor: The smallest deviation that counts, at least 0: a norm, such as
+            Levanter's 1e-6. None: a millionth of the largest magnitude in the window,
+            so that a norm above a constant history by rounding only is not clipped.
+        unbiased: Whether the squares in s are divided by one less than their number, as
+            OLMo-core and MaxText do, and not by it, as Levanter does.
+        record: "raw" or "clipped": the norm before or after the clip.
+        record_zeros: Record norms of zero too, as the original does.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.window_sigma(3.0))
+    """
+    validation.non_negative(sigmas=sigmas)
+    if floor is not None:
+        validation.non_negative(floor=floor)
+    validation.one_of("record", record, ("raw", "clipped"))
+    window = validation.size("window", window, least=2)
+
+    def update(norm, state, context):
+        del context
+        ring, count = state
+        known = jnp.minimum(count, window)
+        valid = places(ring) < known[..., None]
+        # In units of the largest, whose square can't overflow.
+        largest = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
+        unit = usable_unit(largest)
+        share = jnp.where(valid, ring / unit[..., None], 0.0)
+        number = jnp.maximum(known, 1).astype(ring.dtype)
+        mean = jnp.sum(share, axis=-1) / number
+        apart = jnp.where(valid, share - mean[..., None], 0.0)
+        freedom = jnp.maximum(number - 1, 1) if unbiased else number
+        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / freedom)
+        least = ROUNDING * largest if floor is None else floor
+        threshold = unit * mean + sigmas * jnp.maximum(unit * spread, least)
+        ready = count >= max(2, window // 2)
+        limit = one(jnp.where(ready, threshold, jnp.inf))
+        return limit, put(state, recorded_norm(norm, limit, record))
+
+    def init(norm):
+        return empty(norm, window)
+
+    rule = remembering(init, update, "window_sigma", zeros=record_zeros)
+    return rule._replace(signed=True)
+
+
+def rolling_sigma_clip(
+    sigmas: jax.typing.ArrayLike = 3.0,
+    *,
+    window: Any = WINDOW,
+    scope: scopes.Scope = scopes.tree(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips norms above the mean plus three deviations of the last 128 (Levanter).
+
+    u' = u * min(1, t / n) with t = m + sigmas * s of the norms before this one,
+    unclipped; nothing is clipped before half the window is filled. Levanter puts it
+    after Adam, on the updates. s counts for at least a millionth of the largest norm in
+    the window, so that the clip is scale invariant.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        window: How many norms are kept, at least 2.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: As the original, record zero norms, and let s count for at least 1e-6.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.rolling_sigma_clip(3.0)
+
+    Reference:
+        The Levanter trainer, its `ClipUpdateNorm`,
+        https://github.com/stanford-crfm/levanter
+    """
+    rule = window_sigma(
+        sigmas, window=window, floor=1e-6 if original else None, record_zeros=original
+    )
+    return clip(
+        rule._replace(name="rolling_sigma_clip"),
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

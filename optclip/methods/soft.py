@@ -1,0 +1,63 @@
+"""Clipping without a kink at the threshold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optclip import actions, scopes
+from optclip._engine.thresholds import fixed
+from optclip._engine.validation import EUCLIDEAN
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold
+
+__all__ = ["soft_clip"]
+
+
+def soft_clip(
+    max_norm: Threshold,
+    *,
+    kind: str = "rational",
+    scope: scopes.Scope = scopes.tree(),
+    ord: float | str = EUCLIDEAN,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales every group down smoothly, so that no norm reaches ``max_norm``.
+
+    With r = n / max_norm, a group of norm n is scaled to ``max_norm * f(r)``; the four
+    curves f are those of `optclip.actions.soften`. There is no kink at the threshold,
+    and every group is scaled down a little: small ones hardly, large ones a lot.
+
+    Args:
+        max_norm: The bound, at least 0: a number, array or schedule. 0 gives zeros,
+            which stops training; inf switches the clip off.
+        kind: "rational", "tanh", "atan" or "sqrt".
+        scope: Which entries share one norm, from `optclip.scopes`.
+        ord: As in `clip_by_global_norm`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative or NaN, or there is no such kind.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.soft_clip(1.0)
+        >>> grads = jnp.array([0.0, 3.0])
+        >>> tx.update(grads, tx.init(grads))[0].tolist()
+        [0.0, 0.75]
+    """
+    return clip(
+        fixed(max_norm, "max_norm"),
+        scope=scope,
+        ord=ord,
+        action=actions.soften(kind),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

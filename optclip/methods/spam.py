@@ -1,0 +1,181 @@
+"""SPAM: entries far above their own second moment."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment
+from optclip._engine.rule import Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip
+from optclip.methods._history import (
+    next_place,
+    one,
+    recorded_norm,
+    remembering,
+    rms_of_two,
+    weight_of,
+)
+
+__all__ = ["SecondMomentState", "second_moment", "spam_clip"]
+
+
+class SecondMomentState(NamedTuple):
+    """State of `second_moment`.
+
+    Attributes:
+        root_moment: float32, as large as the leaf. Root of the running mean square.
+        recorded: int32, one per leaf. Updates so far; with ``reset_every``, at the end
+            of int32, a smaller number in the same phase.
+    """
+
+    root_moment: jax.Array
+    recorded: jax.Array
+
+
+def second_moment(
+    ratio: jax.typing.ArrayLike,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    floor: jax.typing.ArrayLike = 0.0,
+    debias: bool = False,
+    warmup_steps: jax.typing.ArrayLike = 0,
+    reset_every: jax.typing.ArrayLike | None = None,
+    pass_unseen: bool = True,
+) -> Rule:
+    """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own size.
+
+    With the running mean square v of an entry, clipped values recorded, the threshold
+    is t = max(ratio * sqrt(v), floor), and then v = decay * v + (1 - decay) * u'**2.
+    Scale invariant with ``floor=0``.
+
+    Args:
+        ratio: The multiple, at least 0: SPAM's is the root of its 5000.
+        decay: At least 0 and below 1.
+        floor: The smallest threshold, at least 0, in the unit of the entries.
+        debias: Divide v by 1 - decay**step, as AdamWClip does and SPAM does not.
+        warmup_steps: Number of the first update that may be clipped, counted from 1
+            (SPAM: 20).
+        reset_every: v restarts from 0 at each update whose number is a multiple of
+            this; then ``warmup_steps`` updates are not clipped.
+        pass_unseen: Pass an entry through whose v is 0. The originals clip it to the
+            floor: with ``floor=0`` an entry that was zero so far then stays zero.
+
+    Returns:
+        A rule for `optclip.scopes.element`, with one float32 per entry and one int32
+        per leaf.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> rule = optclip.rules.second_moment(3.0, debias=True)
+        >>> tx = optclip.clip(rule, scope=optclip.scopes.element())
+
+    Reference:
+        Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+        Training, 2025, https://arxiv.org/abs/2501.06842
+    """
+    validation.non_negative(ratio=ratio, floor=floor)
+    validation.decay(decay=decay)
+    validation.steps(warmup_steps=warmup_steps)
+    if reset_every is not None:
+        validation.steps(reset_every=reset_every)
+        validation.positive(reset_every=reset_every)
+
+    def init(norm):
+        root = jnp.zeros(norm.shape, jnp.float32)
+        return SecondMomentState(root, jnp.zeros([], jnp.int32))
+
+    def update(norm, state, context):
+        del context
+        root, earlier = state
+        number: Any = increment(state.recorded)
+        phase = number
+        if reset_every is not None:
+            period = jnp.asarray(reset_every).astype(jnp.int32)
+            number = next_place(state.recorded, period)
+            phase = number % period
+            root = jnp.where(phase == 0, 0.0, root)
+            earlier = jnp.where(number < period, earlier, phase)
+        size: Any = root
+        if debias:
+            size = root / jnp.sqrt(weight_of(decay, earlier, root.dtype))
+        threshold = jnp.maximum(ratio * size, floor)
+        if pass_unseen:
+            threshold = jnp.where(root > 0, threshold, jnp.inf)
+        threshold = jnp.where(
+            jnp.minimum(phase, number) < warmup_steps, jnp.inf, threshold
+        )
+        limit = one(threshold)
+        root = rms_of_two(decay, root, recorded_norm(norm, limit, "clipped"))
+        return limit, SecondMomentState(root, number)
+
+    return remembering(init, update, "second_moment", zeros=True)
+
+
+def spam_clip(
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    warmup_steps: jax.typing.ArrayLike = 20,
+    reset_every: jax.typing.ArrayLike | None = None,
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips each entry whose square is thousands of times its mean square (SPAM).
+
+    With the running mean square v of an entry, clipped values recorded:
+    u' = sign(u) * min(|u|, sqrt(threshold * v)). SPAM also resets the optimizer's
+    momentum; this only resets v in the same rhythm, with ``reset_every``. Scale
+    invariant.
+
+    Args:
+        threshold: Largest ratio of a square to the mean square, at least 0.
+        decay: Decay of v, at least 0 and below 1: Adam's second.
+        warmup_steps: The first update that may be clipped: one fewer passes unclipped.
+        reset_every: v and the warm-up restart after so many updates; SPAM's 500.
+        original: Clip an entry whose v is 0 to 0, as the original does: an entry
+            without gradient in the warm-up then stays at zero.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.spam_clip(5000.0)
+
+    Reference:
+        Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
+        Training, 2025, https://arxiv.org/abs/2501.06842
+    """
+    validation.threshold(threshold=threshold)
+    validation.steps(warmup_steps=warmup_steps)
+    rule = second_moment(
+        jnp.sqrt(threshold),
+        decay=decay,
+        warmup_steps=warmup_steps,
+        reset_every=reset_every,
+        pass_unseen=not original,
+    )
+    return clip(
+        rule._replace(name="spam_clip"),
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,147 @@
+"""Clipping of singular values: the scale is a matrix function, not a number."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip._engine import group_norms, grouping, pytrees, validation
+from optclip._engine import state as states
+from optclip._engine.numerics import increment
+from optclip._engine.state import ClipState
+from optclip._engine.update import POLICIES
+from optclip.methods import _spectra
+
+__all__ = ["spectral_clip"]
+
+
+def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
+    """Returns the norm of each leaf, that of all, and which leaf is not finite."""
+    layout = grouping.pooled(range(len(found.leaves)), found.leaves)
+    measured, counts, plan = group_norms.measure_layout(
+        updates, found, layout, order=2.0, axis_name=None
+    )
+    whole = group_norms.total(measured.norm, counts, 2.0, plan)
+    return measured.norm[0], whole, measured.kinds
+
+
+def spectral_clip(
+    max_sigma: jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike],
+    *,
+    method: str = "svd",
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the singular values of each matrix and keeps its singular vectors.
+
+    For each leaf u = U S Vt, the last two axes of which are a matrix and the others a
+    batch of them, u' = U f(S) Vt with c = ``max_sigma``:
+
+    | method    | f(s)                  | how, and how well                           |
+    | --------- | --------------------- | ------------------------------------------- |
+    | "svd"     | min(s, c)             | by SVD, to 1e-5                             |
+    | "hardcap" | min(s, c)             | matrix products only; off by up to 0.15 * c |
+    | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only, to 1e-3 for s < 100 c |
+
+    "hardcap" and "soft" first scale a matrix whose Frobenius norm is above 1,000 c down
+    to that, and its small singular values with it.
+
+    Leaves of rank 0 and 1 count as one column: their norm is bounded by the same f. A
+    matrix whose entries are sharded is gathered. Matrix products are taken in float32;
+    five steps of Muon's quintic iteration are too inexact for clipping. Derivatives are
+    finite everywhere, also where singular values are equal or zero.
+
+    Args:
+        max_sigma: The largest singular value c, at least 0: a number or schedule. 0
+            gives zeros, which stops training; inf switches the clip off.
+        method: "svd", "hardcap" or "soft".
+        nonfinite: What happens to a leaf with NaN or inf: "propagate" leaves it, "zero"
+            makes it zero, "drop" makes such entries zero and clips the rest, "skip"
+            makes all updates zero.
+
+    Returns:
+        A transformation with `ClipState`: ``norm_before`` and ``norm_after`` are
+        Frobenius norms of all updates, ``scale`` their ratio, ``clipped`` the share of
+        leaves that became smaller. ``params`` is not used.
+
+    Raises:
+        ValueError: If ``max_sigma`` is negative or NaN, or an option is not one of
+            those named; in ``update``, if a leaf is complex.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.spectral_clip(1.0)
+        >>> grads = jnp.diag(jnp.array([3.0, 0.5]))
+        >>> tx.update(grads, tx.init(grads))[0].round(3).tolist()
+        [[1.0, 0.0], [0.0, 0.5]]
+
+    Reference:
+        Jiang et al., SPECTRA, 2026, https://arxiv.org/abs/2603.14315
+        ("soft"); Newhouse et al., Training Transformers with Enforced Lipschitz
+        Constants, 2025, https://arxiv.org/abs/2507.13338 ("hardcap")
+    """
+    if not callable(max_sigma):
+        validation.threshold(max_sigma=max_sigma)
+    validation.one_of("method", method, _spectra.METHODS)
+    validation.one_of("nonfinite", nonfinite, POLICIES)
+
+    def init_fn(params) -> Any:
+        return states.first(pytrees.leaves_of(params).paths)
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        found = pytrees.leaves_of(updates)
+        empty = functools.partial(states.first, found.paths)
+        state = states.own(state, empty, absent=found.absent)
+        if not found.leaves:
+            return updates, state._replace(steps=increment(state.steps))
+        value = max_sigma(state.steps) if callable(max_sigma) else max_sigma
+        cap: Any = jnp.asarray(value, jnp.result_type(float))
+        cap = jnp.where(cap > 0, cap, 0.0)
+        before, length, kinds = _lengths(updates, found)
+        bad = jnp.any(kinds)
+        new = []
+        for x, held in zip(found.leaves, kinds, strict=True):
+            if jnp.iscomplexobj(x):
+                raise ValueError(
+                    "`spectral_clip` needs real updates, got a complex leaf."
+                )
+            small = jnp.finfo(x.dtype).bits < 32
+            y = x.astype(jnp.float32) if small else x
+            finite = jnp.where(jnp.isfinite(y), y, 0.0)
+            leaf_bad = jnp.any(held)
+            z = _spectra.clipped(finite, cap.astype(y.dtype), method)
+            if nonfinite != "drop":
+                kept = y if nonfinite == "propagate" else jnp.zeros_like(y)
+                z = jnp.where(leaf_bad, kept, z)
+            if nonfinite == "skip":
+                z = jnp.where(bad, jnp.zeros_like(z), z)
+            new.append(z.astype(x.dtype))
+        out = found.rebuild(new)
+        after, rest, _ = _lengths(out, found._replace(leaves=new))
+        usable = jnp.isfinite(length) & (length > 0)
+        share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
+        # Smaller by more than the rounding of two norms.
+        smaller = after < before * (1 - 2.0**-20)
+        clipped = jnp.mean(smaller.astype(jnp.float32))
+        steps, clipped_steps = states.counted(
+            state.steps, state.clipped_steps, clipped > 0
+        )
+        return out, ClipState(
+            state.rule_state,
+            norm_before=states.figures(length),
+            norm_after=states.figures(rest),
+            threshold=states.finite_threshold(cap),
+            scale=states.figures(share),
+            clipped=states.figures(clipped),
+            steps=steps,
+            clipped_steps=clipped_steps,
+            seen=states.look(state.seen, kinds, bad, state.steps, found.paths),
+            groups=None,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,157 @@
+"""Adam whose step is bounded where its second moment lags behind the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optclip._engine import pytrees, sharding, validation
+from optclip._engine import state as states
+from optclip._engine.numerics import increment, root_of
+from optclip.methods._history import weight_of
+
+__all__ = ["StableAdamState", "scale_by_stable_adam"]
+
+
+class StableAdamState(NamedTuple):
+    """State of `scale_by_stable_adam`.
+
+    Attributes:
+        stable_count: int32 scalar. Updates so far.
+        stable_mu: float32, in the structure of the parameters. First moments.
+        stable_nu: The same, second moments.
+        largest_rms: float32 scalar. The largest RMS of a leaf at the last update; its
+            step was divided by it, if it was above 1.
+    """
+
+    stable_count: jax.Array
+    stable_mu: Any
+    stable_nu: Any
+    largest_rms: jax.Array
+
+
+def scale_by_stable_adam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales by Adam, with steps divided by how far the gradient exceeds its moment.
+
+    For each leaf, with the second moment v that includes this gradient:
+
+        rms = sqrt(mean(g**2 / max(v, eps**2)))
+        u'  = (m / (sqrt(v) + eps) + weight_decay * w) / max(1, rms)
+
+    So this is StableAdamW, whose learning rate falls leaf by leaf and takes the weight
+    decay with it, once a learning rate follows. Averages are debiased by their decays,
+    b' = (b**t - b) / (b**t - 1). A leaf whose gradient, or its square in
+    float32, is not finite keeps its moments and gets zeros.
+
+    Args:
+        b1: Decay of the first moment, at least 0 and below 1.
+        b2: Decay of the second, at least 0 and below 1.
+        eps: Above 0.
+        weight_decay: Decoupled, at least 0; needs ``params`` if above 0.
+        mask: Which leaves decay, as for `optax.add_decayed_weights`: a tree of booleans
+            or a function of the parameters that makes one.
+        axis_name: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `StableAdamState`. Follow it by
+        `optax.scale_by_learning_rate`.
+
+    Raises:
+        ValueError: If a number is out of range, ``params`` are missing, or complex.
+
+    Example:
+        >>> import optax, optclip
+        >>> adam = optclip.scale_by_stable_adam(weight_decay=0.01)
+        >>> tx = optax.chain(adam, optax.scale_by_learning_rate(1e-3))
+
+    Reference:
+        Wortsman et al., Stable and low-precision training for large-scale
+        vision-language models, 2023, https://arxiv.org/abs/2304.13013
+    """
+    validation.decay(b1=b1, b2=b2)
+    validation.positive(eps=eps)
+    validation.non_negative(weight_decay=weight_decay)
+    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+
+    def init_fn(params) -> Any:
+        if any(jnp.iscomplexobj(x) for x in pytrees.leaves_of(params).leaves):
+            raise ValueError("`scale_by_stable_adam` needs real parameters.")
+        count = jnp.zeros([], jnp.int32)
+        return StableAdamState(
+            count,
+            sharding.zeros_of(params),
+            sharding.zeros_of(params),
+            jnp.zeros([], jnp.float32),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        if decays and params is None:
+            raise ValueError(
+                "`scale_by_stable_adam` decays the weights: call "
+                "`update(updates, state, params)`."
+            )
+        state = states.own(state, lambda: init_fn(updates))
+        count = increment(state.stable_count)
+        # 1 - b' = (1 - b) / (1 - b**t), to all digits for b near 1.
+        new1 = (1 - b1) / weight_of(b1, count, jnp.float32)
+        new2 = (1 - b2) / weight_of(b2, count, jnp.float32)
+        found = pytrees.leaves_of(updates)
+        mus = pytrees.matching(updates, state.stable_mu)
+        nus = pytrees.matching(updates, state.stable_nu)
+        weights: list = [None] * len(mus)
+        if decays:
+            which = mask(params) if callable(mask) else mask
+            if which is None:
+                which = jax.tree.map(lambda _: True, updates)
+            weights = pytrees.matching(updates, params)
+            used = pytrees.matching(updates, which)
+            weights = [jnp.where(w, p, 0.0) for w, p in zip(used, weights, strict=True)]
+        out, new_mu, new_nu, sizes = [], [], [], []
+        along = sharding.leaf_axes(axis_name, updates, found)
+        for g, m, v, w, names in zip(
+            found.leaves, mus, nus, weights, along, strict=True
+        ):
+            wide = g.astype(jnp.float32)
+            fine = jnp.all(jnp.isfinite(wide)) & jnp.all(jnp.isfinite(jnp.square(wide)))
+            fine = sharding.on_all(fine, names)
+            wide = jnp.where(fine, wide, 0.0)
+            m_next = m + new1 * (wide - m)
+            v_next = v + new2 * (jnp.square(wide) - v)
+            root = root_of(v_next)
+            share = jnp.square(wide / jnp.maximum(root, eps))
+            sums, devices = jnp.sum(share), 1
+            if names:
+                sums, devices = lax.psum(sums, names), lax.psum(1, names)
+            rms = root_of(sums / max(g.size * devices, 1))
+            step = m_next / (root + eps)
+            if w is not None:
+                step = step + weight_decay * w.astype(jnp.float32)
+            step = step / jnp.maximum(1.0, rms)
+            out.append(jnp.where(fine, step, 0.0).astype(g.dtype))
+            # A decay may be a float64 array; the state is float32 all the same.
+            new_mu.append(jnp.where(fine, m_next, m).astype(m.dtype))
+            new_nu.append(jnp.where(fine, v_next, v).astype(v.dtype))
+            sizes.append(jnp.where(fine, rms, 0.0).astype(jnp.float32))
+        largest = jnp.max(jnp.stack(sizes)) if sizes else state.largest_rms
+        return found.rebuild(out), StableAdamState(
+            count,
+            pytrees.leaves_of(state.stable_mu).rebuild(new_mu),
+            pytrees.leaves_of(state.stable_nu).rebuild(new_nu),
+            largest,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,99 @@
+"""Pure functions with the names and numbers of ``torch.nn.utils``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+
+from optclip import norms
+from optclip.methods.global_norm import clip_by_global_norm
+from optclip.methods.value import clip_by_value
+
+__all__ = ["clip_grad_norm", "clip_grad_value"]
+
+
+def clip_grad_norm(
+    grads: Any,
+    max_norm: jax.typing.ArrayLike,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> tuple[Any, jax.Array]:
+    """Returns clipped gradients and their norm before, as torch's ``clip_grad_norm_``.
+
+    grads' = grads * min(1, max_norm / (n + 1e-6)). Nothing is changed in place, and no
+    state is kept; in an optimizer, prefer `clip_by_global_norm`, which keeps both.
+
+    | gradients    | returned                                                     |
+    | ------------ | ------------------------------------------------------------ |
+    | NaN in them  | all NaN, norm NaN                                            |
+    | inf in them  | NaN where it was, else 0; with ``max_norm=inf`` all NaN;     |
+    |              | norm inf                                                     |
+
+    Args:
+        grads: A pytree of gradients.
+        max_norm: The largest norm, at least 0. 0 gives zeros, which stops training; inf
+            switches the clip off.
+        norm_type: The norm's order: a number of at least 1, or inf.
+        error_if_nonfinite: Whether a norm that is NaN or inf is an error. Under
+            `jax.jit`, wrap the function in `jax.experimental.checkify.checkify`.
+
+    Returns:
+        The clipped gradients, and the norm that they had.
+
+    Raises:
+        ValueError: If a number is out of range.
+        checkify.JaxRuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> grads, norm = optclip.clip_grad_norm(jnp.array([3.0, 4.0]), 1.0)
+        >>> float(norm), round(float(grads[1]), 4)
+        (5.0, 0.8)
+    """
+    norm = norms.global_norm(grads, ord=norm_type)
+    if error_if_nonfinite:
+        checkify.check(
+            jnp.isfinite(norm),
+            "The norm of order {order} of the gradients is {norm}, so they can't be "
+            "clipped. Pass error_if_nonfinite=False to go on all the same.",
+            order=jnp.float32(norm_type),
+            norm=norm,
+        )
+    tx = clip_by_global_norm(max_norm, ord=norm_type, eps=1e-6)
+    clipped, _ = tx.update(grads, tx.init(grads))
+    # Torch multiplies by max_norm / (norm + 1e-6) also where that is NaN or 0.
+    unknown = jnp.isnan(norm) | jnp.isinf(max_norm)
+    coefficient = jnp.where(unknown, jnp.nan, 0.0)
+
+    def as_torch(grad, finite):
+        if not jnp.issubdtype(jnp.asarray(grad).dtype, jnp.inexact):
+            return finite
+        product = (grad * coefficient).astype(finite.dtype)
+        return jnp.where(jnp.isfinite(norm), finite, product)
+
+    return jax.tree.map(as_torch, grads, clipped), norm
+
+
+def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
+    """Returns gradients clipped to [-clip_value, clip_value], as torch's function.
+
+    Args:
+        grads: A pytree of gradients.
+        clip_value: The largest magnitude of an entry, at least 0; 0 gives zeros.
+
+    Returns:
+        The clipped gradients. NaN stays NaN; inf becomes ``clip_value``.
+
+    Raises:
+        ValueError: If ``clip_value`` is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> optclip.clip_grad_value(jnp.array([-3.0, 0.5]), 1.0).tolist()
+        [-1.0, 0.5]
+    """
+    tx = clip_by_value(clip_value)
+    return tx.update(grads, tx.init(grads))[0]

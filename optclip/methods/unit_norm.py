@@ -1,0 +1,70 @@
+"""Clipping by the norm of each output unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine.thresholds import fixed
+from optclip._engine.validation import EUCLIDEAN
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold, hard
+
+__all__ = ["clip_by_unit_norm"]
+
+
+def clip_by_unit_norm(
+    max_norm: Threshold,
+    *,
+    axis: Any = None,
+    ord: float | str = EUCLIDEAN,
+    eps: jax.typing.ArrayLike = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Scales down each output unit (neuron, filter) whose norm is above ``max_norm``.
+
+    For each unit, u' = u * min(1, max_norm / (n + eps)) with n the norm of its entries.
+    By default a matrix [in, out] is summed over axis 0. For an embedding [vocab, dim]
+    that makes one unit of a column across the whole vocabulary, so that one bad row
+    scales down all rows: give ``axis={"embedding": 1}`` to make each row a unit.
+
+    Args:
+        max_norm: The largest norm of a unit, at least 0: a number or schedule. 0 gives
+            zeros, which stops training; inf switches the clip off.
+        axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
+        ord: As in `clip_by_global_norm`.
+        eps: As in `clip_by_global_norm`.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`, but not "auto".
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: As `clip_by_global_norm`, and in ``init`` if ``axis`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.clip_by_unit_norm(1.0)
+        >>> grads = jnp.array([[0.0, 0.1], [4.0, 0.0]])  # [in, out]
+        >>> tx.update(grads, tx.init(grads))[0].round(3).tolist()
+        [[0.0, 0.10000000149011612], [1.0, 0.0]]
+        >>> tx = optclip.clip_by_unit_norm(1.0, axis={"embedding": 1})
+        >>> grads = {"embedding": jnp.array([[0.0, 0.5], [0.0, 8.0]])}  # [vocab, dim]
+        >>> tx.update(grads, tx.init(grads))[0]["embedding"].tolist()
+        [[0.0, 0.5], [0.0, 1.0]]
+    """
+    return clip(
+        fixed(max_norm, "max_norm"),
+        scope=scopes.unit(axis),
+        ord=ord,
+        action=hard(eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

@@ -1,0 +1,75 @@
+"""Clipping of each entry to an interval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from optclip import scopes
+from optclip._engine.thresholds import fixed, interval
+from optclip.clipping import clip
+from optclip.methods._common import Clip, Threshold
+
+__all__ = ["clip_by_value"]
+
+
+def clip_by_value(
+    max_value: Threshold | tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+    record: bool = False,
+) -> Clip:
+    """Clips each entry to [-max_value, max_value], or to [low, high].
+
+    u' = sign(u) * min(|u|, max_value). A complex entry keeps its direction, and its
+    magnitude is bounded. Infinite entries become the bound; NaN stays NaN unless
+    ``nonfinite`` says otherwise.
+
+    Args:
+        max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
+            a pair (low, high) of numbers or arrays, for real updates. 0 gives zeros,
+            which stops training; inf switches the clip off.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+        record: Whether to keep figures for `metrics` and `culprits`, whose norms are
+            largest magnitudes. That takes one more read of the updates; without it
+            the clamp melts into the optimizer and costs nothing beside it.
+
+    Returns:
+        A transformation with `UnrecordedState`, or with ``record`` `ClipState`;
+        ``params`` is not used.
+
+    Raises:
+        ValueError: If a bound is negative or NaN, or ``low`` is above ``high``.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.clip_by_value(1.0)
+        >>> grads = jnp.array([-3.0, 0.5, 2.0])
+        >>> tx.update(grads, tx.init(grads))[0].tolist()
+        [-1.0, 0.5, 1.0]
+
+    Reference:
+        Mikolov, Statistical Language Models Based on Neural Networks, 2012.
+    """
+    if isinstance(max_value, (tuple, list)):
+        if len(max_value) != 2:
+            raise ValueError(
+                "`max_value` must be a number or a pair (low, high), got "
+                f"{max_value!r}."
+            )
+        rule = interval(*max_value)
+    else:
+        rule = fixed(max_value, "max_value")
+    return clip(
+        rule,
+        scope=scopes.element(),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+        record=record,
+    )

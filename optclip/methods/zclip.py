@@ -1,0 +1,290 @@
+"""ZClip: the z-score of the norm among the norms before."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import actions, scopes
+from optclip._engine import validation
+from optclip._engine.numerics import increment, quotient, root_of
+from optclip._engine.rule import Limit, Rule
+from optclip.clipping import clip
+from optclip.methods._common import Clip, strict
+from optclip.methods._history import (
+    check_escape,
+    first_run,
+    in_a_row,
+    remembering,
+    rms_of_two,
+)
+
+__all__ = ["ScoreState", "ema_zscore", "zclip"]
+
+MODES = ("zscore", "percentile")
+OPTIONS = ("adaptive_scaling", "mean")
+# A norm above the mean by less than this share of it is above by rounding only: where
+# all norms were the same the deviation is 0, and says nothing.
+ROUNDING = 1e-6
+
+
+class ScoreState(NamedTuple):
+    """State of `ema_zscore` and `ema_sigma`.
+
+    Attributes:
+        mean_norm: float32, one per group. Running mean of the norms; 0 at first.
+        spread_norm: float32, one per group. Running standard deviation; 0 at first.
+        recorded: int32, one per group. How many norms were recorded.
+        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
+            norm; None with ``escape_steps=None``.
+    """
+
+    mean_norm: jax.Array
+    spread_norm: jax.Array
+    recorded: jax.Array
+    clipped_run: Any = None
+
+
+def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
+    """Returns the state that the rules with a mean and a spread begin with."""
+    run = first_run(norm, escape_steps)
+    return ScoreState(
+        jnp.zeros(norm.shape, jnp.float32),
+        jnp.zeros(norm.shape, jnp.float32),
+        jnp.zeros(norm.shape, jnp.int32),
+        run,
+    )
+
+
+def followed(state: ScoreState, value: jax.Array, decay: Any, count: Any, run: Any):
+    """Returns the state after ``value``; the spread is taken from the new mean."""
+    # In this form the weights add up to 1 in float32 too.
+    step = value - state.mean_norm
+    mean = state.mean_norm + (1 - decay) * step
+    spread = rms_of_two(decay, state.spread_norm, decay * step)
+    return ScoreState(mean, spread, count, run)
+
+
+def ema_zscore(
+    z_thresh: jax.typing.ArrayLike = 2.5,
+    *,
+    alpha: jax.typing.ArrayLike = 0.97,
+    warmup_steps: jax.typing.ArrayLike = 25,
+    max_grad_norm: jax.typing.ArrayLike | None = None,
+    mode: str = "zscore",
+    clip_option: str = "adaptive_scaling",
+    clip_factor: jax.typing.ArrayLike = 1.0,
+    skip_update_on_spike: bool = False,
+    eps: jax.typing.ArrayLike | None = None,
+    escape_steps: int | None = 50,
+    record_zeros: bool = False,
+) -> Rule:
+    """Returns the rule of ZClip: what lies far above the running mean is a spike.
+
+    With running mean m and standard deviation s of the norms recorded, and
+    z = (n - m) / (s + eps), a group with z > z_thresh is scaled to the norm
+
+    | mode         | clip_option        | target                              |
+    | ------------ | ------------------ | ----------------------------------- |
+    | "zscore"     | "adaptive_scaling" | (m + z_thresh**2 * s / z) * factor  |
+    | "zscore"     | "mean"             | m                                   |
+    | "percentile" | either             | m + z_thresh * s, also the trigger  |
+
+    and no group ends above ``max_grad_norm``. The target of a spike is recorded in its
+    place: m = alpha * m + (1 - alpha) * x, s**2 = alpha * s**2 + (1 - alpha) *
+    (x - m)**2 with the new m. In the first ``warmup_steps`` steps only
+    ``max_grad_norm`` bounds, and m and s are those of the norms so far.
+
+    The rule is scale invariant with the default ``eps`` and without ``max_grad_norm``,
+    which has the unit of the norm. The state holds s, not its square, so that it
+    neither overflows nor underflows.
+
+    Args:
+        z_thresh: The trigger, in standard deviations; above 0.
+        alpha: Decay of the averages, at least 0 and below 1.
+        warmup_steps: At least 1.
+        max_grad_norm: A constant bound as well, at least 0; None for none.
+        mode: "zscore" or "percentile".
+        clip_option: "adaptive_scaling" or "mean".
+        clip_factor: Factor of the target in "adaptive_scaling", above 0.
+        skip_update_on_spike: Record nothing where there is a spike.
+        eps: Added to s in mode "zscore", at least 0: a norm, such as the original's
+            1e-6. None: a millionth of m, in both modes, so that a norm above a
+            constant history by rounding only is not a spike.
+        escape_steps: After so many consecutive steps that are spikes, or whose norm is
+            at most a hundredth of the mean, the rule restarts with its warm-up; and in
+            the warm-up a norm counts for at most ten times the mean before it. None:
+            as in the original, where a deviation of zero stays zero.
+        record_zeros: Record norms of zero too, as the original does.
+
+    Returns:
+        A rule with two float32 and two int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range, or there is no such mode or option.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.ema_zscore(2.5))
+
+    Reference:
+        Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
+        https://arxiv.org/abs/2504.02507
+    """
+    validation.positive(
+        z_thresh=z_thresh, clip_factor=clip_factor, warmup_steps=warmup_steps
+    )
+    if eps is not None:
+        validation.non_negative(eps=eps)
+    validation.decay(alpha=alpha)
+    validation.steps(warmup_steps=warmup_steps)
+    validation.one_of("mode", mode, MODES)
+    check_escape(escape_steps)
+    validation.one_of("clip_option", clip_option, OPTIONS)
+    top = jnp.inf
+    if max_grad_norm is not None:
+        validation.non_negative(max_grad_norm=max_grad_norm)
+        top = max_grad_norm
+
+    def spike_of(norm, state):
+        mean, spread = state.mean_norm, state.spread_norm
+        size = spread + (ROUNDING * mean if eps is None else eps)
+        trigger = mean + z_thresh * size
+        if mode == "percentile":
+            target = mean + z_thresh * spread
+            return (trigger if eps is None else target), target
+        if clip_option == "mean":
+            return trigger, mean
+        above = (norm > trigger) & (size > 0)
+        z = quotient(jnp.where(above, norm - mean, 1.0), jnp.where(above, size, 1.0))
+        return trigger, (mean + z_thresh * spread * (z_thresh / z)) * clip_factor
+
+    def update(norm, state, context):
+        del context
+        warm = state.recorded < warmup_steps
+        trigger, target = spike_of(norm, state)
+        spike = ~warm & (norm > trigger)
+        threshold = jnp.minimum(jnp.where(warm, jnp.inf, trigger), top)
+        end = jnp.minimum(jnp.where(spike, jnp.minimum(target, norm), norm), top)
+        count = increment(state.recorded)
+        run, away = in_a_row(
+            spike,
+            norm,
+            jnp.where(warm, 0.0, state.mean_norm),
+            state.clipped_run,
+            escape_steps,
+        )
+
+        main = followed(state, jnp.where(spike, target, norm), alpha, count, run)
+        if skip_update_on_spike:
+            main = jax.tree.map(
+                lambda old, new: jnp.where(spike, old, new), state, main
+            )
+            main = main._replace(clipped_run=run)
+        # Welford's recursion, of the deviation itself.
+        number = count.astype(norm.dtype)
+        share = (number - 1) / number
+        value = norm
+        if escape_steps is not None:  # one wild norm must not set the scale
+            bound = jnp.where(state.recorded > 0, 10 * state.mean_norm, jnp.inf)
+            value = jnp.minimum(norm, bound)
+        step = value - state.mean_norm
+        mean = state.mean_norm + step / number
+        spread = rms_of_two(share, state.spread_norm, step * root_of(share))
+        early = ScoreState(mean, spread, count, run)
+        fresh = ScoreState(norm, jnp.zeros_like(norm), jnp.ones_like(count), run)
+        after = jax.tree.map(
+            lambda f, e, m: jnp.where(away, f, jnp.where(warm, e, m)),
+            fresh,
+            early,
+            main,
+        )
+        return Limit(threshold, end), after
+
+    def init(norm):
+        return first_score(norm, escape_steps)
+
+    return remembering(init, update, "ema_zscore", zeros=record_zeros)
+
+
+def zclip(
+    z_thresh: jax.typing.ArrayLike = 2.5,
+    *,
+    alpha: jax.typing.ArrayLike = 0.97,
+    warmup_steps: jax.typing.ArrayLike = 25,
+    max_grad_norm: jax.typing.ArrayLike | None = 1.0,
+    clip_option: str = "adaptive_scaling",
+    mode: str = "zscore",
+    clip_factor: jax.typing.ArrayLike = 1.0,
+    skip_update_on_spike: bool = False,
+    scope: scopes.Scope = scopes.tree(),
+    original: bool = False,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    update_dtype: Any = None,
+) -> Clip:
+    """Clips spikes: norms many standard deviations above their running mean (ZClip).
+
+    With running mean m and deviation s of the norm n, and z = (n - m) / s: where z >
+    z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so that the larger the
+    spike, the closer to the mean it ends. The formulas of every option are those of
+    `optclip.rules.ema_zscore`, and follow the official code, not the paper.
+
+    With the published ``max_grad_norm=1.0`` all norms above 1 are also clipped to 1, as
+    by `clip_by_global_norm`; pass None for the z-score alone, which is scale invariant.
+
+    Args:
+        z_thresh: Standard deviations above the mean that make a spike, above 0.
+        alpha: Decay of the averages, at least 0 and below 1.
+        warmup_steps: Steps in which only ``max_grad_norm`` bounds; at least 1.
+        max_grad_norm: A constant bound as well, at least 0, in the unit of the
+            gradient; None for none.
+        clip_option: What a spike is scaled to, "adaptive_scaling" or "mean".
+        mode: "zscore", or "percentile" for t = m + z_thresh * s.
+        clip_factor: Factor of t in "adaptive_scaling", above 0.
+        skip_update_on_spike: Record nothing where there is a spike.
+        scope: Which entries share one norm, from `optclip.scopes`.
+        original: As the original, record zero norms, add 1e-6 to s and n, and never
+            restart. If False, the statistics restart after 50 consecutive spikes, and
+            1e-6 of m is added to s, so that the unit of the gradient does not matter.
+        nonfinite: As in `optclip.clip`.
+        axis_name: As in `optclip.clip`.
+        update_dtype: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `ClipState`; ``params`` is not used.
+
+    Raises:
+        ValueError: If a number is out of range, or there is no such option.
+
+    Example:
+        >>> import optax, optclip
+        >>> tx = optax.chain(optclip.zclip(max_grad_norm=None), optax.adamw(3e-4))
+
+    Reference:
+        Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
+        https://arxiv.org/abs/2504.02507
+    """
+    rule = ema_zscore(
+        z_thresh,
+        alpha=alpha,
+        warmup_steps=warmup_steps,
+        max_grad_norm=max_grad_norm,
+        mode=mode,
+        clip_option=clip_option,
+        clip_factor=clip_factor,
+        skip_update_on_spike=skip_update_on_spike,
+        eps=1e-6 if original else None,
+        escape_steps=None if original else 50,
+        record_zeros=original,
+    )
+    return clip(
+        rule._replace(name="zclip"),
+        scope=scope,
+        action=strict(1e-6) if original else actions.rescale,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        update_dtype=update_dtype,
+    )

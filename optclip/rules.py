@@ -1,0 +1,71 @@
+"""Rules: how the threshold of a group is found.
+
+A `Rule` is a pair of pure functions on *one* array of norms; it knows neither trees nor
+sharding nor Optax, so one rule works in every scope. Write your own:
+
+    def half_of_first(fraction=0.5):
+        def init(norm):
+            return jnp.zeros_like(norm)  # 0: not seen yet
+
+        def update(norm, first, context):
+            first = jnp.where(first == 0, norm, first)
+            limit = jnp.where(first == 0, jnp.inf, fraction * first)
+            return Limit(limit, limit), first
+
+        return Rule(init, update)
+
+What a rule remembers is float32: a float64 norm above the largest float32 counts as
+that, one below the smallest normal float32 (1e-38) as zero. Rules with a history are
+scale invariant at their defaults: norms times a constant have thresholds times it.
+"""
+
+from __future__ import annotations
+
+from optclip._engine.rule import Context, Limit, Rule
+from optclip._engine.thresholds import (
+    as_rule,
+    by_name,
+    constant,
+    fixed,
+    interval,
+    schedule,
+)
+from optclip.methods.adagc import ema_ratio
+from optclip.methods.adagn import smoothed_norm
+from optclip.methods.agc import relative_to_params
+from optclip.methods.autoclip import log_histogram_percentile, window_percentile
+from optclip.methods.dual_ema import dual_ema
+from optclip.methods.ema_sigma import ema_sigma
+from optclip.methods.norm_growth_limiter import previous_norm
+from optclip.methods.quantile import geometric_quantile
+from optclip.methods.rolling_sigma import window_sigma
+from optclip.methods.spam import second_moment
+from optclip.methods.stable_spam import max_ema
+from optclip.methods.zclip import ema_zscore
+from optclip.wrappers._log_window import log_window_sigma
+
+__all__ = [
+    "Context",
+    "Limit",
+    "Rule",
+    "as_rule",
+    "by_name",
+    "constant",
+    "dual_ema",
+    "ema_ratio",
+    "ema_sigma",
+    "ema_zscore",
+    "fixed",
+    "geometric_quantile",
+    "interval",
+    "log_histogram_percentile",
+    "log_window_sigma",
+    "max_ema",
+    "previous_norm",
+    "relative_to_params",
+    "schedule",
+    "second_moment",
+    "smoothed_norm",
+    "window_percentile",
+    "window_sigma",
+]

@@ -1,0 +1,1 @@
+"""Wrappers around an optimizer, or around a function of gradients."""

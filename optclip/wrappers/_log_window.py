@@ -1,0 +1,85 @@
+"""The rule of `skip_steps`: deviations of the logarithm of the norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip._engine import validation
+from optclip._engine.numerics import root_of
+from optclip._engine.rule import Rule
+from optclip._engine.validation import Static
+from optclip.methods._history import one, places, remembering
+from optclip.methods.autoclip import empty, put
+
+__all__ = ["log_window_sigma"]
+
+# No plain int: `optax.inject_hyperparams` would make it an array.
+WINDOW = Static(128)
+# The least and the largest logarithm of a norm: those of normal float32 numbers, a
+# little inside, so that `exp` of the second is finite.
+LEAST_LOG, LARGEST_LOG = -87.3, 88.7
+
+
+def log_window_sigma(
+    sigmas: jax.typing.ArrayLike = 5.0,
+    *,
+    window: Any = WINDOW,
+    min_ratio: jax.typing.ArrayLike = 2.0,
+) -> Rule:
+    """Returns the rule of `skip_steps`: deviations of the logarithm of the norm.
+
+    With the mean m and the standard deviation s of the logarithms of the last
+    ``window`` norms, before this one,
+
+        t = exp(m + max(sigmas * s, log(min_ratio)))
+
+    and no threshold before half the window, at least two norms, is filled. The norms of
+    a training run are nearly log-normal: on this scale large norms that belong to the
+    noise are not outliers, and the rule has no unit. Norms of zero are not recorded,
+    nor are subnormal ones, below 1.2e-38, where the device flushes them to zero.
+
+    Args:
+        sigmas: Standard deviations above the mean, at least 0.
+        window: How many norms are kept, at least 2.
+        min_ratio: The least threshold, relative to the geometric mean of the norms;
+            above 0. It matters where the norms hardly vary.
+
+    Returns:
+        A rule with ``window`` float32 and one int32 per group.
+
+    Raises:
+        ValueError: If a number is out of range, or ``window`` is not an int.
+
+    Example:
+        >>> import optclip
+        >>> tx = optclip.clip(optclip.rules.log_window_sigma(3.0))
+    """
+    validation.non_negative(sigmas=sigmas)
+    validation.positive(min_ratio=min_ratio)
+    window = validation.size("window", window, least=2)
+
+    def update(norm, state, context):
+        del context
+        ring, count = state
+        known = jnp.minimum(count, window)
+        valid = places(ring) < known[..., None]
+        # The places that are not filled yet hold 0, whose logarithm is not finite.
+        logs = jnp.log(jnp.where(valid, jnp.maximum(ring, math.exp(LEAST_LOG)), 1.0))
+        number = jnp.maximum(known, 1).astype(logs.dtype)
+        mean = jnp.sum(logs, axis=-1) / number
+        apart = jnp.where(valid, logs - mean[..., None], 0.0)
+        spread = root_of(jnp.sum(jnp.square(apart), axis=-1) / number)
+        above = jnp.maximum(sigmas * spread, jnp.log(min_ratio))
+        threshold = jnp.exp(jnp.minimum(mean + above, LARGEST_LOG))
+        ready = count >= max(2, window // 2)
+        limit = one(jnp.where(ready, threshold, jnp.inf))
+        return limit, put(state, norm)
+
+    def init(norm):
+        return empty(norm, window)
+
+    return remembering(init, update, "log_window_sigma", zeros=False)

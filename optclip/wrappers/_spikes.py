@@ -1,0 +1,158 @@
+"""How `skip_steps` tells a spike: by a rule, and by how rare such a value is.
+
+A rule alone can't: one that keeps spikes out of its history never learns that they have
+become normal, and one that keeps them in is blinded by a single one. So the rule sees
+only steps that are taken, and a second, much longer memory counts how often values of
+that size were offered. What is frequent is not a spike, whatever the rule says.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip._engine import sharding, validation
+from optclip._engine import state as states
+from optclip._engine.reading import widen
+from optclip._engine.rule import Context, Rule, apply_rule
+from optclip._engine.thresholds import as_rule, schedule
+from optclip.methods.rolling_sigma import window_sigma
+from optclip.wrappers._log_window import log_window_sigma
+
+__all__ = [
+    "RECENT",
+    "Verdict",
+    "judge",
+    "loss_rule",
+    "mean_loss",
+    "no_values",
+    "pushed",
+    "restarted",
+]
+
+# Steps over which values and skips are counted. The default of ten similar values in it
+# is 2%: new data in 5% of the batches has 26 of them, isolated spikes in 1% have 5.
+RECENT = 512
+NEAR = 2.0**-20
+LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+def no_values() -> jax.Array:
+    """Returns a memory of the last values in which there is none yet."""
+    return jnp.full(RECENT, -LARGEST, jnp.float32)
+
+
+def pushed(rows: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns ``rows`` with ``value`` as the first and without the last."""
+    row = jnp.asarray(value).astype(rows.dtype)[None]
+    return jnp.concatenate([row, jnp.asarray(rows)[:-1]])
+
+
+def mean_loss(loss: Any, names: Any) -> jax.Array:
+    """Returns the loss, averaged over the devices on which it differs."""
+    try:
+        loss = jnp.asarray(loss)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`loss` must be a real scalar, got {loss!r}.") from error
+    if loss.ndim or jnp.iscomplexobj(loss):
+        raise ValueError(
+            f"`loss` must be a real scalar, got {loss.dtype} of shape {loss.shape}."
+        )
+    if jnp.issubdtype(loss.dtype, jnp.floating):
+        loss = widen(loss)
+    loss = states.figures(loss)
+    names = sharding.varying(loss) if names is None else names
+    return lax.pmean(loss, names) if names else loss
+
+
+def norm_rule(when: Any) -> Rule:
+    """Returns the rule that judges the norm."""
+    rule = log_window_sigma() if when is None else as_rule(when, "when")
+    if rule.for_groups is not None:
+        raise ValueError(
+            "`when` must be one threshold, since one norm is judged, that of all "
+            "gradients; got thresholds by name. Give a number, a schedule or a rule, "
+            "and with `mask` the leaves that count."
+        )
+    return rule
+
+
+def loss_rule(when_loss: Any, when: Any) -> Rule | None:
+    """Returns the rule that judges the loss; None if none does."""
+    if when_loss is None:
+        return None if when is not None else window_sigma(6.0, unbiased=True)
+    if isinstance(when_loss, Rule):
+        if when_loss.signed:
+            return when_loss
+        raise ValueError(
+            f"`when_loss` must fit losses, which may be negative, and "
+            f"`{when_loss.name}` is made for norms. Use a number, a schedule, "
+            "`optclip.rules.window_sigma`, or a `Rule` of your own with `signed=True`."
+        )
+    if callable(when_loss):
+        return schedule(when_loss)._replace(signed=True)
+    validation.not_nan(when_loss=when_loss)
+    if np.ndim(when_loss):
+        raise ValueError(
+            "`when_loss` must be one number, a schedule or a rule, since there is one "
+            f"loss, got an array of shape {np.shape(when_loss)}."
+        )
+    return schedule(lambda step: when_loss)._replace(signed=True)
+
+
+class Verdict(NamedTuple):
+    """What a rule says about a value.
+
+    Attributes:
+        spike: Whether the value is a spike.
+        threshold: The rule's threshold, finite.
+        after: The state of the rule if the step is taken.
+    """
+
+    spike: jax.Array
+    threshold: jax.Array
+    after: Any
+
+
+def judge(
+    rule: Rule,
+    value: jax.Array,
+    state: Any,
+    recent: jax.Array | tuple,
+    step: jax.Array,
+    *,
+    signed: bool,
+    max_similar: int | None = None,
+) -> Verdict:
+    """Asks the rule about ``value``, and ``recent`` whether such values are rare."""
+
+    def no_params():
+        raise ValueError(
+            "`when` and `when_loss` must be rules that do not look at the parameters."
+        )
+
+    fine = jnp.where(jnp.isfinite(value), value, 0.0)
+    context = Context(step, fine, no_params)
+    limit, after = apply_rule(rule, fine, state, context, signed=signed)
+    bound = jnp.asarray(limit.threshold).astype(fine.dtype)
+    bound = jnp.where(jnp.isnan(bound), -LARGEST, jnp.clip(bound, -LARGEST, LARGEST))
+    # Above by rounding only does not count: a constant is not above its own mean. The
+    # difference of the halves can't overflow.
+    above = fine / 2 - bound / 2
+    spike = above > NEAR / 2 * jnp.abs(bound)
+    if max_similar is not None and not isinstance(recent, tuple):
+        # Half as large; a loss has no zero, so it is half as far above the threshold.
+        similar = recent >= (bound + above if signed else fine / 2)
+        spike &= jnp.sum(similar, dtype=jnp.int32) < max_similar
+    after = jax.tree.map(lambda old, new: new.astype(old.dtype), state, after)
+    return Verdict(spike, bound, after)
+
+
+def restarted(rule: Rule, value: jax.Array, step: jax.Array) -> Any:
+    """Returns the state of a rule for which ``value`` is the first."""
+    state = rule.init(jnp.zeros([], jnp.float32))
+    return judge(rule, value, state, (), step, signed=True).after

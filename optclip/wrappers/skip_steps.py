@@ -1,0 +1,384 @@
+"""Skipping bad steps: an optimizer whose state they never reach."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip._engine import barriers, group_norms, pytrees, validation
+from optclip._engine import state as states
+from optclip._engine.state import Seen
+from optclip._engine.validation import EUCLIDEAN, Static
+from optclip.wrappers import _holding, _masks, _spikes
+from optclip.wrappers._spikes import pushed
+
+__all__ = ["BadSteps", "SkipState", "skip_steps"]
+
+
+class BadSteps(NamedTuple):
+    """The last steps that were left out, in a ring.
+
+    Attributes:
+        bad_step: int32[K]. Their numbers, where the first step is number 0; -1 where
+            there was none yet.
+        bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
+        bad_loss: float32[K]. Their losses; 0 where none was given.
+        bad_leaf: int32[K]. Number of the worst leaf: the first that held NaN or inf,
+            else the one with the largest norm; -1 where only the loss was bad.
+        bad_kinds: int32[K, 3]. 1 where that leaf held NaN, +inf, -inf, else 0.
+    """
+
+    bad_step: jax.Array
+    bad_norm: jax.Array
+    bad_loss: jax.Array
+    bad_leaf: jax.Array
+    bad_kinds: jax.Array
+
+
+class SkipState(NamedTuple):
+    """State of `skip_steps`.
+
+    Attributes:
+        optimizer_state: State of the optimizer inside, as if no bad step had been.
+        norm_rule_state: State of the rule for the norm.
+        loss_rule_state: State of the rule for the loss; () without one.
+        offered_norms: float32[512]. The last finite norms, the newest first, those of
+            skipped steps included; the lowest float32 where there was none yet; () if
+            the rule has no memory or ``max_similar`` is None.
+        offered_losses: float32[512]. The same for the loss.
+        recent_skips: int32[512]. 1 where a step was skipped, the newest first.
+        recent_fraction: float32 scalar. Share of the last 512 steps, or of all steps
+            while they are fewer, that was skipped.
+        recent_since: int32 scalar. Number of the first skipped step after 512 steps
+            without one; -1 if the last 512 steps were all taken.
+        offered_steps: int32 scalar. Steps so far, those skipped included. All counters
+            stop at 2**31 - 1.
+        skipped_steps: int32 scalar. Steps skipped, for whatever reason.
+        spike_steps: int32 scalar. Steps skipped though all was finite.
+        skipped_run: int32 scalar. Steps skipped in a row until now.
+        spike_run: int32 scalar. Spikes skipped since the last step that was taken.
+        offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
+        offered_loss: float32 scalar. The last loss; 0 where none was given.
+        skip_above: float32 scalar. The last threshold of the norm, the largest float32
+            where there was none; 0 at first.
+        skip_loss_above: float32 scalar. The same of the loss; 0 where none was judged.
+        last_bad: A `BadSteps`.
+        seen: A `Seen`: the non-finite entries.
+    """
+
+    optimizer_state: Any
+    norm_rule_state: Any
+    loss_rule_state: Any
+    offered_norms: Any
+    offered_losses: Any
+    recent_skips: jax.Array
+    recent_fraction: jax.Array
+    recent_since: jax.Array
+    offered_steps: jax.Array
+    skipped_steps: jax.Array
+    spike_steps: jax.Array
+    skipped_run: jax.Array
+    spike_run: jax.Array
+    offered_norm: jax.Array
+    offered_loss: jax.Array
+    skip_above: jax.Array
+    skip_loss_above: jax.Array
+    last_bad: BadSteps
+    seen: Seen
+
+
+MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
+
+
+def _worst(norms: jax.Array, kinds: jax.Array) -> jax.Array:
+    """Returns the index of the first non-finite leaf, else of the largest norm."""
+    bad = jnp.any(kinds, axis=1)
+    size = jnp.where(jnp.isfinite(norms) & ~bad, norms, 0.0)
+    return jnp.argmax(jnp.where(bad, jnp.inf, size)).astype(jnp.int32)
+
+
+def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
+    """Returns a counter after one more step, which stops at the largest int32."""
+    return jnp.where(flag, optax.safe_increment(count), count)
+
+
+def _recent(state: SkipState, skip: jax.Array) -> dict[str, jax.Array]:
+    """Returns the new fields that tell of the last steps."""
+    before, after = state.recent_skips, pushed(state.recent_skips, skip)
+    begins = skip & ~jnp.any(before > 0)
+    since = jnp.where(begins, state.offered_steps, state.recent_since)
+    steps = jnp.minimum(optax.safe_increment(state.offered_steps), after.size)
+    skipped = jnp.sum(after, dtype=jnp.int32).astype(jnp.float32)
+    return {
+        "recent_skips": after,
+        "recent_fraction": skipped / steps.astype(jnp.float32),
+        "recent_since": jnp.where(jnp.any(after > 0), since, -1),
+    }
+
+
+def skip_steps(
+    optimizer: optax.GradientTransformation,
+    *,
+    when: Any = None,
+    when_loss: Any = None,
+    max_consecutive: Any = MAX_CONSECUTIVE,
+    max_similar: Any = MAX_SIMILAR,
+    keep_last: Any = KEPT,
+    mask: Any = None,
+    ord: float | str = EUCLIDEAN,
+    axis_name: Any = None,
+    loss_axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that bad steps leave no trace in it.
+
+    A step is skipped if its gradients or its loss hold NaN or inf, or if the norm of
+    its gradients or its loss is a spike. Then the updates are zeros, and the
+    optimizer's state, with its count of steps, stays as it was: bitwise as if the batch
+    had never been.
+
+    A spike is above the threshold of its rule, and rare. With the threshold t and the
+    last 512 finite values, those of skipped steps included, the norm n is a spike if
+
+        n > t  and  fewer than ``max_similar`` of the 512 norms were n / 2 or more
+
+    (for the loss: half as far above t, or more). The rule records only steps that are
+    taken, so a spike does not raise t. New data with large gradients is taken after
+    about ``max_similar`` of its batches, and then the rule adapts to it: of any 512
+    steps, at most ``max_similar`` whose norms are within a factor of two of each other
+    are skipped, and of norms in random order at most a share of ``max_similar / 513``.
+    A number or a schedule has no memory, and stays the bound that it is.
+
+    | ``when``                                  | a step is skipped if its norm is     |
+    | ----------------------------------------- | ------------------------------------ |
+    | None: `rules.log_window_sigma()`          | 5 deviations of its logarithm above  |
+    |                                           | its mean, and twice that, or more    |
+    | `rules.window_sigma(6.0, unbiased=True)`  | 6 deviations above its mean, as      |
+    |                                           | in OLMo-core and MaxText             |
+    | `rules.window_sigma(6.0)`                 | the same, as in Levanter             |
+    | a number or a schedule                    | above it, as in paxml                |
+    | inf                                       | NaN or inf                           |
+
+    ``when_loss`` is the same for the loss: a number, of any sign, a schedule, or a rule
+    for numbers that may be negative, of those of this library `rules.window_sigma`.
+    None is ``rules.window_sigma(6.0, unbiased=True)`` if ``when`` is None too, and else
+    only NaN and inf. For a bound on the loss alone, give ``when=jnp.inf``.
+
+    After ``max_consecutive`` spikes without a step taken, a rule with a memory restarts
+    and the step is taken. A step that is not finite is never taken, and does not count.
+
+    Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
+    as Optax calls it, ``value=loss``, which is passed to the optimizer inside too;
+    ``loss`` is not. Around `optax.MultiSteps` a bad microbatch is skipped, inside it a
+    bad mean.
+
+    In its first steps a rule knows no spike: by default in the first 64, and in the 64
+    after a restart. Chain a clip inside for a bad start: a finite gradient of 1e25
+    would make Adam's second moment infinite permanently.
+
+    Args:
+        optimizer: An Optax optimizer, with its clip. Put this inside
+            `optax.lookahead`, not around it: its parameters come in pairs.
+        when: A rule of `optclip.rules`, a number, an array or a schedule.
+        when_loss: A rule for numbers that may be negative, a number or a schedule.
+        max_consecutive: Spikes after which a rule restarts; at least 1. None: never.
+        max_similar: A value is a spike only if fewer than this many of the last 512
+            were similar; at least 1. None: however many were.
+        keep_last: How many of the last bad steps are kept in the state, at least 1.
+        mask: Which leaves are judged, as in `optax.masked`: a pytree of booleans, laid
+            out as the updates or as their first levels, or a function of the updates
+            that returns one. The others, such as those of frozen parameters, are not
+            measured, and reach the optimizer as they are.
+        ord: The norm's order: a number of at least 1, inf or "rms".
+        axis_name: As in `optclip.clip`.
+        loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
+            the mesh axes along which each device has a loss of its own: their mean is
+            judged, or devices would decide differently. Elsewhere types tell.
+
+    Returns:
+        A transformation with `SkipState`. Read it with `optclip.metrics`,
+        `optclip.step_taken` and `optclip.culprits`.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a transformation, or ``mask`` holds something
+            else than booleans.
+        ValueError: If a number is out of range, ``when_loss`` is a rule that does not
+            fit a loss, ``loss`` is not a scalar, or ``mask`` does not fit the updates.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> tx = optclip.skip_steps(optax.chain(optclip.clip(1.0), optax.adam(1e-3)))
+        >>> params = jnp.ones(2)
+        >>> grads = jnp.array([jnp.nan, 1.0])
+        >>> updates, state = tx.update(grads, tx.init(params), params, loss=0.5)
+        >>> updates.tolist(), int(optclip.metrics(state)["skip/skipped_steps"])
+        ([0.0, 0.0], 1)
+
+    Reference:
+        OLMo et al., 2 OLMo 2 Furious, 2024, https://arxiv.org/abs/2501.00656
+    """
+    inner: Any = validation.transformation(optimizer=optimizer)
+    by_loss = _spikes.loss_rule(when_loss, when)
+    by_norm = _spikes.norm_rule(when)
+    if max_consecutive is not None:
+        max_consecutive = validation.size("max_consecutive", max_consecutive)
+    if max_similar is not None:
+        max_similar = validation.size("max_similar", max_similar)
+    keep_last = validation.size("keep_last", keep_last)
+    order = validation.order(ord)
+    _masks.check(mask)
+
+    def count():
+        return states.scalar(0, jnp.int32)
+
+    def memories(rule):
+        """Returns the first state of a rule, and of the memory of the last values."""
+        if rule is None:
+            return (), ()
+        state = states.copied(rule.init(jnp.zeros([], jnp.float32)))
+        counts = max_similar is not None and jax.tree.leaves(state)
+        return state, _spikes.no_values() if counts else ()
+
+    def first(judged, optimizer_state):
+        (norm_rule, norms), (loss_rule, losses) = memories(by_norm), memories(by_loss)
+        return SkipState(
+            optimizer_state=optimizer_state,
+            norm_rule_state=norm_rule,
+            loss_rule_state=loss_rule,
+            offered_norms=norms,
+            offered_losses=losses,
+            recent_skips=jnp.zeros(_spikes.RECENT, jnp.int32),
+            recent_fraction=states.scalar(0.0),
+            recent_since=states.scalar(-1, jnp.int32),
+            offered_steps=count(),
+            skipped_steps=count(),
+            spike_steps=count(),
+            skipped_run=count(),
+            spike_run=count(),
+            offered_norm=states.scalar(0.0),
+            offered_loss=states.scalar(0.0),
+            skip_above=states.scalar(0.0),
+            skip_loss_above=states.scalar(0.0),
+            last_bad=BadSteps(
+                bad_step=jnp.full(keep_last, -1, jnp.int32),
+                bad_norm=jnp.zeros(keep_last, jnp.float32),
+                bad_loss=jnp.zeros(keep_last, jnp.float32),
+                bad_leaf=jnp.zeros(keep_last, jnp.int32),
+                bad_kinds=jnp.zeros((keep_last, 3), jnp.int32),
+            ),
+            seen=states.first_seen(pytrees.leaves_of(judged).paths),
+        )
+
+    def init_fn(params) -> Any:
+        judged = _masks.kept(_masks.selected(mask, params), params)
+        return first(judged, inner.init(params))
+
+    def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
+        judged = _masks.kept(_masks.selected(mask, updates), updates)
+        found, inside = pytrees.leaves_of(judged), ("optimizer_state",)
+        state = states.own(
+            state, lambda: first(judged, ()), foreign=inside, absent=found.absent
+        )
+        if not jax.tree.leaves(updates):  # an empty group of a partition
+            inside = state.optimizer_state
+            out, inside = inner.update(updates, inside, params, **extra_args)
+            steps = optax.safe_increment(state.offered_steps)
+            return out, state._replace(optimizer_state=inside, offered_steps=steps)
+        if found.leaves:
+            measured, norm = group_norms.measure_leaves(
+                judged, found, order=order, axis_name=axis_name
+            )
+        else:  # only the loss is judged
+            nothing, norm = jnp.zeros(1, jnp.float32), jnp.zeros([], jnp.float32)
+            measured = group_norms.Measured(
+                (nothing,), (nothing,), jnp.zeros((1, 3), bool)
+            )
+        norm = states.figures(norm)
+        step, paths = state.offered_steps, found.paths
+        loss = extra_args.get("value") if loss is None else loss
+        given, level = loss is not None, states.scalar(0.0)
+        if given:
+            level = _spikes.mean_loss(loss, loss_axis_name)
+        nonfinite = jnp.any(measured.kinds)
+        bad = nonfinite | ~jnp.isfinite(level)
+        due = jnp.zeros([], bool)
+        if max_consecutive is not None:
+            due = state.spike_run >= max_consecutive
+
+        def verdict(rule, value, rule_state, recent, signed):
+            """Returns what the rule says, whether it restarts, and the new memory."""
+            said = _spikes.judge(
+                rule,
+                value,
+                rule_state,
+                recent,
+                step,
+                signed=signed,
+                max_similar=max_similar,
+            )
+            restart = said.spike & due & bool(jax.tree.leaves(rule_state))
+            if not isinstance(recent, tuple):
+                kept = jnp.isfinite(value)
+                recent = states.chosen(kept, pushed(recent, value), recent)
+            return said, restart, recent
+
+        def recorded(rule, value, old, said, restart):
+            again = _spikes.restarted(rule, value, step)
+            after = states.chosen(restart, again, said.after)
+            return states.chosen(skip, old, after)
+
+        old_norms, old_losses = state.norm_rule_state, state.loss_rule_state
+        norm_said, norm_restart, norms = verdict(
+            by_norm, norm, old_norms, state.offered_norms, False
+        )
+        spike = norm_said.spike & ~norm_restart
+        loss_said, loss_restart, losses = None, None, state.offered_losses
+        if given and by_loss is not None:
+            loss_said, loss_restart, losses = verdict(
+                by_loss, level, old_losses, losses, True
+            )
+            spike |= loss_said.spike & ~loss_restart
+        spike &= ~bad
+        skip = bad | spike
+        norm_rule = recorded(by_norm, norm, old_norms, norm_said, norm_restart)
+        loss_rule, loss_above = old_losses, states.scalar(0.0)
+        if by_loss is not None and loss_said is not None:
+            loss_above = states.figures(loss_said.threshold)
+            loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
+        # Or XLA writes out what measuring and the optimizer share, such as squares.
+        updates = barriers.kept_apart(updates)
+        out, after = _holding.update_unless(
+            skip, inner, updates, state.optimizer_state, params, extra_args
+        )
+
+        worst = _worst(measured.norm[0], measured.kinds)
+        kinds = measured.kinds[worst]
+        if paths and state.seen.leaf_code.size != len(paths):
+            worst = states.row_numbers(state.seen, paths)[worst]
+        worst = jnp.where(nonfinite | norm_said.spike, worst, -1)
+        noted = BadSteps(step, norm, level, worst, kinds)
+        last_bad = jax.tree.map(pushed, state.last_bad, noted)
+        run = {"skipped_run": skip, "spike_run": spike}
+        runs = {k: _counted(getattr(state, k), flag) for k, flag in run.items()}
+        return out, SkipState(
+            optimizer_state=after,
+            norm_rule_state=norm_rule,
+            loss_rule_state=loss_rule,
+            offered_norms=norms,
+            offered_losses=losses,
+            offered_steps=_counted(step, jnp.ones([], bool)),
+            skipped_steps=_counted(state.skipped_steps, skip),
+            spike_steps=_counted(state.spike_steps, spike),
+            offered_norm=states.copied(norm),
+            offered_loss=states.copied(level),
+            skip_above=states.figures(norm_said.threshold),
+            skip_loss_above=loss_above,
+            last_bad=states.chosen(skip, last_bad, state.last_bad),
+            seen=states.look(state.seen, measured.kinds, nonfinite, step, paths),
+            **states.chosen(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
+            **_recent(state, skip),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,235 @@
+"""The clip with nothing to pick: both halves around any optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import scopes
+from optclip._engine import pytrees, validation
+from optclip._engine import state as states
+from optclip._engine.state import ClipState
+from optclip.methods.cap_update import cap_update
+from optclip.methods.quantile import quantile_clip
+from optclip.wrappers import _holding, _masks
+
+__all__ = ["StabilizeState", "stabilize"]
+
+# A fall of the norm by this factor within the warm-up means that the first steps were
+# wrong. Adam recovers from a smaller one by itself: after three gradients five times
+# too large it is slower by a few percent, after ten times too large by a schedule.
+FALL = 5.0
+# The square root of the largest float32: the square of a larger gradient is infinite.
+LARGEST_NORM = 1e18
+NO_NORM = float(jnp.finfo(jnp.float32).max)
+
+
+class StabilizeState(NamedTuple):
+    """State of `stabilize`.
+
+    Attributes:
+        gradient_clip: `ClipState` of the quantile clip, `clip` in the metrics.
+        optimizer_state: State of the optimizer inside.
+        update_cap: `ClipState` of the cap on the update, `clip_2` in the metrics.
+        least_norm: float32 scalar. The least norm above 0 of the steps taken; the
+            largest float32 at first.
+        taken_steps: int32 scalar. Steps taken, up to 2**31 - 1.
+        skipped_run: int32 scalar. Steps skipped in a row until now, up to 2**31 - 1.
+        restarts: int32 scalar. How often the optimizer started again after a bad start.
+    """
+
+    gradient_clip: ClipState
+    optimizer_state: Any
+    update_cap: ClipState
+    least_norm: jax.Array
+    taken_steps: jax.Array
+    skipped_run: jax.Array
+    restarts: jax.Array
+
+
+def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
+    return jnp.where(flag, optax.safe_increment(count), count)
+
+
+def _has_hyperparams(node: Any) -> bool:
+    return {"hyperparams", "inner_state"} <= set(getattr(node, "_fields", ()))
+
+
+def _started_again(inner: Any, params: Any, old: Any) -> Any:
+    """Returns the optimizer's first state, with the hyperparameters of ``old``.
+
+    `optax.inject_hyperparams` keeps in its state what a training loop may have set.
+    """
+    fresh = inner.init(params)
+
+    def keep(new, before):
+        if not _has_hyperparams(new):
+            return new
+        kept = jax.tree.map(
+            keep, new.inner_state, before.inner_state, is_leaf=_has_hyperparams
+        )
+        return new._replace(hyperparams=before.hyperparams, inner_state=kept)
+
+    return jax.tree.map(keep, fresh, old, is_leaf=_has_hyperparams)
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    quantile: jax.typing.ArrayLike = 0.1,
+    margin: jax.typing.ArrayLike = 2.0,
+    rate: jax.typing.ArrayLike = 0.05,
+    warmup_steps: jax.typing.ArrayLike = 5,
+    max_ratio: jax.typing.ArrayLike = 0.02,
+    floor: jax.typing.ArrayLike = 1e-2,
+    scope: scopes.Scope = scopes.tree(),
+    mask: Any = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that neither bad batches nor large steps derail it.
+
+    Four guards, and no threshold in the unit of your gradients:
+
+    1. the gradients are clipped to ``margin`` times a low quantile of their norm so
+       far (`quantile_clip`), against bad batches, at any loss scale;
+    2. a step whose gradients hold NaN or inf, or whose clipped norm is above 1e18, is
+       skipped: zero updates, and the optimizer's state as it was;
+    3. if one of the first ``warmup_steps`` steps has a norm of less than a fifth of the
+       least before it, the steps before were wrong, and the optimizer starts again:
+       with this step, from the state that its ``init`` returns for the parameters as
+       they are. Its count of steps, and so a learning rate schedule, then starts again
+       too, at most ``warmup_steps`` late; what `optax.inject_hyperparams` holds is
+       kept;
+    4. the final update is at most ``max_ratio`` of the parameters in root mean square
+       (`cap_update`), against a learning rate that is too high.
+
+    The clip and the cap each fail alone where the other holds. In the metrics they are
+    the first and the last clip: `clip` and `clip_2`, unless the optimizer has clips of
+    its own.
+
+    An optimizer that looks for the length of its step itself, as `optax.lbfgs` does,
+    hardly moves under the cap: give it ``max_ratio=jnp.inf``.
+
+    Args:
+        optimizer: Any Optax optimizer, its learning rate included.
+        quantile: As in `quantile_clip`.
+        margin: As in `quantile_clip`.
+        rate: As in `quantile_clip`.
+        warmup_steps: As in `quantile_clip`, and the steps in which the optimizer may
+            start again.
+        max_ratio: The ratio of `cap_update`; inf for no cap.
+        floor: As in `cap_update`.
+        scope: Which entries share one norm, in both clips: `optclip.scopes.tree()`, or
+            `optclip.scopes.leaf()` for a quantile and a cap of each leaf.
+        mask: Which leaves are clipped and capped, as in `optax.masked`: a pytree of
+            booleans, laid out as the updates or as their first levels, or a function of
+            the updates that returns one. The others, such as those of frozen
+            parameters, are not measured, and pass as they are.
+        axis_name: As in `optclip.clip`.
+
+    Returns:
+        A transformation with `StabilizeState` that needs ``params``. It is the whole
+        optimizer: chain nothing after it. `optclip.step_taken` tells whether it skipped
+        the last step.
+
+    Raises:
+        TypeError: If ``mask`` holds something else than booleans.
+        ValueError: If a number is out of range, ``params`` are missing, or ``mask``
+            does not fit the updates.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> tx = optclip.stabilize(optax.adamw(1e-3))
+        >>> params = jnp.ones(3)
+        >>> updates, state = tx.update(jnp.ones(3), tx.init(params), params)
+        >>> sorted(optclip.metrics(state))[:2]
+        ['clip/clipped', 'clip/clipped_fraction']
+    """
+    inner: Any = validation.transformation(optimizer=optimizer)
+    validation.non_negative(max_ratio=max_ratio)
+    _masks.check(mask)
+    first: Any = quantile_clip(
+        quantile,
+        margin=margin,
+        rate=rate,
+        warmup_steps=warmup_steps,
+        scope=scope,
+        nonfinite="skip",
+        axis_name=axis_name,
+    )
+    last: Any = cap_update(
+        max_ratio, floor=floor, scope=scope, nonfinite="skip", axis_name=axis_name
+    )
+
+    def own(clip, optimizer_state, cap):
+        return StabilizeState(
+            gradient_clip=clip,
+            optimizer_state=optimizer_state,
+            update_cap=cap,
+            least_norm=states.scalar(NO_NORM),
+            taken_steps=states.scalar(0, jnp.int32),
+            skipped_run=states.scalar(0, jnp.int32),
+            restarts=states.scalar(0, jnp.int32),
+        )
+
+    def init_fn(params) -> Any:
+        clipped = _masks.kept(_masks.selected(mask, params), params)
+        return own(first.init(clipped), inner.init(params), last.init(clipped))
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        if params is None:
+            raise ValueError(
+                "`stabilize` compares the update with the parameters, and got none: "
+                "call `update(grads, state, params)` where the training loop calls "
+                "`update(grads, state)`. For a loop that you can't change, the "
+                'documentation has a wrapper that keeps the parameters: see "Bad '
+                'steps".'
+            )
+        # The clips look at their own states, and the optimizer at its own.
+        parts = ("gradient_clip", "optimizer_state", "update_cap")
+        state = states.own(state, lambda: own((), (), ()), parts)
+        clip_state: Any
+        cap_state: Any
+        flags = _masks.selected(mask, updates)
+        clipped, clip_state = first.update(
+            _masks.kept(flags, updates), state.gradient_clip, params
+        )
+        clipped = _masks.restored(flags, clipped, updates)
+        norm = states.figures(clip_state.norm_before)
+        bad = ~jnp.isfinite(norm)
+        # An optimizer that squares such a gradient would keep an infinity permanently.
+        bad |= clip_state.norm_after > LARGEST_NORM
+        counts = ~bad & (norm > 0)
+        restart = counts & (state.taken_steps < warmup_steps)
+        restart &= (state.least_norm < NO_NORM) & (norm < state.least_norm / FALL)
+
+        again = _started_again(inner, params, state.optimizer_state)
+        before = states.chosen(restart, again, state.optimizer_state)
+        out, after = _holding.update_unless(
+            bad, inner, clipped, before, params, extra_args
+        )
+        if isinstance(out, optax.LookaheadParams):
+            raise ValueError(
+                "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
+                "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
+            )
+        # Optimizers give floats for integer leaves, which pass through as they came.
+        out = pytrees.leaves_of(updates).rebuild(pytrees.matching(updates, out))
+        capped, cap_state = last.update(
+            _masks.kept(flags, out), state.update_cap, params
+        )
+        least = jnp.minimum(norm, state.least_norm)
+        return _masks.restored(flags, capped, out), StabilizeState(
+            gradient_clip=clip_state,
+            optimizer_state=after,
+            update_cap=cap_state,
+            least_norm=jnp.where(counts, least, state.least_norm),
+            taken_steps=_counted(state.taken_steps, ~bad),
+            skipped_run=jnp.where(bad, _counted(state.skipped_run, bad), 0),
+            restarts=_counted(state.restarts, restart),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

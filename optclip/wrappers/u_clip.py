@@ -1,0 +1,114 @@
+"""Error feedback: what a clip cut off is added to the next gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip._engine import pytrees, sharding, validation
+from optclip._engine import state as states
+from optclip.methods.global_norm import clip_by_global_norm
+
+__all__ = ["CarryState", "u_clip"]
+
+
+class CarryState(NamedTuple):
+    """State of `u_clip`.
+
+    Attributes:
+        carry: What was cut off so far, float32, in the structure of the parameters;
+            zeros at first, None for leaves that are not gradients; always finite.
+        inner_state: State of the clip inside.
+    """
+
+    carry: Any
+    inner_state: Any
+
+
+def u_clip(
+    inner_clip: optax.GradientTransformation,
+    *,
+    max_carry: jax.typing.ArrayLike | None = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds what a clip cut off to the next gradients: clipping without bias (U-Clip).
+
+    With the carry c, zeros at first: u' = clip(u + c) and then c = u + c - u'. So the
+    sum of the updates stays within a bound of the sum of the gradients: what is clipped
+    is delayed, not dropped. The clip inside measures u + c.
+
+    Where a leaf of u + c or of u' is not finite, its carry is kept as it was. Entries
+    whose carry is zero reach the clip inside unchanged to the bit, -0 and subnormal
+    numbers included.
+
+    Args:
+        inner_clip: Any clip, from here or from Optax.
+        max_carry: The largest norm of the carry, above 0. Otherwise a spike of k
+            thresholds is replayed for k steps. None for no bound, as published.
+        axis_name: As in `optclip.clip`; give it to the clip inside as well.
+
+    Returns:
+        A transformation with `CarryState`, which takes as much memory as the parameters
+        in float32.
+
+    Raises:
+        ValueError: If ``max_carry`` is not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> tx = optclip.u_clip(optclip.clip_by_value(1.0))
+        >>> grads = jnp.array([1.5])
+        >>> out, state = tx.update(grads, tx.init(grads))
+        >>> out.tolist(), tx.update(jnp.array([0.25]), state)[0].tolist()
+        ([1.0], [0.75])
+
+    Reference:
+        Elesedy and Hutter, U-Clip: On-Average Unbiased Stochastic Gradient Clipping,
+        2023, https://arxiv.org/abs/2302.02971
+    """
+    if max_carry is not None:
+        validation.positive(max_carry=max_carry)
+    inner = validation.transformation(inner_clip=inner_clip)
+
+    def wide(x):
+        return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+
+    def init_fn(params) -> Any:
+        return CarryState(sharding.zeros_of(params), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        def empty():
+            return CarryState(sharding.zeros_of(updates), ())
+
+        state = states.own(state, empty, foreign=("inner_state",))
+        found = pytrees.leaves_of(updates)
+        carried = pytrees.matching(updates, state.carry)
+        total = [
+            # Chosen, not added: -0 + 0 is +0, and XLA flushes subnormal sums to zero.
+            jnp.where(c == 0, x.astype(wide(x)), x.astype(wide(x)) + c.astype(wide(x)))
+            for x, c in zip(found.leaves, carried, strict=True)
+        ]
+        out, inner_state = inner.update(
+            found.rebuild(total), state.inner_state, params, **extra_args
+        )
+        done = pytrees.leaves_of(out)
+        carry, new = [], []
+        along = sharding.leaf_axes(axis_name, updates, found)
+        for t, y, x, c, names in zip(
+            total, done.leaves, found.leaves, carried, along, strict=True
+        ):
+            rounded = y.astype(x.dtype)
+            rest = (t - rounded.astype(t.dtype)).astype(c.dtype)
+            fine = sharding.on_all(jnp.all(jnp.isfinite(rest)), names)
+            carry.append(jnp.where(fine, rest, c))
+            new.append(rounded)
+        if max_carry is not None:
+            bound: Any = clip_by_global_norm(max_carry, axis_name=list(along))
+            carry = list(bound.update(carry, bound.init(carry))[0])
+        carry = pytrees.leaves_of(state.carry).rebuild(carry)
+        return done.rebuild(new), CarryState(carry, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
