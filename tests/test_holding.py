@@ -70,9 +70,8 @@ def stepped(tx, flags, update):
     return out, state
 
 
-@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 0), (0, 0, 1), (1, 1)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_optimizer_or_none(name, flags):
+def test_steps_are_those_of_the_optimizer_or_none(name):
     tx = OPTIMIZERS[name]()
 
     @jax.jit
@@ -86,10 +85,11 @@ def test_steps_are_those_of_the_optimizer_or_none(name, flags):
         kept = jax.tree.map(lambda o, n: jnp.where(flag, o, n), state, after)
         return out, kept
 
-    flags = tuple(bool(flag) for flag in flags)
-    got, wanted = stepped(tx, flags, ours), stepped(tx, flags, plain)
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
-    chex.assert_trees_all_close(got, wanted, rtol=1e-6, atol=1e-7)
+    for skipped in ("000", "010", "10", "001", "11"):
+        flags = [flag == "1" for flag in skipped]
+        got, wanted = stepped(tx, flags, ours), stepped(tx, flags, plain)
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+        chex.assert_trees_all_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

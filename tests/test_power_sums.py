@@ -41,11 +41,15 @@ def plan_of(leaves, order, *, pooled, drop=False):
     return Plan(order, axes, (), names, drop, ((),) * count, kinds)
 
 
+@functools.cache
+def jitted(form, plan):
+    return jax.jit(functools.partial(FORMS[form], plan=plan))
+
+
 def measured(leaves, plan, form):
     """Returns the norm of each leaf's group in float64, and the kinds."""
     order = reading.reading_order(leaves, plan)
-    own = reading.reordered(plan, order)
-    run = jax.jit(functools.partial(FORMS[form], plan=own))
+    run = jitted(form, reading.reordered(plan, order))
     found = run(tuple(jnp.asarray(leaves[i]) for i in order))
     back = np.argsort(order)
     norms = [
@@ -69,18 +73,18 @@ def exact(x, order, axes, drop):
     return np.sum((x / top) ** order, axis=axes) ** (1 / order) * top
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 3e37, 1e-36, 0.0])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pooled", [True, False], ids=["leaves", "slices"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_right_at_every_size(form, pooled, order, scale):
-    leaves = leaves_of(scale)
-    plan = plan_of(leaves, order, pooled=pooled)
-    got, kinds = measured(leaves, plan, form)
-    for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
-        # What is below the smallest normal float32 is flushed to zero.
-        np.testing.assert_allclose(norm, exact(x, order, axes, False), 2e-6, 4e-38)
-    assert not kinds.any()
+def test_every_form_is_right_at_every_size(form, pooled, order):
+    for scale in (1.0, 1e30, 1e-30, 3e37, 1e-36, 0.0):
+        leaves = leaves_of(scale)
+        plan = plan_of(leaves, order, pooled=pooled)
+        got, kinds = measured(leaves, plan, form)
+        for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
+            # What is below the smallest normal float32 is flushed to zero.
+            np.testing.assert_allclose(norm, exact(x, order, axes, False), 2e-6, 4e-38)
+        assert not kinds.any()
 
 
 @pytest.mark.parametrize("order", ORDERS)

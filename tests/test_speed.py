@@ -72,6 +72,12 @@ def bare_figures(stacked, dtype):
     return figures(compiled_step(shapes=STACKED if stacked else SHAPES, dtype=dtype))
 
 
+@functools.lru_cache
+def clip_figures(name, dtype):
+    clip, shapes = build(name, dtype)
+    return figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+
+
 def figures(compiled):
     """Returns (temporary bytes, bytes accessed)."""
     cost = compiled.cost_analysis()
@@ -130,9 +136,9 @@ def usual_branch_only(monkeypatch):
 @each_clip
 @pytest.mark.usefixtures("fusing_compiler")
 def test_clip_needs_no_temporary_as_large_as_a_leaf(name, dtype):
-    clip, shapes = build(name, dtype)
+    shapes = CLIPS[name][1]
     bare, _ = bare_figures(shapes is STACKED, dtype)
-    ours, _ = figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+    ours, _ = clip_figures(name, dtype)
     allowed = 0.02 * nbytes(abstract(shapes, DTYPES[dtype]))
     assert ours - bare <= allowed, f"{ours - bare} bytes more, {allowed:.0f} allowed"
 
@@ -155,9 +161,8 @@ def test_wrappers_copy_no_moments(name):
 @pytest.mark.parametrize("name", ["unit", "agc"])
 @pytest.mark.usefixtures("fusing_compiler")
 def test_clip_of_units_holds_a_few_numbers_a_unit(name, dtype):
-    clip, shapes = build(name, dtype)
     bare, _ = bare_figures(False, dtype)
-    ours, _ = figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+    ours, _ = clip_figures(name, dtype)
     floats = (ours - bare) / 4 / (2 * BLOCKS * WIDTH)
     assert floats <= FLOATS_A_UNIT, floats
 

@@ -37,6 +37,7 @@ from optclip._engine.reading import (
     Plan,
     laid_out,
     read,
+    segments,
     wide_dtype,
 )
 
@@ -422,12 +423,13 @@ def power_sums(leaves: Arrays, plan: Plan) -> PowerSums:
         # XLA takes no more than two sums over columns in one pass. So the plain sum is
         # taken alone, although the host has to wait for the condition.
         gpu = functools.partial(quick_sums, plan=plan, form=COLUMNS)
-    return lax.platform_dependent(
-        leaves,
-        cpu=functools.partial(quick_sums, plan=plan, form=CPU),
-        tpu=functools.partial(careful_sums, plan=plan, form=TPU),
-        default=gpu,
-    )
+    others = {"tpu": functools.partial(careful_sums, plan=plan, form=TPU)}
+    if plan.trailing(leaves) and segments(leaves, plan, GPU) == segments(
+        leaves, plan, TPU
+    ):
+        others = {}  # no leaves to stack: a GPU reads them as a TPU does
+    cpu = functools.partial(quick_sums, plan=plan, form=CPU)
+    return lax.platform_dependent(leaves, cpu=cpu, **others, default=gpu)
 
 
 @power_sums.defjvp

@@ -30,6 +30,7 @@ __all__ = [
     "read",
     "reading_order",
     "reordered",
+    "segments",
     "spread",
     "unpool",
     "wide_dtype",
