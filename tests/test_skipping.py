@@ -1,5 +1,6 @@
 """`skip_steps`: bad steps leave no trace, spikes are found, and nothing locks."""
 
+import functools
 import warnings
 
 import chex
@@ -35,9 +36,14 @@ def poisoned(value, where="bias"):
     return bad
 
 
+@functools.lru_cache
+def jitted(tx):
+    return jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
+
+
 def run(tx, norms, losses=None):
     """Returns which steps were left out, and the last state."""
-    step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
+    step = jitted(tx)
     state, skipped = tx.init(PARAMS), []
     for k, norm in enumerate(norms):
         loss = None if losses is None else jnp.float32(losses[k])
@@ -181,22 +187,21 @@ def test_infinity_leaves_out_what_is_not_finite_and_nothing_else():
     assert skipped == [False, False, True, False, True, False]
 
 
-@pytest.mark.parametrize("shift", [1e2, 1e8])
 @pytest.mark.parametrize(
     "when",
     [None, rules.window_sigma(6.0), rules.ema_zscore(6.0),
      rules.ema_sigma(6.0, first_cap=jnp.inf), rules.ema_ratio(2.0, decay=0.9),
      rules.previous_norm(3.0), rules.geometric_quantile(0.9)],
 )  # fmt: skip
-def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when, shift):
+def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when):
     rng = np.random.default_rng(1)
     norms = np.exp(0.1 * rng.normal(size=260)).astype(np.float32)
-    norms[150:] *= shift
     tx = optclip.skip_steps(optax.sgd(1.0), when=when, max_consecutive=5)
-    skipped, _ = run(tx, norms)
-    assert all(skipped[150:155])
-    assert not any(skipped[155:160])
-    assert sum(skipped[160:]) < 10
+    for shift in (1e2, 1e8):
+        skipped, _ = run(tx, [*norms[:150], *shift * norms[150:]])
+        assert all(skipped[150:155])
+        assert not any(skipped[155:160])
+        assert sum(skipped[160:]) < 10
 
 
 @pytest.mark.parametrize("when", [2.0, rules.previous_norm(2.0)])
