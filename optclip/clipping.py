@@ -8,6 +8,7 @@ published method is a rule, a scope and an action handed to `clip`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,27 +18,29 @@ import numpy as np
 import optax
 
 from optclip import actions, scopes
-from optclip._engine import barriers, group_norms, pytrees, sharding, validation
+from optclip._engine import pytrees, sharding, validation
 from optclip._engine import state as states
 from optclip._engine.elements import clamp_elements
 from optclip._engine.numerics import increment
 from optclip._engine.rule import Rule
-from optclip._engine.scaling import empty_norms, scale_groups
+from optclip._engine.scaling import scale_groups
 from optclip._engine.state import ClipState, GroupStats, UnrecordedState
 from optclip._engine.thresholds import as_rule
-from optclip._engine.update import POLICIES, Options, begin, rules_for
+from optclip._engine.update import POLICIES, Options, cut_of, measure_updates, rules_for
 from optclip._engine.validation import EUCLIDEAN
 
 __all__ = ["clip"]
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
-    picked = [a[0] if layout.groups or len(a) == 0 else a for a in arrays]
+    picked = arrays
+    if layout.groups is not None:
+        picked = [a[0] for a in arrays]
     norm, threshold, scale = picked
     return GroupStats(
-        states.figures(norm),
+        states.to_finite_f32(norm),
         states.finite_threshold(threshold),
-        states.figures(scale),
+        states.to_finite_f32(scale),
         which,
     )
 
@@ -146,34 +149,47 @@ def clip(
         record,
     )
 
+    # What follows from the types of updates alone, and the types of updates and states
+    # that are known to belong together. Inside `shard_map`, the mesh counts as well.
+    cuts: dict = {}
+    fitting: dict = {}
+
+    def cut_for(updates, found, *, mapped):
+        key = found.kind if axis_name is None else None
+        make = functools.partial(cut_of, options, updates, found, mapped)
+        return pytrees.recalled(cuts, key, make)
+
     def init_fn(params) -> Any:
+        state = first_state(params)
+        both = states.kind_of(pytrees.leaves_of(params), state)
+        pytrees.recalled(fitting, both, lambda: True)
+        return state
+
+    def first_state(params) -> Any:
         params = pytrees.trained(params)
         found = pytrees.leaves_of(params)
-        layout = scope.layout(params, found.paths, found.leaves)
-        plan = group_norms.plan_of(
-            params, found, layout, order=order, axis_name=axis_name
-        )
-        norms = empty_norms(layout, found.leaves, plan)
+        cut = cut_for(params, found, mapped=False)
+        layout, shapes = cut.layout, cut.shapes
         if scope.by_element:
-            norms = tuple(jnp.zeros(x.shape, jnp.float32) for x in found.leaves)
-        own_rules = rules_for(options, layout, plan) if found.leaves else ()
+            shapes = tuple(x.shape for x in found.leaves)
+        norms = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        own_rules = rules_for(options, cut) if found.leaves else ()
         rule_state = tuple(r.init(n) for r, n in zip(own_rules, norms, strict=False))
         if scope.by_element:
             each = zip(rule_state, found.leaves, strict=True)
             rule_state = tuple(sharding.lying_like(own, x) for own, x in each)
         if not record:
             steps = states.scalar(0, jnp.int32)
-            return UnrecordedState(states.copied(rule_state), steps)
+            return UnrecordedState(states.tree_copy(rule_state), steps)
         groups = None
         if not (layout.scalar or scope.summary):
-            which = np.zeros(max(len(found.leaves), 1), int)
-            for number, kind in enumerate(plan.kinds):
-                which[list(kind)] = number
-            which = np.asarray(layout.groups or which)
+            rows = cut.plan.groups.rows
+            whole = layout.groups is not None
+            which = [row if whole else array for array, row in rows] or [0]
             ones = tuple(map(jnp.ones_like, norms))
             groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
         return ClipState(
-            rule_state=states.copied(rule_state),
+            rule_state=states.tree_copy(rule_state),
             norm_before=states.scalar(0.0),
             norm_after=states.scalar(0.0),
             threshold=states.scalar(0.0),
@@ -181,17 +197,24 @@ def clip(
             clipped=states.scalar(0.0),
             steps=states.scalar(0, jnp.int32),
             clipped_steps=states.scalar(0, jnp.int32),
-            seen=states.first_seen(found.paths),
+            seen=states.init_nonfinite(found.paths),
             groups=groups,
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         found = pytrees.leaves_of(updates)
-        state = states.own(state, lambda: init_fn(updates), absent=found.absent)
+        pytrees.recalled(
+            fitting,
+            states.kind_of(found, state),
+            lambda: states.validate_state(
+                state, lambda: first_state(updates), absent=found.absent
+            ),
+        )
         if not found.leaves:
             return updates, state._replace(steps=increment(state.steps))
-        call = begin(options, updates, params, state.steps)
+        cut = cut_for(updates, found, mapped=True)
+        call = measure_updates(options, updates, found, cut, params, state.steps)
         pipeline = clamp_elements if scope.by_element else scale_groups
         done = pipeline(call, state.rule_state)
         # Without a memory there is nothing in it but the structure that `init` made.
@@ -200,24 +223,24 @@ def clip(
         updates = call.found.rebuild(done.leaves)
         if done.figures is None:
             return updates, UnrecordedState(rule_state, increment(state.steps))
-        before, after, threshold, scale, clipped, bad = barriers.in_one_array(
+        before, after, threshold, scale, clipped, bad = sharding.in_one_array(
             [*done.figures, call.bad.astype(jnp.float32)]
         )
         kinds, paths = call.measured.kinds, call.found.paths
-        seen = states.look(state.seen, kinds, bad > 0, state.steps, paths)
+        seen = states.record_nonfinite(state.seen, kinds, bad > 0, state.steps, paths)
         groups = state.groups
         if groups is not None and done.stats is not None:
-            groups = _stats(done.stats, call.layout, groups.group_of_leaf)
-        steps, clipped_steps = states.counted(
+            groups = _stats(done.stats, cut.layout, groups.group_of_leaf)
+        steps, clipped_steps = states.count_event(
             state.steps, state.clipped_steps, clipped > 0
         )
         new_state = ClipState(
             rule_state=rule_state,
-            norm_before=states.figures(before),
-            norm_after=states.figures(after),
+            norm_before=states.to_finite_f32(before),
+            norm_after=states.to_finite_f32(after),
             threshold=states.finite_threshold(threshold),
-            scale=states.figures(scale),
-            clipped=states.figures(clipped),
+            scale=states.to_finite_f32(scale),
+            clipped=states.to_finite_f32(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
             seen=seen,

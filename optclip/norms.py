@@ -14,18 +14,18 @@ import jax.numpy as jnp
 
 from optclip._engine import group_norms, grouping, pytrees, validation
 from optclip._engine.grouping import Layout
-from optclip._engine.reading import unpool
+from optclip._engine.power_sums import unpool
 from optclip._engine.validation import EUCLIDEAN
 
 __all__ = ["global_norm", "leaf_norms", "unit_norms"]
 
 
 def _whole(found: pytrees.Leaves) -> Layout:
-    return grouping.pooled([0] * len(found.leaves), found.leaves)
+    return grouping.whole_leaf_layout([0] * len(found.leaves), found.leaves)
 
 
 def _each(found: pytrees.Leaves) -> Layout:
-    return grouping.pooled(range(len(found.leaves)), found.leaves)
+    return grouping.whole_leaf_layout(range(len(found.leaves)), found.leaves)
 
 
 def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
@@ -37,7 +37,7 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
     measured, _, plan = group_norms.measure_layout(
         tree, found, layout, order=order, axis_name=axis_name
     )
-    if plan.kinds:
+    if plan.in_slices:
         return [n for (n,) in unpool([measured.norm], plan)], found
     return list(measured.norm), found
 
@@ -129,7 +129,7 @@ def unit_norms(
     axes_of = grouping.unit_axes(axis)
 
     def units(found):
-        return Layout(tuple(map(axes_of, found.paths, found.leaves)), ())
+        return Layout(tuple(map(axes_of, found.paths, found.leaves)))
 
     norms, found = _norms_of(tree, units, ord, axis_name)
     return found.rebuild(norms)

@@ -43,7 +43,7 @@ def _cut(
     def layout(tree, paths, leaves):
         del tree
         grouping.check_found(table, paths, argument)
-        return Layout(tuple(map(axes_of, paths, leaves)), (), names=tuple(paths))
+        return Layout(tuple(map(axes_of, paths, leaves)), names=tuple(paths))
 
     return layout
 
@@ -56,9 +56,12 @@ def tree() -> Scope:
         >>> optclip.clip(1.0, scope=optclip.scopes.tree()) is not None
         True
     """
-    return Scope(
-        "tree", lambda _, paths, xs: grouping.pooled([0] * len(xs), xs, scalar=True)
-    )
+    return Scope("tree", _all)
+
+
+def _all(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
+    del tree, paths
+    return grouping.whole_leaf_layout([0] * len(leaves), leaves, scalar=True)
 
 
 def leaf() -> Scope:
@@ -68,7 +71,7 @@ def leaf() -> Scope:
 
 def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
     del tree
-    return grouping.pooled(range(len(leaves)), leaves, names=paths)
+    return grouping.whole_leaf_layout(range(len(leaves)), leaves, names=paths)
 
 
 def label(labels: Any) -> Scope:
@@ -103,7 +106,7 @@ def label(labels: Any) -> Scope:
                 "clip in `optax.masked`."
             )
         order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return grouping.pooled(
+        return grouping.whole_leaf_layout(
             [order[name] for name in names], leaves, names=list(order)
         )
 

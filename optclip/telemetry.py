@@ -76,13 +76,15 @@ def monitor(
             leaf_norm=jnp.zeros(max(len(paths), 1), jnp.float32),
             monitored_norm=states.scalar(0.0),
             monitored_steps=states.scalar(0, jnp.int32),
-            seen=states.first_seen(paths),
+            seen=states.init_nonfinite(paths),
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
         found = pytrees.leaves_of(updates)
-        state = states.own(state, lambda: init_fn(updates), absent=found.absent)
+        state = states.validate_state(
+            state, lambda: init_fn(updates), absent=found.absent
+        )
         step = state.monitored_steps
         if not found.leaves:
             return updates, state._replace(monitored_steps=increment(step))
@@ -90,12 +92,14 @@ def monitor(
             updates, found, order=order, axis_name=axis_name
         )
         bad = jnp.any(measured.kinds)
-        norms = states.figures(measured.norm[0])
+        norms = states.to_finite_f32(measured.norm[0])
         return updates, MonitorState(
             leaf_norm=states.per_leaf(norms, state.leaf_norm, state.seen, found.paths),
-            monitored_norm=states.figures(total),
+            monitored_norm=states.to_finite_f32(total),
             monitored_steps=increment(step),
-            seen=states.look(state.seen, measured.kinds, bad, step, found.paths),
+            seen=states.record_nonfinite(
+                state.seen, measured.kinds, bad, step, found.paths
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

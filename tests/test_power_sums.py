@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optclip._engine import grouping, power_sums, reading
+from optclip._engine import grouping, power_sums
 from optclip._engine.group_norms import root
-from optclip._engine.reading import Plan
+from optclip._engine.power_sums import Plan
 
 FORMS = {
-    "cpu": functools.partial(power_sums.quick_sums, form=reading.CPU),
-    "gpu": functools.partial(power_sums.careful_sums, form=reading.GPU),
-    "tpu": functools.partial(power_sums.careful_sums, form=reading.TPU),
+    "cpu": functools.partial(power_sums.quick_sums, form=power_sums.CPU),
+    "gpu": functools.partial(power_sums.careful_sums, form=power_sums.GPU),
+    "tpu": functools.partial(power_sums.careful_sums, form=power_sums.TPU),
 }
 ORDERS = [1.0, 2.0, 3.0, np.inf]
 # Stacks of one, of several and, of small leaves, of more than fit in one; no entry.
@@ -35,10 +35,11 @@ def plan_of(leaves, order, *, pooled, drop=False):
     names = ((),) * count
     if pooled:
         axes = tuple(tuple(range(x.ndim)) for x in leaves)
-        return Plan(order, axes, tuple(range(count)), names, drop)
+        groups = grouping.WholeLeafGroups(tuple(range(count)))
+        return Plan(order, axes, groups, names, drop)
     axes = tuple((0,) if x.ndim else () for x in leaves)
-    kinds = grouping.kinds(leaves, axes)
-    return Plan(order, axes, (), names, drop, ((),) * count, kinds)
+    buckets = grouping.shape_buckets(leaves, axes)
+    return Plan(order, axes, buckets, names, drop, ((),) * count)
 
 
 @functools.cache
@@ -48,19 +49,15 @@ def jitted(form, plan):
 
 def measured(leaves, plan, form):
     """Returns the norm of each leaf's group in float64, and the kinds."""
-    order = reading.reading_order(leaves, plan)
-    run = jitted(form, reading.reordered(plan, order))
+    order = power_sums.bucket_order(leaves, plan)
+    run = jitted(form, power_sums.reordered(plan, order))
     found = run(tuple(jnp.asarray(leaves[i]) for i in order))
     back = np.argsort(order)
     norms = [
         np.asarray(root(s, plan.order), np.float64) * np.asarray(u, np.float64)
         for s, u in zip(found.sums, found.units, strict=True)
     ]
-    if plan.groups:
-        rows = [norms[0][group] for group in plan.groups]
-    else:
-        each = [row for kind in norms for row in kind]
-        rows = [each[i] for i in back]
+    rows = [norms[array][row] for array, row in plan.groups.rows]
     return rows, np.asarray(found.kinds)[back]
 
 
@@ -147,8 +144,8 @@ def test_leaves_are_stacked_with_those_of_their_role_only():
     leaves = [np.ones((4, 4), np.float32)] * 6
     roles = ("q", "o", "q", "o", "q", "o")
     plan = plan_of(leaves, 2.0, pooled=True)._replace(roles=roles)
-    order = reading.reading_order(leaves, plan)
+    order = power_sums.bucket_order(leaves, plan)
     assert [roles[i] for i in order] == ["q"] * 3 + ["o"] * 3
-    plan = reading.reordered(plan, order)
-    (segment,) = reading.segments(leaves, plan, reading.GPU)
+    plan = power_sums.reordered(plan, order)
+    (segment,) = power_sums.segments(leaves, plan, power_sums.GPU)
     assert segment.chunks == [[0, 1, 2], [3, 4, 5]]

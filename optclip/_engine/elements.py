@@ -1,7 +1,7 @@
 """The pipeline for element scope: each entry is a group, and clipping is a clamp.
 
 No array of norms or scales is written out. One read finds the largest magnitude of each
-leaf, for the telemetry; the clamp itself melts into what follows it.
+leaf, for the telemetry; XLA fuses the clamp into what follows it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import actions
-from optclip._engine import barriers, group_norms, sharding
+from optclip._engine import group_norms, sharding
 from optclip._engine.numerics import largest_of
-from optclip._engine.reading import widen
-from optclip._engine.rule import Limit, apply_rule, hold
-from optclip._engine.scaling import factors_of
-from optclip._engine.update import Call, Figures, Options, Outcome, context_of, finish
+from optclip._engine.power_sums import widen
+from optclip._engine.rule import Limit, apply_rule, keep_where
+from optclip._engine.scaling import cast_output, factors_of
+from optclip._engine.update import Call, Figures, Options, Outcome, context_of
 
 __all__ = ["clamp_elements", "magnitudes"]
 
@@ -124,23 +124,23 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
         skipped = call.bad & (policy == "skip")
         # As in `_groups`: or XLA writes out what measuring and clamping share.
-        leaves, tops = barriers.kept_apart((leaves, tops))
+        leaves, tops = sharding.kept_apart((leaves, tops))
     new, new_state, seen = [], [], []
     for i, x in enumerate(leaves):
         wide = widen(x)
         size = magnitudes(x)
         bad = ~jnp.isfinite(size)
-        across = functools.partial(sharding.most, names=call.plan.names[i])
+        across = functools.partial(sharding.most, names=call.cut.plan.names[i])
         context = context_of(call, i, tree_norm)._replace(across=across)
         safe = jnp.where(bad, jnp.zeros_like(size), size)
         rule = call.rules[i]
         limit, after = apply_rule(rule, safe, rule_state[i], context, elements=True)
-        new_state.append(hold(bad | skipped, rule_state[i], after, across))
+        new_state.append(keep_where(bad | skipped, rule_state[i], after, across))
         y = _clamp(wide, size, limit, options.action)
         if policy in ("zero", "drop"):
             y = jnp.where(bad, jnp.zeros_like(y), y)
         y = jnp.where(skipped, jnp.zeros_like(y), y) if policy == "skip" else y
-        new.append(finish(y, call.found.leaves[i], options.update_dtype))
+        new.append(cast_output(y, call.found.leaves[i], options.update_dtype))
         if options.record:
             seen.append(_seen(wide, size, y, tops[i], limit, skipped, options, across))
     figures = _figures(seen, tops) if options.record else None

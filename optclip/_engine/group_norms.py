@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
-from optclip._engine import barriers, pytrees, sharding
-from optclip._engine.grouping import Layout, kinds, pooled
+from optclip._engine import grouping, pytrees, sharding
+from optclip._engine.grouping import Layout, whole_leaf_layout
 from optclip._engine.numerics import largest_of, root_of, usable_unit
-from optclip._engine.power_sums import power_sums
-from optclip._engine.reading import Plan, reading_order, reordered
+from optclip._engine.power_sums import Plan, bucket_order, power_sums, reordered
 
 __all__ = [
     "REDUCTION",
     "Measured",
-    "across_of",
     "check_mesh",
     "combine",
     "devices_along",
@@ -41,7 +40,7 @@ REDUCTION = 2.0**-64
 
 
 class Measured(NamedTuple):
-    """The norms of all groups: one vector if they are pooled, else an array a kind.
+    """The norms of all groups: one array, or one per shape bucket of slices.
 
     Attributes:
         norm: A norm too long for its dtype reads as the largest number; that of a
@@ -86,8 +85,10 @@ def combine(norms: jax.Array, order: float) -> jax.Array:
     return _joined(norms, order, jnp.sum, jnp.max)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
-def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
+@functools.partial(jax.jit, static_argnames=("plan", "platform"))
+def measure(
+    leaves: tuple[jax.Array, ...], plan: Plan, platform: str | None = None
+) -> Measured:
     """Returns the norms of the groups of ``leaves`` that ``plan`` describes."""
     axes, reals = list(plan.axes), list(leaves)
     for i, x in enumerate(leaves):
@@ -103,19 +104,22 @@ def measure(leaves: tuple[jax.Array, ...], plan: Plan) -> Measured:
             axes[i] = (*axes[i], x.ndim)
         elif jnp.iscomplexobj(x):
             reals[i] = jnp.abs(x)
-    order = reading_order(reals, plan)
+    order = bucket_order(reals, plan)
     ordered = reordered(plan._replace(axes=tuple(axes)), order)
-    sums, units, kinds = power_sums(tuple(reals[i] for i in order), ordered)
+    sums, units, kinds = power_sums(tuple(reals[i] for i in order), ordered, platform)
     roots = [root(s, plan.order) for s in sums]
     norm = [r * u for r, u in zip(roots, units, strict=True)]
     reduced = [r * (u * REDUCTION) for r, u in zip(roots, units, strict=True)]
     return Measured(tuple(norm), tuple(reduced), kinds[np.argsort(order)])
 
 
-def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
+def _finished(measured: Measured, cut: Cut) -> Measured:
     """Divides the norms; those too long for their dtype read as the largest number."""
     norms, reduced = [], []
-    for norm, small, divisor in zip(*measured[:2], divisors, strict=True):
+    for norm, small, count in zip(*measured[:2], cut.counts, strict=True):
+        divisor: Any = 1.0
+        if cut.order == "rms":
+            divisor = np.sqrt(np.maximum(count, 1)).astype(norm.dtype)
         short = small / divisor
         long = jnp.isposinf(norm) & jnp.isfinite(small)
         length = jnp.where(long, short / REDUCTION, norm / divisor)
@@ -124,7 +128,7 @@ def _finished(measured: Measured, divisors: Sequence[Any]) -> Measured:
         # Behind one barrier: so what follows reads one array, and XLA makes one kernel
         # of it on a GPU, in place of one for each number.
         pair = jnp.stack([jnp.where(too_long, largest, length), short])
-        norm, short = barriers.kept_apart(pair)
+        norm, short = sharding.kept_apart(pair)
         norms.append(norm)
         reduced.append(short)
     return Measured(tuple(norms), tuple(reduced), measured.kinds)
@@ -136,9 +140,7 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
     for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
         size = np.prod([x.shape[a] for a in axes], initial=1)
         counts.append(float(size * devices_along(names)))
-    if not plan.groups:
-        return tuple(np.asarray(counts[kind[0]]) for kind in plan.kinds)
-    return (np.bincount(np.asarray(plan.groups), weights=counts),)
+    return plan.groups.sizes(counts)
 
 
 def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
@@ -148,7 +150,7 @@ def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
     largest number.
     """
     found = pytrees.leaves_of(tree)
-    layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves), ())
+    layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves))
     measured, _, _ = measure_layout(tree, found, layout, order=2.0, axis_name=None)
     add, most = (functools.partial(f, axis=0) for f in (jnp.sum, jnp.max))
 
@@ -170,12 +172,13 @@ def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
     return _joined(norm, order, add, most)
 
 
-def total(
-    norms: Sequence[jax.Array], counts: Sequence[np.ndarray], order: Any, plan: Plan
-) -> jax.Array:
+def total(norms: Sequence[jax.Array], cut: Cut) -> jax.Array:
     """Returns the norm of all groups together; the largest number if it is longer."""
+    if cut.layout.scalar:
+        return norms[0].reshape(())
+    counts, order, plan = cut.counts, cut.order, cut.plan
     power = 2.0 if order == "rms" else order
-    across = across_of(plan)
+    across = plan.per_array
     sizes = [
         np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
         for norm, count, names in zip(norms, counts, across, strict=True)
@@ -200,13 +203,6 @@ def total(
     return jnp.where(too_long, jnp.finfo(widest).max, length)
 
 
-def across_of(plan: Plan) -> list[tuple[str, ...]]:
-    """Returns the mesh axes that groups lie along, for each array of norms."""
-    if not plan.across:
-        return [()] * len(plan.kinds or (0,))
-    return [plan.across[kind[0]] for kind in plan.kinds]
-
-
 def devices_along(names: tuple[str, ...]) -> int:
     """Returns over how many devices these mesh axes spread a leaf."""
     return lax.psum(1, names) if names else 1
@@ -223,46 +219,106 @@ def plan_of(
 ) -> Plan:
     """Returns what to measure, and how the norms are laid out in arrays."""
     names, across = sharding.axis_names(
-        axis_name, updates, found, list(layout.axes), local=not layout.groups
+        axis_name, updates, found, list(layout.axes), local=layout.groups is None
     )
     power = 2.0 if order == "rms" else order
     roles = tuple(re.sub(r"\d+", "#", path) for path in found.paths)
-    if layout.groups:
+    if layout.groups is not None:
         return Plan(power, layout.axes, layout.groups, names, drop, roles=roles)
     placed = list(map(sharding.placement, found.leaves))
     # Leaves of one shape that are sharded differently have different local shapes.
     specs = sharding.leaf_specs(axis_name, updates, found)
-    alike = kinds(found.leaves, layout.axes, names, across, placed, specs)
-    return Plan(power, layout.axes, (), names, drop, across, alike, roles)
+    alike = (found.leaves, layout.axes, names, across, placed, specs)
+    buckets = grouping.shape_buckets(*alike)
+    return Plan(power, layout.axes, buckets, names, drop, across, roles)
 
 
 def check_mesh(plan: Plan) -> None:
     """Raises if a mesh axis of the plan is not one of where this runs."""
-    sharding.check_bound({n for names in (*plan.names, *plan.across) for n in names})
+    sharding.check_bound(
+        {n for names in (*plan.names, *plan.sharded_over) for n in names}
+    )
+
+
+class Cut(NamedTuple):
+    """How the leaves of a tree are cut into groups and measured: from types alone.
+
+    Attributes:
+        order: The norm's order, or "rms".
+        layout: Which entries are a group.
+        plan: What to measure.
+        counts: How many entries each group has, one array for each array of norms.
+        shapes: The shapes of the arrays of norms.
+    """
+
+    order: Any
+    layout: Layout
+    plan: Plan
+    counts: tuple[np.ndarray, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def cut_by(
+    layout: Layout,
+    updates: Any,
+    found: pytrees.Leaves,
+    *,
+    order: Any,
+    mapped: bool = True,
+    **how: Any,
+) -> Cut:
+    """Returns how the leaves are cut into the groups of a layout, and measured.
+
+    Where it is ``mapped`` over the mesh axes that are named, which an ``init`` is not,
+    it is known how many entries groups have in all.
+    """
+    plan, counts = plan_of(updates, found, layout, order=order, **how), ()
+    if mapped:
+        check_mesh(plan)
+        counts = entry_counts(found.leaves, plan)
+    return Cut(order, layout, plan, counts, _shapes(layout, found.leaves, plan))
+
+
+def _shapes(layout: Layout, leaves: list, plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of the arrays of norms."""
+    if layout.scalar:
+        return ((),)
+    if isinstance(plan.groups, grouping.WholeLeafGroups):
+        return ((plan.groups.number,),)
+
+    def shape(bucket):
+        axes = layout.axes[bucket[0]]
+        kept = [n for a, n in enumerate(leaves[bucket[0]].shape) if a not in axes]
+        return (len(bucket), *kept)
+
+    return tuple(map(shape, plan.groups.buckets)) if leaves else ((1,),)
+
+
+def norms_of(leaves: Sequence[jax.Array], cut: Cut) -> Measured:
+    """Returns the norms of the groups that leaves are cut into."""
+    return _finished(measure(tuple(leaves), cut.plan, _platform_of(leaves)), cut)
+
+
+def _platform_of(leaves: Sequence[jax.Array]) -> str | None:
+    """Returns where leaves are, or None under `jax.jit`, where that is not known."""
+    if any(isinstance(x, Tracer) for x in leaves):
+        return None
+    return next(iter(leaves[0].devices())).platform if leaves else None
 
 
 def measure_layout(
-    updates: Any, found: pytrees.Leaves, layout: Layout, *, order: Any, **how: Any
+    updates: Any, found: pytrees.Leaves, layout: Layout, **how: Any
 ) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
     """Returns the norms of the groups of a layout, and how large they are."""
-    plan = plan_of(updates, found, layout, order=order, **how)
-    check_mesh(plan)
-    measured = measure(tuple(found.leaves), plan)
-    counts = entry_counts(found.leaves, plan)
-    divisors = [1.0] * len(counts)
-    if order == "rms":
-        dtypes = [n.dtype for n in measured.norm]
-        roots = [np.sqrt(np.maximum(c, 1)) for c in counts]
-        divisors = [r.astype(d) for r, d in zip(roots, dtypes, strict=True)]
-    return _finished(measured, divisors), counts, plan
+    cut = cut_by(layout, updates, found, **how)
+    return norms_of(found.leaves, cut), cut.counts, cut.plan
 
 
 def measure_leaves(
     updates: Any, found: pytrees.Leaves, *, order: Any, axis_name: Any
 ) -> tuple[Measured, jax.Array]:
     """Returns the norm of each leaf, and that of all leaves together."""
-    layout = pooled(range(len(found.leaves)), found.leaves)
-    measured, counts, plan = measure_layout(
-        updates, found, layout, order=order, axis_name=axis_name
-    )
-    return measured, total(measured.norm, counts, order, plan)
+    layout = whole_leaf_layout(range(len(found.leaves)), found.leaves)
+    cut = cut_by(layout, updates, found, order=order, axis_name=axis_name)
+    measured = norms_of(found.leaves, cut)
+    return measured, total(measured.norm, cut)

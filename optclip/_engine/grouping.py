@@ -1,4 +1,9 @@
-"""How a tree is cut into groups of entries: shapes and paths only, no values."""
+"""Which entries of a tree share a norm: shapes and paths only, and no gradients.
+
+There are two kinds of groups. `WholeLeafGroups`: a group is one leaf or several, and
+all norms are one vector. `SliceGroups`: each leaf is split into slices with a norm
+each, and all leaves of one shape have their norms in one array, one row per leaf.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,129 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Axes", "Layout", "check_found", "kinds", "lookup", "pooled", "unit_axes"]
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "Arrays",
+    "Axes",
+    "Groups",
+    "Layout",
+    "SliceGroups",
+    "WholeLeafGroups",
+    "check_found",
+    "lookup",
+    "shape_buckets",
+    "unit_axes",
+    "whole_leaf_layout",
+]
 
 
 Axes = tuple[int, ...]
+Arrays = tuple[jax.Array, ...]
+
+
+class WholeLeafGroups(NamedTuple):
+    """Groups of whole leaves: all norms are one vector, with an entry per group.
+
+    Attributes:
+        group_of_leaf: The number of each leaf's group.
+    """
+
+    group_of_leaf: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """How many groups there are, at least one."""
+        return max(self.group_of_leaf, default=0) + 1
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """For each leaf, which array of norms it has a part of, and which row."""
+        return [(0, group) for group in self.group_of_leaf]
+
+    def collected(self, per_segment: list[jax.Array]) -> Arrays:
+        """Returns the values of all leaves as one vector."""
+        return (jnp.concatenate(per_segment),)
+
+    def reduced(self, per_leaf: Arrays, largest: bool = False) -> Arrays:
+        """Returns the sum, or the largest, over the leaves of each group."""
+        groups, (x,) = self.group_of_leaf, per_leaf
+        if groups == tuple(range(len(groups))):
+            return per_leaf
+        if self.number == 1:
+            return ((jnp.max if largest else jnp.sum)(x, keepdims=True),)
+        if len(set(groups)) == len(groups):
+            return (x[np.argsort(groups)],)
+        reduce = jax.ops.segment_max if largest else jax.ops.segment_sum
+        return (reduce(x, np.asarray(groups), self.number),)
+
+    def expanded(self, per_group: Arrays) -> Arrays:
+        """Returns the value of each leaf's group, one per leaf."""
+        groups, (x,) = self.group_of_leaf, per_group
+        if groups == tuple(range(len(groups))):
+            return per_group
+        if self.number == 1:
+            return (jnp.broadcast_to(x, (len(groups),)),)
+        return (x[np.asarray(groups)],)
+
+    def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
+        """Returns how many entries each group has, given those of each leaf."""
+        groups = np.asarray(self.group_of_leaf, int)
+        return (np.bincount(groups, weights=per_leaf, minlength=1),)
+
+    def reordered(self, order: list[int]) -> WholeLeafGroups:
+        """Returns the groups of the leaves in another order."""
+        return WholeLeafGroups(tuple(self.group_of_leaf[i] for i in order))
+
+
+class SliceGroups(NamedTuple):
+    """Groups that are slices of leaves: one array of norms per shape bucket.
+
+    Attributes:
+        buckets: The numbers of the leaves whose norms share an array: those of one
+            shape, axes and mesh axes.
+    """
+
+    buckets: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """For each leaf, which array of norms it has a part of, and which row."""
+        found = {
+            i: (k, row)
+            for k, bucket in enumerate(self.buckets)
+            for row, i in enumerate(bucket)
+        }
+        return [found[i] for i in sorted(found)]
+
+    def collected(self, per_segment: list[jax.Array]) -> Arrays:
+        """Returns one array per shape bucket."""
+        return tuple(per_segment)
+
+    def reduced(self, per_leaf: Arrays, largest: bool = False) -> Arrays:
+        """Returns the values as they are: no group has a part of several leaves."""
+        del largest
+        return per_leaf
+
+    def expanded(self, per_group: Arrays) -> Arrays:
+        """Returns the values as they are: each slice is a group."""
+        return per_group
+
+    def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
+        """Returns how many entries a slice has, per shape bucket."""
+        return tuple(np.asarray(per_leaf[bucket[0]]) for bucket in self.buckets)
+
+    def reordered(self, order: list[int]) -> SliceGroups:
+        """Returns the groups of the leaves in another order."""
+        place = {old: new for new, old in enumerate(order)}
+        return SliceGroups(
+            tuple(tuple(place[i] for i in bucket) for bucket in self.buckets)
+        )
+
+
+Groups = WholeLeafGroups | SliceGroups
 
 
 class Layout(NamedTuple):
@@ -17,25 +141,24 @@ class Layout(NamedTuple):
 
     Attributes:
         axes: Per leaf, the axes that a group runs over.
-        groups: Per leaf, the number of its group where whole leaves are grouped; empty
-            where a leaf is cut into several groups.
+        groups: The `WholeLeafGroups`, or None where leaves are split into slices.
         scalar: Whether there is one group only, whose norm is a scalar.
         names: What thresholds by name are looked up by: the label or path of each
             group, or the path of each leaf where leaves are split into groups.
     """
 
     axes: tuple[Axes, ...]
-    groups: tuple[int, ...]
+    groups: WholeLeafGroups | None = None
     scalar: bool = False
     names: tuple[Any, ...] = ()
 
 
-def kinds(leaves: Sequence[Any], *each: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """Returns the numbers of the leaves that agree in shape and in all of ``each``."""
+def shape_buckets(leaves: Sequence[Any], *each: Sequence[Any]) -> SliceGroups:
+    """Returns the groups of leaves that agree in shape and in all of ``each``."""
     alike: dict[Any, list[int]] = {}
     for i, (x, *rest) in enumerate(zip(leaves, *each, strict=True)):
         alike.setdefault((tuple(x.shape), *rest), []).append(i)
-    return tuple(map(tuple, alike.values()))
+    return SliceGroups(tuple(map(tuple, alike.values())))
 
 
 def lookup(table: Any, path: str, argument: str) -> Any:
@@ -80,7 +203,7 @@ def _all_axes(x: Any) -> Axes:
     return tuple(range(x.ndim))
 
 
-def pooled(
+def whole_leaf_layout(
     groups: Sequence[int],
     leaves: Sequence[Any],
     scalar: bool = False,
@@ -88,7 +211,7 @@ def pooled(
 ) -> Layout:
     """Returns the layout that puts whole leaves into groups."""
     axes = tuple(_all_axes(x) for x in leaves)
-    return Layout(axes, tuple(groups), scalar, tuple(names))
+    return Layout(axes, WholeLeafGroups(tuple(groups)), scalar, tuple(names))
 
 
 def _default_unit_axes(path: str, x: Any) -> Axes:

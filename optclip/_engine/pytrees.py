@@ -11,7 +11,16 @@ from optax import LookaheadParams, MaskedNode
 
 from optclip._engine.names import leaf_names
 
-__all__ = ["Leaves", "is_measured", "leaves_of", "matching", "trained"]
+__all__ = [
+    "Leaves",
+    "is_measured",
+    "leaves_of",
+    "matching",
+    "recalled",
+    "trained",
+]
+
+MOST_RECALLED = 64
 
 
 class Leaves(NamedTuple):
@@ -22,12 +31,36 @@ class Leaves(NamedTuple):
         paths: Their paths, as "encoder/0/kernel".
         rebuild: Puts a list of new leaves in their place.
         absent: How many entries of the tree are None.
+        structure: The structure of the whole tree.
     """
 
     leaves: list[jax.Array]
     paths: list[str]
     rebuild: Callable[[list], Any]
-    absent: int = 0
+    absent: int
+    structure: Any
+
+    @property
+    def kind(self) -> Any:
+        """What an update knows before it sees numbers; None if leaves have no type."""
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in self.leaves):
+            return None
+        return self.structure, tuple(map(jax.typeof, self.leaves))
+
+
+def recalled(memory: dict, key: Any, make: Callable[[], Any]) -> Any:
+    """Returns ``make()``, or what it gave for this key before; anew for None."""
+    try:
+        if key in memory:
+            return memory[key]
+    except TypeError:  # the structure of a tree holds something that has no hash
+        return make()
+    found = make()
+    if key is not None:
+        if len(memory) >= MOST_RECALLED:
+            memory.clear()
+        memory[key] = found
+    return found
 
 
 def is_measured(leaf: Any) -> bool:
@@ -49,7 +82,7 @@ def leaves_of(tree: Any) -> Leaves:
         fast = leaves_of(tree.fast)
         return fast._replace(rebuild=lambda new: tree._replace(fast=fast.rebuild(new)))
     values, treedef = jax.tree.flatten(tree)
-    names = leaf_names(tree)
+    names, absent = recalled(_NAMES, treedef, lambda: _names_and_holes(tree))
     at = [i for i, leaf in enumerate(values) if is_measured(leaf)]
 
     def rebuild(new):
@@ -62,9 +95,17 @@ def leaves_of(tree: Any) -> Leaves:
         x if isinstance(x, jax.Array) or hasattr(x, "aval") else _abstract_or_array(x)
         for x in (values[i] for i in at)
     ]
+    return Leaves(leaves, [names[i] for i in at], rebuild, absent, treedef)
+
+
+# Names by structure: those of the trees that were looked at last.
+_NAMES: dict = {}
+
+
+def _names_and_holes(tree: Any) -> tuple[list[str], int]:
+    """Returns the names of all leaves, and how many entries are None."""
     entries = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
-    absent = sum(x is None for x in entries)
-    return Leaves(leaves, [names[i] for i in at], rebuild, absent)
+    return leaf_names(tree), sum(x is None for x in entries)
 
 
 def _abstract_or_array(x: Any) -> Any:

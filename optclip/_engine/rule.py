@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Context", "Limit", "Rule", "apply_rule", "hold"]
+__all__ = ["Context", "Limit", "Rule", "apply_rule", "keep_where"]
 
 
 class Limit(NamedTuple):
@@ -80,7 +80,9 @@ class Rule(NamedTuple):
     for_groups: Callable[[Sequence[Any]], Rule] | None = None
 
 
-def hold(kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x) -> Any:
+def keep_where(
+    kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x
+) -> Any:
     """Returns a rule's new state, but the old one of the groups that are ``kept``.
 
     What a state has for all groups at once is kept if all of them are, on all devices

@@ -11,19 +11,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import actions
-from optclip._engine import barriers, group_norms, grouping
-from optclip._engine.reading import Plan, spread, unpool, widen
-from optclip._engine.rule import Limit, apply_rule, hold
+from optclip._engine import group_norms, sharding
+from optclip._engine.power_sums import Plan, spread, unpool, widen
+from optclip._engine.rule import Limit, apply_rule, keep_where
 from optclip._engine.update import (
     Call,
     Figures,
     Outcome,
     check_order,
     context_of,
-    finish,
 )
 
-__all__ = ["empty_norms", "factors_of", "scale_groups"]
+__all__ = ["cast_output", "factors_of", "scale_groups"]
 
 # A norm this many times its limit is scaled in two steps: the factor of one step would
 # be subnormal, and XLA flushes subnormal numbers to zero. Beyond FAR * 2**64 the first
@@ -34,23 +33,6 @@ SMALLEST = 2.0**-126
 EDGE = 2.0**-16
 # Scales this near to the smallest, relative to it, differ from it by rounding only.
 TIE = 2.0**-16
-
-
-def empty_norms(
-    layout: grouping.Layout, leaves: list, plan: Plan
-) -> tuple[jax.Array, ...]:
-    """Returns zeros with the shapes that the norms of these leaves will have."""
-    if layout.scalar:
-        return (jnp.zeros([], jnp.float32),)
-    if layout.groups or not leaves:
-        return (jnp.zeros(max(layout.groups, default=0) + 1, jnp.float32),)
-
-    def zeros(kind):
-        shape, axes = leaves[kind[0]].shape, layout.axes[kind[0]]
-        kept = [n for a, n in enumerate(shape) if a not in axes]
-        return jnp.zeros((len(kind), *kept), jnp.float32)
-
-    return tuple(map(zeros, plan.kinds))
 
 
 def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
@@ -97,12 +79,13 @@ def _length_after(norm, reduced, scale, first):
 
 def _for_leaves(parts: Sequence[tuple], call: Call) -> list[tuple[jax.Array, ...]]:
     """Returns what belongs to each leaf, in shapes that broadcast against it."""
-    if call.layout.scalar:
-        return [tuple(part[0] for part in parts)] * len(call.layout.axes)
-    each = unpool(parts, call.plan)
-    if call.layout.groups:
+    layout = call.cut.layout
+    if layout.scalar:
+        return [tuple(part[0] for part in parts)] * len(layout.axes)
+    each = unpool(parts, call.cut.plan)
+    if layout.groups is not None:
         return each
-    pairs = zip(each, call.layout.axes, strict=True)
+    pairs = zip(each, layout.axes, strict=True)
     return [tuple(spread(v, axes) for v in own) for own, axes in pairs]
 
 
@@ -120,15 +103,27 @@ def _scaled(x, scale, first, dead=None, *, policy):
     return y if dead is None else jnp.where(dead, jnp.zeros_like(y), y)
 
 
+def cast_output(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:
+    """Rounds once, to the dtype of ``like`` or to an ``update_dtype`` wider than it."""
+    dtype = like.dtype
+    if update_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if jnp.finfo(dtype).bits < jnp.finfo(update_dtype).bits:
+            dtype = jnp.dtype(update_dtype)
+    y = y.astype(dtype)
+    if getattr(like, "weak_type", False) and dtype == like.dtype:
+        y = like.at[...].set(y)  # which keeps the weak type of ``like``
+    return y
+
+
 def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     """Runs the rule on each array of norms, and scales each leaf by what comes out."""
-    options, layout, leaves = call.options, call.layout, call.found.leaves
-    shapes = [z.shape for z in empty_norms(layout, leaves, call.plan)]
+    options, cut, leaves = call.options, call.cut, call.found.leaves
+    shapes = call.cut.shapes
     norms = [n.reshape(s) for n, s in zip(call.measured.norm, shapes, strict=True)]
     reduced = [n.reshape(s) for n, s in zip(call.measured.reduced, shapes, strict=True)]
     bads = [~jnp.isfinite(n) for n in norms]
     safe = [jnp.where(b, 0.0, n) for b, n in zip(bads, norms, strict=True)]
-    tree_norm = group_norms.total(safe, call.counts, options.order, call.plan)
+    tree_norm = group_norms.total(safe, cut)
     skipped = call.bad & (options.nonfinite == "skip")
 
     new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
@@ -136,7 +131,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         context = context_of(call, k, tree_norm)
         limit, after = apply_rule(call.rules[k], norm, rule_state[k], context)
         check_order(options, limit)
-        new_state.append(hold(bad | skipped, rule_state[k], after))
+        new_state.append(keep_where(bad | skipped, rule_state[k], after))
         limit = Limit(
             *(
                 jnp.broadcast_to(jnp.asarray(v).astype(norm.dtype), norm.shape)
@@ -157,11 +152,11 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
     parts = [tuple(p) for p in (scales, firsts, deads) if p[0] is not None]
     # Without the barrier XLA shares one widened copy of the leaves between measuring
-    # and scaling, and writes it out; with it, the scaling melts into the optimizer.
-    leaves, parts = barriers.kept_apart((list(leaves), parts))
+    # and scaling, and writes it out; with it, XLA fuses the scaling into the optimizer update.
+    leaves, parts = sharding.kept_apart((list(leaves), parts))
     factors = _for_leaves(parts, call)
     new = [
-        finish(
+        cast_output(
             _scaled(x, *factor, policy=options.nonfinite),
             call.found.leaves[i],
             options.update_dtype,
@@ -172,9 +167,9 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     figures = None
     if options.record:
         figures = Figures(
-            before=group_norms.total(norms, call.counts, options.order, call.plan),
-            after=group_norms.total(afters, call.counts, options.order, call.plan),
-            **_summary(safe, limits, total, call.plan, options.action),
+            before=group_norms.total(norms, cut),
+            after=group_norms.total(afters, cut),
+            **_summary(safe, limits, total, cut.plan, options.action),
         )
     return Outcome(
         leaves=new,
@@ -186,7 +181,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
 def _summary(norms: list, limits: list, scales: list, plan: Plan, action: Any) -> dict:
     """Returns the figures of the group that was shortened most, and how many were."""
-    across = group_norms.across_of(plan)
+    across = plan.per_array
     every = list(zip(norms, limits, scales, across, strict=True))
 
     def least(x, names):

@@ -1,8 +1,8 @@
-"""The mesh axes that leaves are sharded over, and collectives along them."""
+"""Mesh axes that leaves are sharded over, collectives along them, and sharding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from optclip._engine.pytrees import Leaves, is_measured, leaves_of, trained
 __all__ = [
     "axis_names",
     "check_bound",
+    "in_one_array",
+    "kept_apart",
     "leaf_axes",
     "leaf_specs",
     "lying_like",
@@ -213,3 +215,44 @@ def most(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 def on_all(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Returns whether a flag is set on all devices along these mesh axes."""
     return most((~flag).astype(jnp.int32), names) == 0
+
+
+@jax.custom_jvp
+def _barrier(arrays: list[jax.Array]) -> list[jax.Array]:
+    return lax.optimization_barrier(arrays)
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals: tuple, tangents: tuple) -> tuple:
+    # JAX 0.12 can't transpose a barrier of which some tangents are constant.
+    return _barrier(*primals), tangents[0]
+
+
+def kept_apart(tree: Any) -> Any:
+    """Returns ``tree`` behind a barrier, across which XLA shares no work."""
+    flat, treedef = jax.tree.flatten(tree)
+    # Before JAX 0.12 what comes out of one barrier varies over all the mesh axes that
+    # any part of it varied over.
+    along = list(map(varying, flat))
+    for names in sorted(set(along)):
+        at = [i for i, own in enumerate(along) if own == names]
+        behind = _barrier([flat[i] for i in at])
+        for i, x in zip(at, behind, strict=True):
+            flat[i] = x
+    return jax.tree.unflatten(treedef, flat)
+
+
+def in_one_array(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the scalars ``values``, out of one array behind a barrier.
+
+    Of what follows from them XLA makes one kernel on a GPU, where it would make one for
+    each. Those of another dtype, or that vary over other mesh axes, have another array.
+    """
+    values = list(values)
+    kinds = [(str(v.dtype), varying(v)) for v in values]
+    for kind in sorted(set(kinds)):
+        at = [i for i, own in enumerate(kinds) if own == kind]
+        behind = lax.optimization_barrier(jnp.stack([values[i] for i in at]))
+        for i, value in zip(at, behind, strict=True):
+            values[i] = value
+    return values

@@ -16,17 +16,18 @@ __all__ = [
     "GroupStats",
     "Seen",
     "UnrecordedState",
-    "chosen",
-    "copied",
-    "counted",
-    "figures",
+    "count_event",
     "finite_threshold",
-    "first",
-    "first_seen",
-    "look",
-    "own",
+    "init_clip_state",
+    "init_nonfinite",
+    "kind_of",
     "per_leaf",
+    "record_nonfinite",
     "row_numbers",
+    "to_finite_f32",
+    "tree_copy",
+    "tree_where",
+    "validate_state",
 ]
 
 
@@ -126,17 +127,17 @@ def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.array(value, dtype)
 
 
-def copied(tree: Any) -> Any:
+def tree_copy(tree: Any) -> Any:
     """Returns a tree of new arrays: no two fields of a state may share a buffer."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def chosen(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
+def tree_where(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
     """Returns one of two trees, entry by entry: nothing is multiplied by zero."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_set, otherwise)
 
 
-def figures(tree: Any) -> Any:
+def to_finite_f32(tree: Any) -> Any:
     """Returns statistics as new float32 arrays, in which finite ones stay finite."""
     largest = float(jnp.finfo(jnp.float32).max)
 
@@ -160,7 +161,7 @@ def finite_threshold(tree: Any) -> Any:
     )
 
 
-def first_seen(paths: Sequence[str]) -> Seen:
+def init_nonfinite(paths: Sequence[str]) -> Seen:
     """Returns the `Seen` of a transformation that has met nothing yet."""
     return Seen(
         nonfinite_steps=scalar(0, jnp.int32),
@@ -170,7 +171,7 @@ def first_seen(paths: Sequence[str]) -> Seen:
     )
 
 
-def first(paths: Sequence[str]) -> ClipState:
+def init_clip_state(paths: Sequence[str]) -> ClipState:
     """Returns the `ClipState` of a transformation without a rule and groups."""
     return ClipState(
         (),
@@ -181,7 +182,7 @@ def first(paths: Sequence[str]) -> ClipState:
         scalar(0.0),
         scalar(0, jnp.int32),
         scalar(0, jnp.int32),
-        first_seen(paths),
+        init_nonfinite(paths),
         None,
     )
 
@@ -210,7 +211,7 @@ def per_leaf(
     return jnp.zeros(like.shape, values.dtype).at[rows].set(values, mode="drop")
 
 
-def counted(
+def count_event(
     steps: jax.Array, events: jax.Array, happened: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the counts of steps and of events after one more step.
@@ -224,7 +225,7 @@ def counted(
     )
 
 
-def look(
+def record_nonfinite(
     seen: Seen,
     kinds: jax.Array,
     bad: jax.Array,
@@ -307,7 +308,14 @@ def _difference(state: Any, wanted: Any) -> str:
     return f"`{path}` has the shape {got[path]} and should have {right[path]}{local}"
 
 
-def own(
+def kind_of(found: Any, state: Any) -> Any:
+    """Returns the types of updates and the layout of a state, or None without types."""
+    leaves, structure = jax.tree.flatten(state)
+    shapes = tuple(getattr(x, "shape", None) for x in leaves)
+    return found.kind and (found.kind, structure, shapes)
+
+
+def validate_state(
     state: Any, init: Callable[[], Any], foreign: Sequence[str] = (), absent: int = 0
 ) -> Any:
     """Returns ``state``, once it is known to be laid out as what ``init`` returns.

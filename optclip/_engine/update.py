@@ -18,10 +18,10 @@ __all__ = [
     "Figures",
     "Options",
     "Outcome",
-    "begin",
     "check_order",
     "context_of",
-    "finish",
+    "cut_of",
+    "measure_updates",
     "rules_for",
 ]
 
@@ -56,10 +56,8 @@ class Call(NamedTuple):
     options: Options
     rules: tuple[Rule, ...]
     found: pytrees.Leaves
-    layout: grouping.Layout
+    cut: group_norms.Cut
     measured: Any
-    counts: tuple
-    plan: Any
     bad: Any
     step: jax.Array
     params_norms: Callable[[], tuple]
@@ -84,22 +82,36 @@ class Outcome(NamedTuple):
     stats: tuple | None = None
 
 
-def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
-    """Measures the updates, once, and gathers all that an update needs."""
-    found = pytrees.leaves_of(updates)
+def cut_of(
+    options: Options, updates: Any, found: pytrees.Leaves, mapped: bool = True
+) -> group_norms.Cut:
+    """Returns how these updates are cut into groups and measured."""
     updates = pytrees.trained(updates)
     layout = options.scope.layout(updates, found.paths, found.leaves)
-    drop = options.nonfinite == "drop"
-    how = {"order": options.order, "axis_name": options.axis_name}
+    return group_norms.cut_by(
+        layout,
+        updates,
+        found,
+        order=options.order,
+        axis_name=options.axis_name,
+        drop=options.nonfinite == "drop",
+        mapped=mapped or options.axis_name is None,
+    )
+
+
+def measure_updates(
+    options: Options,
+    updates: Any,
+    found: pytrees.Leaves,
+    cut: group_norms.Cut,
+    params: Any,
+    step: jax.Array,
+) -> Call:
+    """Measures the updates, once, and gathers all that an update needs."""
     measured = bad = None
     if options.measures:
-        measured, counts, plan = group_norms.measure_layout(
-            updates, found, layout, drop=drop, **how
-        )
-        bad = _any_bad(measured, layout, drop)
-    else:
-        counts, plan = (), group_norms.plan_of(updates, found, layout, **how)
-        group_norms.check_mesh(plan)
+        measured = group_norms.norms_of(found.leaves, cut)
+        bad = _any_bad(measured, cut)
 
     def params_norms():
         if params is None:
@@ -107,38 +119,27 @@ def begin(options: Options, updates: Any, params: Any, step: jax.Array) -> Call:
                 f"`{options.rule.name}` compares the updates with the parameters: call "
                 "`update(updates, state, params)`."
             )
-        mine = found._replace(leaves=pytrees.matching(updates, params))
-        return group_norms.measure_layout(updates, mine, layout, **how)[0].norm
+        whole = cut._replace(plan=cut.plan._replace(drop=False))
+        return group_norms.norms_of(pytrees.matching(updates, params), whole).norm
 
-    return Call(
-        options,
-        rules_for(options, layout, plan),
-        found,
-        layout,
-        measured,
-        counts,
-        plan,
-        bad,
-        step,
-        _once(params_norms),
-    )
+    rules = rules_for(options, cut)
+    return Call(options, rules, found, cut, measured, bad, step, _once(params_norms))
 
 
-def _any_bad(
-    measured: group_norms.Measured, layout: grouping.Layout, drop: bool
-) -> Any:
+def _any_bad(measured: group_norms.Measured, cut: group_norms.Cut) -> Any:
     """Returns whether an entry of any leaf, on any device, is not finite."""
-    if layout.groups and not drop:
+    if cut.layout.groups is not None and not cut.plan.drop:
         return jnp.any(~jnp.isfinite(measured.norm[0]))
     return jnp.any(measured.kinds)
 
 
-def rules_for(options: Options, layout: grouping.Layout, plan: Any) -> tuple[Rule, ...]:
+def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
     """Returns the rule of each array of norms; one for each leaf in element scope."""
-    rule, names = options.rule, layout.names
-    kinds = plan.kinds or ((),)
+    rule, layout = options.rule, cut.layout
+    names, groups = layout.names, cut.plan.groups
     if rule.for_groups is None:
-        return (rule,) * (len(layout.axes) if options.scope.by_element else len(kinds))
+        by_element = options.scope.by_element
+        return (rule,) * len(layout.axes if by_element else cut.shapes)
     if layout.scalar:
         raise ValueError(
             f"`{rule.name}` has a threshold for each group of leaves, and the scope is "
@@ -147,10 +148,10 @@ def rules_for(options: Options, layout: grouping.Layout, plan: Any) -> tuple[Rul
         )
     if options.scope.by_element:
         rows = [[name] for name in names]
-    elif layout.groups:
-        rows = [list(names)]
+    elif isinstance(groups, grouping.SliceGroups):
+        rows = [[names[i] for i in bucket] for bucket in groups.buckets]
     else:
-        rows = [[names[i] for i in kind] for kind in kinds]
+        rows = [list(names)]
     return tuple(rule.for_groups(row) for row in rows)
 
 
@@ -182,18 +183,6 @@ def context_of(call: Call, index: int, tree_norm: jax.Array) -> Context:
 
     def params_norm():
         norm = call.params_norms()[index]
-        return norm.reshape(()) if call.layout.scalar else norm
+        return norm.reshape(()) if call.cut.layout.scalar else norm
 
     return Context(call.step, tree_norm, params_norm)
-
-
-def finish(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:
-    """Rounds once, to the dtype of ``like`` or to an ``update_dtype`` wider than it."""
-    dtype = like.dtype
-    if update_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-        if jnp.finfo(dtype).bits < jnp.finfo(update_dtype).bits:
-            dtype = jnp.dtype(update_dtype)
-    y = y.astype(dtype)
-    if getattr(like, "weak_type", False) and dtype == like.dtype:
-        y = like.at[...].set(y)  # which keeps the weak type of ``like``
-    return y

@@ -37,7 +37,10 @@ def _rows_of(path: Path) -> list[Row]:
     for i, line in numbered:
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or such as no log would hold
+        except (
+            ValueError,
+            RecursionError,
+        ):  # no JSON, or such as no log would hold
             row = None
         if isinstance(row, dict):
             rows.append(row)

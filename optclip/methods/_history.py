@@ -11,26 +11,28 @@ import jax.numpy as jnp
 
 from optclip._engine import validation
 from optclip._engine.numerics import LAST_COUNT, increment, root_of, usable_unit
-from optclip._engine.rule import Limit, Rule, hold
+from optclip._engine.rule import Limit, Rule, keep_where
 
 __all__ = [
     "check_escape",
+    "count_consecutive",
     "counts",
-    "first_run",
+    "ema_weight_sum",
     "floats",
-    "in_a_row",
+    "guard_statistics",
+    "init_consecutive",
     "next_place",
     "one",
     "recorded_norm",
-    "remembering",
     "rms_of_two",
-    "weight_of",
 ]
 
 LARGEST, SMALLEST = (float(getattr(jnp.finfo(jnp.float32), n)) for n in ("max", "tiny"))
 
 
-def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> Rule:
+def guard_statistics(
+    init: Callable, update: Callable, name: str, *, zeros: bool
+) -> Rule:
     """Returns a rule that records no zero norm, unless ``zeros``, and nothing infinite.
 
     The engine passes neither NaN nor inf; what is caught here is an overflow of the
@@ -62,7 +64,7 @@ def remembering(init: Callable, update: Callable, name: str, *, zeros: bool) -> 
             bad = jnp.any(bad, axis=own) if bad.ndim >= norm.ndim else jnp.any(bad)
             overflow |= bad
         kept = overflow if zeros else overflow | zero
-        return limit, hold(kept, state, after, context.across)
+        return limit, keep_where(kept, state, after, context.across)
 
     return Rule(init, guarded, name)
 
@@ -76,7 +78,7 @@ def one(value: jax.Array) -> Limit:
     return Limit(value, value)
 
 
-def weight_of(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
+def ema_weight_sum(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
     """Returns 1 - decay**count, to all digits also for a decay near 1; 1 for count 0.
 
     It is the sum of the weights of ``count`` numbers in a running average.
@@ -116,7 +118,7 @@ def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.A
     return unit * root_of(mean)
 
 
-def in_a_row(
+def count_consecutive(
     over: jax.Array, norm: jax.Array, level: jax.Array, run: Any, steps: Any
 ) -> tuple[Any, Any]:
     """Counts consecutive steps on which a rule has lost the norm.
@@ -133,7 +135,7 @@ def in_a_row(
     return jnp.where(away, 0, run), away
 
 
-def first_run(norm: jax.Array, steps: Any) -> Any:
+def init_consecutive(norm: jax.Array, steps: Any) -> Any:
     """Returns the counter that `in_a_row` starts with."""
     return None if steps is None else jnp.zeros(norm.shape, jnp.int32)
 

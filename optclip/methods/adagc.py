@@ -16,13 +16,13 @@ from optclip.methods._common import Clip
 from optclip.methods._history import (
     RECORDS,
     check_escape,
+    count_consecutive,
     counts,
-    first_run,
     floats,
-    in_a_row,
+    guard_statistics,
+    init_consecutive,
     one,
     recorded_norm,
-    remembering,
 )
 
 __all__ = ["LevelState", "adagc", "ema_ratio", "level_rule"]
@@ -141,7 +141,9 @@ def level_rule(
         validation.non_negative(warmup_threshold=warmup_threshold)
 
     def init(norm):
-        return LevelState(floats(norm), counts(norm), first_run(norm, escape_steps))
+        return LevelState(
+            floats(norm), counts(norm), init_consecutive(norm, escape_steps)
+        )
 
     def update(norm, state, context):
         start = state.recorded == 0
@@ -164,7 +166,7 @@ def level_rule(
         seen = recorded_norm(norm, limit, record)
         level = decay * state.ema_norm + (1 - decay) * seen
         level = jnp.where(warm, jnp.minimum(state.ema_norm, seen), level)
-        run, away = in_a_row(
+        run, away = count_consecutive(
             ~warm & (norm > threshold),
             norm,
             jnp.where(warm, 0.0, state.ema_norm),
@@ -174,7 +176,7 @@ def level_rule(
         level = jnp.where(start, seen, jnp.where(away, norm, level))
         return limit, LevelState(level, count, run)
 
-    return remembering(init, update, name, zeros=record_zeros)
+    return guard_statistics(init, update, name, zeros=record_zeros)
 
 
 def adagc(

@@ -15,12 +15,12 @@ from optclip.clipping import clip
 from optclip.methods._common import Clip
 from optclip.methods._history import (
     check_escape,
-    first_run,
-    in_a_row,
+    count_consecutive,
+    ema_weight_sum,
+    guard_statistics,
+    init_consecutive,
     one,
-    remembering,
     rms_of_two,
-    weight_of,
 )
 
 __all__ = ["SmoothState", "adagn", "smoothed_norm"]
@@ -90,17 +90,19 @@ def smoothed_norm(
             jnp.zeros(norm.shape, jnp.float32),
             jnp.zeros(norm.shape, jnp.int32),
         )
-        return SmoothState(zeros, zeros + 0, count, first_run(norm, escape_steps))
+        return SmoothState(
+            zeros, zeros + 0, count, init_consecutive(norm, escape_steps)
+        )
 
     def size_of(root, count):
-        return root / jnp.sqrt(weight_of(second_decay, count, root.dtype))
+        return root / jnp.sqrt(ema_weight_sum(second_decay, count, root.dtype))
 
     def update(norm, state, context):
         del context
         count = increment(state.recorded)
         size = size_of(state.second_root, state.recorded)
         known = size > 0
-        run, away = in_a_row(
+        run, away = count_consecutive(
             known & (norm > 100 * size), norm, size, state.clipped_run, escape_steps
         )
         value = norm
@@ -112,7 +114,7 @@ def smoothed_norm(
         root = rms_of_two(second_decay, old[1], value)
         # The moments are divided first: each over its weight may be above 3.4e38.
         weights = [
-            weight_of(d, count, first.dtype) for d in (first_decay, second_decay)
+            ema_weight_sum(d, count, first.dtype) for d in (first_decay, second_decay)
         ]
         scale = jnp.sqrt(weights[1])
         size = root + eps * scale
@@ -121,7 +123,7 @@ def smoothed_norm(
         target = target * (scale / weights[0])
         return one(target), SmoothState(first, root, count, run)
 
-    return remembering(init, update, "smoothed_norm", zeros=record_zeros)
+    return guard_statistics(init, update, "smoothed_norm", zeros=record_zeros)
 
 
 def adagn(

@@ -14,12 +14,12 @@ from optclip._engine.validation import Static
 from optclip.clipping import clip
 from optclip.methods._common import Clip, hard
 from optclip.methods._history import (
-    in_a_row,
+    count_consecutive,
+    guard_statistics,
     next_place,
     one,
     places,
     recorded_norm,
-    remembering,
 )
 from optclip.methods.quantile import LEAST
 
@@ -154,7 +154,7 @@ def window_percentile(
     def init(norm):
         return empty(norm, window)
 
-    return remembering(init, update, "window_percentile", zeros=record_zeros)
+    return guard_statistics(init, update, "window_percentile", zeros=record_zeros)
 
 
 class HistogramState(NamedTuple):
@@ -227,7 +227,7 @@ def log_histogram_percentile(
         x: Any = jnp.log2(jnp.maximum(norm, LEAST)).astype(state.first_log.dtype)
         start = jnp.sum(state.norm_counts, axis=-1) == 0
         outside = ~start & (jnp.abs(x - state.first_log) > OCTAVES / 2)
-        run, away = in_a_row(
+        run, away = count_consecutive(
             outside, norm, jnp.zeros_like(norm), state.outside_run, OUTSIDE_STEPS
         )
         first = jnp.where(start | away, x, state.first_log)
@@ -253,7 +253,7 @@ def log_histogram_percentile(
         threshold = jnp.where(start | away, norm, threshold)  # rounding clips no first
         return one(threshold), HistogramState(counts, first, run)
 
-    return remembering(init, update, "log_histogram_percentile", zeros=False)
+    return guard_statistics(init, update, "log_histogram_percentile", zeros=False)
 
 
 def autoclip(

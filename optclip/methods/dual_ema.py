@@ -16,13 +16,13 @@ from optclip.methods._common import Clip, strict
 from optclip.methods._history import (
     RECORDS,
     check_escape,
+    count_consecutive,
     counts,
-    first_run,
+    ema_weight_sum,
     floats,
-    in_a_row,
+    guard_statistics,
+    init_consecutive,
     recorded_norm,
-    remembering,
-    weight_of,
 )
 
 __all__ = ["DualState", "dual_ema", "dual_ema_clip"]
@@ -89,17 +89,21 @@ def dual_ema(
     check_escape(escape_steps)
 
     def init(norm):
-        run = first_run(norm, escape_steps)
+        run = init_consecutive(norm, escape_steps)
         return DualState(floats(norm), floats(norm), counts(norm), run)
 
     def update(norm, state, context):
         del context
         start = state.slow_ema == 0  # nothing was recorded yet, or zeros only
-        fast: Any = state.fast_ema / weight_of(fast_decay, state.recorded, norm.dtype)
-        slow: Any = state.slow_ema / weight_of(slow_decay, state.recorded, norm.dtype)
+        fast: Any = state.fast_ema / ema_weight_sum(
+            fast_decay, state.recorded, norm.dtype
+        )
+        slow: Any = state.slow_ema / ema_weight_sum(
+            slow_decay, state.recorded, norm.dtype
+        )
         threshold = jnp.where(start, jnp.inf, trigger * slow)
         limit = Limit(threshold, jnp.minimum(target * fast, norm))
-        run, away = in_a_row(
+        run, away = count_consecutive(
             norm > threshold,
             norm,
             jnp.where(start, 0.0, slow),
@@ -116,7 +120,7 @@ def dual_ema(
         count = jnp.where(away, 1, increment(state.recorded))
         return limit, DualState(fast, slow, count, run)
 
-    return remembering(init, update, "dual_ema", zeros=record_zeros)
+    return guard_statistics(init, update, "dual_ema", zeros=record_zeros)
 
 
 def dual_ema_clip(

@@ -13,7 +13,7 @@ from optclip._engine.numerics import increment
 from optclip._engine.rule import Limit, Rule
 from optclip.clipping import clip
 from optclip.methods._common import Clip, strict
-from optclip.methods._history import check_escape, in_a_row, remembering
+from optclip.methods._history import check_escape, count_consecutive, guard_statistics
 from optclip.methods.zclip import ROUNDING, ScoreState, first_score, followed
 
 __all__ = ["ema_sigma", "ema_sigma_clip"]
@@ -76,7 +76,7 @@ def ema_sigma(
             threshold = jnp.maximum(target, state.mean_norm * (1 + ROUNDING))
         threshold = jnp.where(start, jnp.inf, threshold)
         over = norm > threshold
-        run, away = in_a_row(
+        run, away = count_consecutive(
             over, norm, state.mean_norm, state.clipped_run, escape_steps
         )
         count = increment(state.recorded)
@@ -89,7 +89,7 @@ def ema_sigma(
         spread = jnp.where(start | away, 0.0, spread)
         return Limit(threshold, target), ScoreState(mean, spread, count, run)
 
-    return remembering(init, update, "ema_sigma", zeros=record_zeros)
+    return guard_statistics(init, update, "ema_sigma", zeros=record_zeros)
 
 
 def ema_sigma_clip(

@@ -14,7 +14,7 @@ from optclip._engine.numerics import increment
 from optclip._engine.rule import Rule
 from optclip.clipping import clip
 from optclip.methods._common import Clip
-from optclip.methods._history import one, remembering
+from optclip.methods._history import guard_statistics, one
 
 __all__ = ["QuantileState", "geometric_quantile", "quantile_clip"]
 
@@ -105,7 +105,7 @@ def geometric_quantile(
         unknown = (norm == 0) & (state.recorded == 0)
         return one(jnp.where(unknown, jnp.inf, threshold)), after
 
-    return remembering(init, update, "geometric_quantile", zeros=False)
+    return guard_statistics(init, update, "geometric_quantile", zeros=False)
 
 
 def quantile_clip(

@@ -14,7 +14,7 @@ from optclip._engine.rule import Rule
 from optclip._engine.validation import Static
 from optclip.clipping import clip
 from optclip.methods._common import Clip
-from optclip.methods._history import one, places, recorded_norm, remembering
+from optclip.methods._history import guard_statistics, one, places, recorded_norm
 from optclip.methods.autoclip import ROUNDING, empty, put
 
 __all__ = ["rolling_sigma_clip", "window_sigma"]
@@ -90,7 +90,7 @@ def window_sigma(
     def init(norm):
         return empty(norm, window)
 
-    rule = remembering(init, update, "window_sigma", zeros=record_zeros)
+    rule = guard_statistics(init, update, "window_sigma", zeros=record_zeros)
     return rule._replace(signed=True)
 
 

@@ -14,12 +14,12 @@ from optclip._engine.rule import Rule
 from optclip.clipping import clip
 from optclip.methods._common import Clip
 from optclip.methods._history import (
+    ema_weight_sum,
+    guard_statistics,
     next_place,
     one,
     recorded_norm,
-    remembering,
     rms_of_two,
-    weight_of,
 )
 
 __all__ = ["SecondMomentState", "second_moment", "spam_clip"]
@@ -106,7 +106,7 @@ def second_moment(
             earlier = jnp.where(number < period, earlier, phase)
         size: Any = root
         if debias:
-            size = root / jnp.sqrt(weight_of(decay, earlier, root.dtype))
+            size = root / jnp.sqrt(ema_weight_sum(decay, earlier, root.dtype))
         threshold = jnp.maximum(ratio * size, floor)
         if pass_unseen:
             threshold = jnp.where(root > 0, threshold, jnp.inf)
@@ -117,7 +117,7 @@ def second_moment(
         root = rms_of_two(decay, root, recorded_norm(norm, limit, "clipped"))
         return limit, SecondMomentState(root, number)
 
-    return remembering(init, update, "second_moment", zeros=True)
+    return guard_statistics(init, update, "second_moment", zeros=True)
 
 
 def spam_clip(

@@ -22,11 +22,10 @@ __all__ = ["spectral_clip"]
 
 def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
     """Returns the norm of each leaf, that of all, and which leaf is not finite."""
-    layout = grouping.pooled(range(len(found.leaves)), found.leaves)
-    measured, counts, plan = group_norms.measure_layout(
-        updates, found, layout, order=2.0, axis_name=None
-    )
-    whole = group_norms.total(measured.norm, counts, 2.0, plan)
+    layout = grouping.whole_leaf_layout(range(len(found.leaves)), found.leaves)
+    cut = group_norms.cut_by(layout, updates, found, order=2.0, axis_name=None)
+    measured = group_norms.norms_of(found.leaves, cut)
+    whole = group_norms.total(measured.norm, cut)
     return measured.norm[0], whole, measured.kinds
 
 
@@ -90,13 +89,13 @@ def spectral_clip(
     validation.one_of("nonfinite", nonfinite, POLICIES)
 
     def init_fn(params) -> Any:
-        return states.first(pytrees.leaves_of(params).paths)
+        return states.init_clip_state(pytrees.leaves_of(params).paths)
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
         found = pytrees.leaves_of(updates)
-        empty = functools.partial(states.first, found.paths)
-        state = states.own(state, empty, absent=found.absent)
+        empty = functools.partial(states.init_clip_state, found.paths)
+        state = states.validate_state(state, empty, absent=found.absent)
         if not found.leaves:
             return updates, state._replace(steps=increment(state.steps))
         value = max_sigma(state.steps) if callable(max_sigma) else max_sigma
@@ -128,19 +127,21 @@ def spectral_clip(
         # Smaller by more than the rounding of two norms.
         smaller = after < before * (1 - 2.0**-20)
         clipped = jnp.mean(smaller.astype(jnp.float32))
-        steps, clipped_steps = states.counted(
+        steps, clipped_steps = states.count_event(
             state.steps, state.clipped_steps, clipped > 0
         )
         return out, ClipState(
             state.rule_state,
-            norm_before=states.figures(length),
-            norm_after=states.figures(rest),
+            norm_before=states.to_finite_f32(length),
+            norm_after=states.to_finite_f32(rest),
             threshold=states.finite_threshold(cap),
-            scale=states.figures(share),
-            clipped=states.figures(clipped),
+            scale=states.to_finite_f32(share),
+            clipped=states.to_finite_f32(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
-            seen=states.look(state.seen, kinds, bad, state.steps, found.paths),
+            seen=states.record_nonfinite(
+                state.seen, kinds, bad, state.steps, found.paths
+            ),
             groups=None,
         )
 

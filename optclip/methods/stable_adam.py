@@ -13,7 +13,7 @@ from jax import lax
 from optclip._engine import pytrees, sharding, validation
 from optclip._engine import state as states
 from optclip._engine.numerics import increment, root_of
-from optclip.methods._history import weight_of
+from optclip.methods._history import ema_weight_sum
 
 __all__ = ["StableAdamState", "scale_by_stable_adam"]
 
@@ -104,11 +104,11 @@ def scale_by_stable_adam(
                 "`scale_by_stable_adam` decays the weights: call "
                 "`update(updates, state, params)`."
             )
-        state = states.own(state, lambda: init_fn(updates))
+        state = states.validate_state(state, lambda: init_fn(updates))
         count = increment(state.stable_count)
         # 1 - b' = (1 - b) / (1 - b**t), to all digits for b near 1.
-        new1 = (1 - b1) / weight_of(b1, count, jnp.float32)
-        new2 = (1 - b2) / weight_of(b2, count, jnp.float32)
+        new1 = (1 - b1) / ema_weight_sum(b1, count, jnp.float32)
+        new2 = (1 - b2) / ema_weight_sum(b2, count, jnp.float32)
         found = pytrees.leaves_of(updates)
         mus = pytrees.matching(updates, state.stable_mu)
         nus = pytrees.matching(updates, state.stable_nu)

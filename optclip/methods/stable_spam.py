@@ -13,7 +13,7 @@ from optclip._engine.numerics import increment, quotient
 from optclip._engine.rule import Limit, Rule
 from optclip.clipping import clip
 from optclip.methods._common import Clip
-from optclip.methods._history import remembering, weight_of
+from optclip.methods._history import ema_weight_sum, guard_statistics
 
 __all__ = ["MaximumState", "max_ema", "stable_spam_clip"]
 
@@ -67,7 +67,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         top = context.across(jnp.max(norm, initial=0.0))
         level = decay * state.ema_maximum + (1 - decay) * top
         count = increment(state.recorded)
-        threshold = level / weight_of(decay, count, level.dtype)
+        threshold = level / ema_weight_sum(decay, count, level.dtype)
         # At the first step both are the same number, up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
         # Entries are divided first: their sum, in a derivative, might overflow.
@@ -75,7 +75,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         target = jnp.where(threshold < top, quotient(norm, unit) * threshold, norm)
         return Limit(threshold, target), MaximumState(level, count)
 
-    rule = remembering(init, update, "max_ema", zeros=record_zeros)
+    rule = guard_statistics(init, update, "max_ema", zeros=record_zeros)
     return rule._replace(elements_only=True)
 
 

@@ -36,8 +36,8 @@ def clip_by_value(
         axis_name: As in `optclip.clip`.
         update_dtype: As in `optclip.clip`.
         record: Whether to keep figures for `metrics` and `culprits`, whose norms are
-            largest magnitudes. That takes one more read of the updates; without it
-            the clamp melts into the optimizer and costs nothing beside it.
+            largest magnitudes. That takes one more pass over the updates; without
+            it XLA fuses the clamp into the optimizer update, at no cost.
 
     Returns:
         A transformation with `UnrecordedState`, or with ``record`` `ClipState`;

@@ -15,9 +15,9 @@ from optclip.clipping import clip
 from optclip.methods._common import Clip, strict
 from optclip.methods._history import (
     check_escape,
-    first_run,
-    in_a_row,
-    remembering,
+    count_consecutive,
+    guard_statistics,
+    init_consecutive,
     rms_of_two,
 )
 
@@ -49,7 +49,7 @@ class ScoreState(NamedTuple):
 
 def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
     """Returns the state that the rules with a mean and a spread begin with."""
-    run = first_run(norm, escape_steps)
+    run = init_consecutive(norm, escape_steps)
     return ScoreState(
         jnp.zeros(norm.shape, jnp.float32),
         jnp.zeros(norm.shape, jnp.float32),
@@ -169,7 +169,7 @@ def ema_zscore(
         threshold = jnp.minimum(jnp.where(warm, jnp.inf, trigger), top)
         end = jnp.minimum(jnp.where(spike, jnp.minimum(target, norm), norm), top)
         count = increment(state.recorded)
-        run, away = in_a_row(
+        run, away = count_consecutive(
             spike,
             norm,
             jnp.where(warm, 0.0, state.mean_norm),
@@ -206,7 +206,7 @@ def ema_zscore(
     def init(norm):
         return first_score(norm, escape_steps)
 
-    return remembering(init, update, "ema_zscore", zeros=record_zeros)
+    return guard_statistics(init, update, "ema_zscore", zeros=record_zeros)
 
 
 def zclip(

@@ -27,7 +27,7 @@ def update_unless(
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(updates)):
         out, after = optimizer.update(updates, state, params, **extra)
-        after = states.chosen(flag, state, after)
+        after = states.tree_where(flag, state, after)
     else:
         out, after = _traced(flag, optimizer, updates, state, params, extra)
     out = jax.tree.map(lambda u: jnp.where(flag, jnp.zeros_like(u), u), out)
@@ -70,7 +70,7 @@ def _traced(flag, optimizer, updates, state, params, extra) -> tuple[Any, Any]:
     out, new = jax.tree.unflatten(jax.tree.structure(shapes), found)
     if len(done) == len(old):
         return out, new
-    rest = jax.tree.leaves(states.chosen(flag, state, new))
+    rest = jax.tree.leaves(states.tree_where(flag, state, new))
     kept = [
         value if isinstance(var, core.Literal) or var not in done else values[var]
         for var, value in zip(after, rest, strict=True)

@@ -12,7 +12,7 @@ from optclip._engine import validation
 from optclip._engine.numerics import root_of
 from optclip._engine.rule import Rule
 from optclip._engine.validation import Static
-from optclip.methods._history import one, places, remembering
+from optclip.methods._history import guard_statistics, one, places
 from optclip.methods.autoclip import empty, put
 
 __all__ = ["log_window_sigma"]
@@ -82,4 +82,4 @@ def log_window_sigma(
     def init(norm):
         return empty(norm, window)
 
-    return remembering(init, update, "log_window_sigma", zeros=False)
+    return guard_statistics(init, update, "log_window_sigma", zeros=False)

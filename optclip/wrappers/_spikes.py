@@ -17,7 +17,7 @@ from jax import lax
 
 from optclip._engine import sharding, validation
 from optclip._engine import state as states
-from optclip._engine.reading import widen
+from optclip._engine.power_sums import widen
 from optclip._engine.rule import Context, Rule, apply_rule
 from optclip._engine.thresholds import as_rule, schedule
 from optclip.methods.rolling_sigma import window_sigma
@@ -64,7 +64,7 @@ def mean_loss(loss: Any, names: Any) -> jax.Array:
         )
     if jnp.issubdtype(loss.dtype, jnp.floating):
         loss = widen(loss)
-    loss = states.figures(loss)
+    loss = states.to_finite_f32(loss)
     names = sharding.varying(loss) if names is None else names
     return lax.pmean(loss, names) if names else loss
 

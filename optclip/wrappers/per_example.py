@@ -12,7 +12,7 @@ from jax import lax
 from optclip import actions
 from optclip._engine import group_norms, sharding, validation
 from optclip._engine.names import leaf_names
-from optclip._engine.reading import widen
+from optclip._engine.power_sums import widen
 from optclip._engine.rule import Limit, Rule
 from optclip._engine.scaling import factors_of
 from optclip.methods.global_norm import clip_by_global_norm

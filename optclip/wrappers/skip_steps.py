@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip._engine import barriers, group_norms, pytrees, validation
+from optclip._engine import group_norms, pytrees, sharding, validation
 from optclip._engine import state as states
 from optclip._engine.state import Seen
 from optclip._engine.validation import EUCLIDEAN, Static
@@ -237,7 +237,7 @@ def skip_steps(
         """Returns the first state of a rule, and of the memory of the last values."""
         if rule is None:
             return (), ()
-        state = states.copied(rule.init(jnp.zeros([], jnp.float32)))
+        state = states.tree_copy(rule.init(jnp.zeros([], jnp.float32)))
         counts = max_similar is not None and jax.tree.leaves(state)
         return state, _spikes.no_values() if counts else ()
 
@@ -268,7 +268,7 @@ def skip_steps(
                 bad_leaf=jnp.zeros(keep_last, jnp.int32),
                 bad_kinds=jnp.zeros((keep_last, 3), jnp.int32),
             ),
-            seen=states.first_seen(pytrees.leaves_of(judged).paths),
+            seen=states.init_nonfinite(pytrees.leaves_of(judged).paths),
         )
 
     def init_fn(params) -> Any:
@@ -278,7 +278,7 @@ def skip_steps(
     def update_fn(updates, state, params=None, *, loss=None, **extra_args) -> Any:
         judged = _masks.kept(_masks.selected(mask, updates), updates)
         found, inside = pytrees.leaves_of(judged), ("optimizer_state",)
-        state = states.own(
+        state = states.validate_state(
             state, lambda: first(judged, ()), foreign=inside, absent=found.absent
         )
         if not jax.tree.leaves(updates):  # an empty group of a partition
@@ -295,7 +295,7 @@ def skip_steps(
             measured = group_norms.Measured(
                 (nothing,), (nothing,), jnp.zeros((1, 3), bool)
             )
-        norm = states.figures(norm)
+        norm = states.to_finite_f32(norm)
         step, paths = state.offered_steps, found.paths
         loss = extra_args.get("value") if loss is None else loss
         given, level = loss is not None, states.scalar(0.0)
@@ -321,13 +321,13 @@ def skip_steps(
             restart = said.spike & due & bool(jax.tree.leaves(rule_state))
             if not isinstance(recent, tuple):
                 kept = jnp.isfinite(value)
-                recent = states.chosen(kept, pushed(recent, value), recent)
+                recent = states.tree_where(kept, pushed(recent, value), recent)
             return said, restart, recent
 
         def recorded(rule, value, old, said, restart):
             again = _spikes.restarted(rule, value, step)
-            after = states.chosen(restart, again, said.after)
-            return states.chosen(skip, old, after)
+            after = states.tree_where(restart, again, said.after)
+            return states.tree_where(skip, old, after)
 
         old_norms, old_losses = state.norm_rule_state, state.loss_rule_state
         norm_said, norm_restart, norms = verdict(
@@ -345,10 +345,10 @@ def skip_steps(
         norm_rule = recorded(by_norm, norm, old_norms, norm_said, norm_restart)
         loss_rule, loss_above = old_losses, states.scalar(0.0)
         if by_loss is not None and loss_said is not None:
-            loss_above = states.figures(loss_said.threshold)
+            loss_above = states.to_finite_f32(loss_said.threshold)
             loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
         # Or XLA writes out what measuring and the optimizer share, such as squares.
-        updates = barriers.kept_apart(updates)
+        updates = sharding.kept_apart(updates)
         out, after = _holding.update_unless(
             skip, inner, updates, state.optimizer_state, params, extra_args
         )
@@ -371,13 +371,15 @@ def skip_steps(
             offered_steps=_counted(step, jnp.ones([], bool)),
             skipped_steps=_counted(state.skipped_steps, skip),
             spike_steps=_counted(state.spike_steps, spike),
-            offered_norm=states.copied(norm),
-            offered_loss=states.copied(level),
-            skip_above=states.figures(norm_said.threshold),
+            offered_norm=states.tree_copy(norm),
+            offered_loss=states.tree_copy(level),
+            skip_above=states.to_finite_f32(norm_said.threshold),
             skip_loss_above=loss_above,
-            last_bad=states.chosen(skip, last_bad, state.last_bad),
-            seen=states.look(state.seen, measured.kinds, nonfinite, step, paths),
-            **states.chosen(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
+            last_bad=states.tree_where(skip, last_bad, state.last_bad),
+            seen=states.record_nonfinite(
+                state.seen, measured.kinds, nonfinite, step, paths
+            ),
+            **states.tree_where(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
             **_recent(state, skip),
         )
 

@@ -190,7 +190,7 @@ def stabilize(
             )
         # The clips look at their own states, and the optimizer at its own.
         parts = ("gradient_clip", "optimizer_state", "update_cap")
-        state = states.own(state, lambda: own((), (), ()), parts)
+        state = states.validate_state(state, lambda: own((), (), ()), parts)
         clip_state: Any
         cap_state: Any
         flags = _masks.selected(mask, updates)
@@ -198,7 +198,7 @@ def stabilize(
             _masks.kept(flags, updates), state.gradient_clip, params
         )
         clipped = _masks.restored(flags, clipped, updates)
-        norm = states.figures(clip_state.norm_before)
+        norm = states.to_finite_f32(clip_state.norm_before)
         bad = ~jnp.isfinite(norm)
         # An optimizer that squares such a gradient would keep an infinity permanently.
         bad |= clip_state.norm_after > LARGEST_NORM
@@ -207,7 +207,7 @@ def stabilize(
         restart &= (state.least_norm < NO_NORM) & (norm < state.least_norm / FALL)
 
         again = _started_again(inner, params, state.optimizer_state)
-        before = states.chosen(restart, again, state.optimizer_state)
+        before = states.tree_where(restart, again, state.optimizer_state)
         out, after = _holding.update_unless(
             bad, inner, clipped, before, params, extra_args
         )

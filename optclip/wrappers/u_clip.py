@@ -83,7 +83,7 @@ def u_clip(
         def empty():
             return CarryState(sharding.zeros_of(updates), ())
 
-        state = states.own(state, empty, foreign=("inner_state",))
+        state = states.validate_state(state, empty, foreign=("inner_state",))
         found = pytrees.leaves_of(updates)
         carried = pytrees.matching(updates, state.carry)
         total = [
