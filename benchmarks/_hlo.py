@@ -62,12 +62,23 @@ def collectives(instructions):
     return [(found[1], shape) for found, shape in pairs if found]
 
 
-def kernels(instructions):
-    """Returns how many kernels there are, and the bytes that they read and write.
+def written_in_place(called):
+    """Returns the bytes that a fusion writes into an array it is given, or None."""
+    if not called or called[-1][2] != "dynamic-update-slice":
+        return None
+    shapes = {name: shape for name, shape, _, _ in called}
+    update = re.findall(r"%([\w.-]+)", called[-1][3].split(")")[0])[1]
+    return sum(size for size, _ in arrays_of(shapes[update]))
+
+
+def kernels(program, name="ENTRY"):
+    """Returns how many kernels a computation has, and the bytes they read and write.
 
     Bytes are those of main memory. A copy to fast memory that runs beside the kernels
-    is no kernel, but it reads what it copies.
+    is no kernel, but it reads what it copies. Of an array that is written to in place,
+    what is written counts.
     """
+    instructions = program[name]
     sizes, count, moved = {}, 0, 0
     for name, shape, op, rest in instructions:
         sizes[name] = bytes_of(shape)
@@ -79,5 +90,12 @@ def kernels(instructions):
         operands = [o.strip() for o in rest.split(")")[0].split(",")]
         names = [re.search(r"([\w.-]*)$", o)[1] for o in operands]
         count += 1
-        moved += sizes[name] + sum(sizes.get(n, 0) for n in names)
+        read, wrote = [sizes.get(n, 0) for n in names], sizes[name]
+        called = re.search(r"calls=%?([\w.-]+)", rest)
+        in_place = written_in_place(program.get(called[1], []) if called else [])
+        if in_place is not None and wrote:
+            if wrote in read:
+                read.remove(wrote)
+            wrote = in_place
+        moved += wrote + sum(read)
     return count, moved

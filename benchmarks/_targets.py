@@ -119,8 +119,9 @@ def compiled(function, target, *arguments, donate=()):
     start = sum(os.times()[:4])
     made = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     seconds = sum(os.times()[:4]) - start
-    entry = _hlo.computations(made.as_text())["ENTRY"]
-    kernels, moved = _hlo.kernels(entry)
+    program = _hlo.computations(made.as_text())
+    kernels, moved = _hlo.kernels(program)
+    entry = program["ENTRY"]
     accessed = None
     if target in TPUS:
         accessed = made.cost_analysis()["bytes accessed"]

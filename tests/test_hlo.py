@@ -34,7 +34,8 @@ ENTRY %main (a: f32[4,8], b: bf16[4,8]) -> (f32[4,8], f32[2]) {
   ROOT %out = (f32[4,8]{1,0}, f32[2]{0}) tuple(%copied, %if)
 }
 """
-ENTRY = hlo.computations(PROGRAM)["ENTRY"]
+FOUND = hlo.computations(PROGRAM)
+ENTRY = FOUND["ENTRY"]
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,11 @@ def test_bytes_are_those_of_all_arrays_without_their_layout(shape, size):
 
 def test_kernels_are_counted_with_what_they_read_and_write():
     # The fusion: 128 and 64 in, 128 and 8 out. The copy: 128 in and out.
-    assert hlo.kernels(ENTRY) == (2, 328 + 256)
+    assert hlo.kernels(FOUND) == (2, 328 + 256)
 
 
 def test_fast_memory_is_not_counted_but_copies_to_it_are():
-    entry = hlo.computations("""ENTRY %main (a: f32[64]) -> f32[64] {
+    found = hlo.computations("""ENTRY %main (a: f32[64]) -> f32[64] {
   %a = f32[64]{0:T(128)} parameter(0)
   %part = ((f32[64]{0:T(128)}), f32[32]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%a)
   %have = f32[32]{0:T(128)S(1)} slice-done(%part)
@@ -60,9 +61,27 @@ def test_fast_memory_is_not_counted_but_copies_to_it_are():
   %there = f32[64]{0:T(128)S(1)} copy-done(%whole)
   ROOT %out = f32[64]{0:T(128)} fusion(%have, %there), kind=kLoop, calls=%f
 }
-""")["ENTRY"]
+""")
     # Read: 32 numbers and 64. Written: 64.
-    assert hlo.kernels(entry) == (1, 4 * (32 + 64 + 64))
+    assert hlo.kernels(found) == (1, 4 * (32 + 64 + 64))
+
+
+def test_of_an_array_that_is_written_to_in_place_what_is_written_counts():
+    found = hlo.computations("""%put (p: f32[64,8], x: f32[8]) -> f32[64,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %row = f32[1,8]{1,0} bitcast(%x)
+  %zero = s32[] constant(0)
+  ROOT %all = f32[64,8]{1,0} dynamic-update-slice(%p, %row, %zero, %zero)
+}
+
+ENTRY %main (a: f32[64,8], b: f32[8]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  ROOT %out = f32[64,8]{1,0} fusion(%a, %b), kind=kLoop, calls=%put
+}
+""")
+    assert hlo.kernels(found) == (1, 4 * (8 + 8))
 
 
 def test_collectives_are_counted_once_and_by_computation():

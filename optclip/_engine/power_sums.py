@@ -61,6 +61,9 @@ ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
 # On a GPU, XLA fuses a stack of this many leaves of any size into the sums that are
 # taken of it. Of a longer one it makes several kernels, which read the leaves again.
 MOST_STACKED = 16
+# A kernel on a GPU has room for the addresses of so many results; for more of them, XLA
+# makes a kernel for each.
+MOST_HANDED_OUT = 64
 
 
 class Plan(NamedTuple):
@@ -157,8 +160,15 @@ def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
         # which changes nothing, it would be one kernel for each slice.
         (own,) = {p[0].dtype for p in parts if p[0].dtype != bool}
         table = jnp.stack([p[0].astype(own) for p in parts], axis=-1)
-        each = [jnp.maximum(table[row], 0.0) for _, row in places]
-        each = sharding.kept_apart(each)
+        each: list[jax.Array] = []
+        for start in range(0, len(places), MOST_HANDED_OUT):
+            rows = [row for _, row in places[start : start + MOST_HANDED_OUT]]
+            part = table
+            if len(rows) < len(places):
+                part = sharding.kept_apart(table[np.asarray(rows)])
+                rows = list(range(len(rows)))
+            values = [jnp.maximum(part[row], 0.0) for row in rows]
+            each += sharding.kept_apart(values)
         return [
             tuple(v.astype(p[0].dtype) for v, p in zip(row, parts, strict=True))
             for row in each

@@ -152,7 +152,8 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
     parts = [tuple(p) for p in (scales, firsts, deads) if p[0] is not None]
     # Without the barrier XLA shares one widened copy of the leaves between measuring
-    # and scaling, and writes it out; with it, XLA fuses the scaling into the optimizer update.
+    # and scaling, and writes it out. With it, XLA fuses the scaling into the optimizer
+    # update.
     leaves, parts = sharding.kept_apart((list(leaves), parts))
     factors = _for_leaves(parts, call)
     new = [
