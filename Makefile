@@ -79,7 +79,7 @@ test-exhaustive: $(call stamp,test)  ## The widest products of layouts, modes an
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
 
 # Every contract, and what checks numbers and states of each method.
-x64_tests := $(wildcard tests/test_contract_*.py) $(patsubst %,tests/test_%.py, \
+x64_tests := $(wildcard tests/contracts/test_*.py) $(patsubst %,tests/test_%.py, \
   actions adaptive_rules checkpoints laws mechanisms methods norms per_example rules \
   scopes skipping telemetry)
 

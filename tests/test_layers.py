@@ -21,7 +21,6 @@ ORDER = [
     "_engine/jaxprs.py",
     "_engine/pytrees.py",
     "_engine/sharding.py",
-    "_engine/sharding.py",
     "_engine/lookup.py",
     "_engine/state.py",
     "_engine/grouping.py",
