@@ -58,8 +58,10 @@ __all__ = [
 # compiles longer stacks slowly, and no more bytes than this at a time, or this share.
 SMALL_BYTES, MANY_ALIKE, MOST_SMALL = 2**16, 8, 64
 ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
-# On a GPU, XLA fuses a stack of this many leaves of any size into the sums that are
-# taken of it. Of a longer one it makes several kernels, which read the leaves again.
+# On a GPU, a stack of this many leaves takes one kernel in place of one per leaf. XLA
+# fuses a stack of large leaves into the sums. A stack of small ones, such as 64 x 64,
+# it writes out: that moves more bytes, by a fraction of the kernels. Of a longer stack
+# it makes several kernels, which read the leaves again.
 MOST_STACKED = 16
 # A kernel on a GPU has room for the addresses of so many results; for more of them, XLA
 # makes a kernel for each.
