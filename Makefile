@@ -67,9 +67,7 @@ lint: $(call stamp,test)  ## Ruff and pyright only
 	@$(bin)/ruff format --check .
 	@$(bin)/pyright --pythonpath $(bin)/python
 
-# The docstring examples go first, so that the last line tells of the tests.
 unit: $(call stamp,test)  ## Tests and examples only, without lint
-	@$(bin)/python -m pytest -q -o addopts= --doctest-modules optclip
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-all: $(call stamp,test)  ## All tests, with the variants that `make test` leaves out

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 # The suite compiles a lot, and runs little: LLVM need not try hard. What XLA fuses, and
 # what it allocates, is decided before.
@@ -17,6 +18,17 @@ if (int(version[0]), int(version[1])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f for f in FLAGS if f not in given)])
+
+# Many tests compile the same small programs: what one worker has compiled, all load.
+# Workers inherit the variables of the process that starts them, which makes the folder
+# and takes it away.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.TemporaryDirectory(prefix="optclip-tests-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": cache.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -90,6 +90,20 @@ def test_scale_is_the_smallest_factor_of_an_entry_that_is_not_the_largest():
     assert float(metrics["clip/clipped"]) == 1.0
 
 
+def test_scale_of_entries_that_a_rule_raises_is_above_one():
+    def update(size, state, context):
+        del context
+        return rules.Limit(jnp.zeros_like(size), 1.5 * size), state
+
+    raising = rules.Rule(init=jnp.zeros_like, update=update, name="raising")
+    tx = optclip.clip(raising, scope=ELEMENT)
+    updates, metrics = clipped(tx, [2.0, 0.0, -4.0])
+    np.testing.assert_allclose(updates, [3.0, 0.0, -6.0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip/scale"], 1.5, rtol=1e-6)
+    _, metrics = clipped(tx, [0.0, 0.0])
+    assert float(metrics["clip/scale"]) == 1.0
+
+
 # What each entry method makes of one infinite entry among good ones, after a warm start
 # on entries of size 1: the bound that a large finite entry gets.
 METHODS = {

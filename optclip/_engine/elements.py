@@ -60,7 +60,9 @@ def _clamp(x: jax.Array, size: jax.Array, limit: Limit, action: Callable) -> jax
     threshold, target = (jnp.asarray(v).astype(size.dtype) for v in limit[:2])
     if action is actions.rescale and limit.target is limit.threshold:
         if not jnp.iscomplexobj(x):  # what follows comes to the same, with more work
-            return jnp.where(x > target, target, jnp.where(x < -target, -target, x))
+            # Not two comparisons of ``x``: XLA makes a minimum and a maximum of these,
+            # which may flush subnormal numbers.
+            return jnp.where(jnp.abs(x) > target, jnp.where(x > 0, target, -target), x)
     # A rule never sees an infinite entry, so its target may have nothing to do with it.
     infinite = jnp.isinf(size)
     target = jnp.where(infinite, threshold, target)
@@ -111,7 +113,8 @@ def _smallest_factor(
     """Returns the smallest |y| / |x| of the clipped entries, 1 if there is none."""
     asked = past & (size > 0) & jnp.isfinite(size)
     share = jnp.abs(y) / jnp.where(asked, size, 1.0)
-    return -across(-jnp.min(jnp.where(asked, share, 1.0), initial=1.0))
+    least = -across(-jnp.min(jnp.where(asked, share, jnp.inf), initial=jnp.inf))
+    return jnp.where(least < jnp.inf, least, 1.0)
 
 
 def clamp_elements(call: Call, rule_state: tuple) -> Outcome:

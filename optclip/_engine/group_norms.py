@@ -19,7 +19,15 @@ from jax.core import Tracer
 from optclip._engine import grouping, pytrees, sharding
 from optclip._engine.grouping import Layout, whole_leaf_layout
 from optclip._engine.numerics import largest_of, root_of, usable_unit
-from optclip._engine.power_sums import Plan, bucket_order, power_sums, reordered
+from optclip._engine.power_sums import (
+    Plan,
+    bucket_order,
+    chosen,
+    power_sums,
+    range_of,
+    reordered,
+    scaled,
+)
 
 __all__ = [
     "REDUCTION",
@@ -172,30 +180,55 @@ def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
     return _joined(norm, order, add, most)
 
 
+def _euclidean(norms: Sequence[jax.Array], across: Sequence[tuple[str, ...]]):
+    """Returns the square root of the sum of squares of all ``norms``.
+
+    The sums of all arrays are of one kind, so that XLA takes each array in one kernel
+    and joins what devices have found in one all-reduce.
+    """
+    own, found = range_of(norms[0].dtype), []
+    for norm, names in zip(norms, across, strict=True):
+        # Not made flat first: JAX can't, where it is sharded along an axis between.
+        # Selects keep derivatives apart too: twice the largest number, times 0, is NaN.
+        norm = jnp.where(norm < jnp.inf, norm, lax.stop_gradient(norm))
+        sums = [
+            jnp.where(norm < own.high**0.5, norm, jnp.inf),
+            scaled(norm, own.down),
+            jnp.where(norm < own.small, norm * own.up, 0.0),
+        ]
+        sums = jnp.stack([jnp.sum(jnp.square(x)) for x in sums])
+        found.append(lax.psum(sums, names) if names else sums)
+    plain, down, up = functools.reduce(jnp.add, found)
+    whole, unit = chosen({"plain": plain, "down": down, "up": up}, 2.0)
+    length = root(whole, 2.0) * unit
+    # An overflow, where no group is infinite itself: those are at most the largest.
+    too_long = jnp.isposinf(length) & jnp.isfinite(down)
+    return jnp.where(too_long, jnp.finfo(length.dtype).max, length)
+
+
 def total(norms: Sequence[jax.Array], cut: Cut) -> jax.Array:
     """Returns the norm of all groups together; the largest number if it is longer."""
     if cut.layout.scalar:
         return norms[0].reshape(())
-    counts, order, plan = cut.counts, cut.order, cut.plan
-    power = 2.0 if order == "rms" else order
-    across = plan.per_array
-    sizes = [
-        np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
-        for norm, count, names in zip(norms, counts, across, strict=True)
-    ]
+    widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
+    norms = [n.astype(widest) for n in norms]
+    counts, order, across = cut.counts, cut.order, cut.plan.per_array
+    if order == "rms":
+        sizes = [
+            np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
+            for norm, count, names in zip(norms, counts, across, strict=True)
+        ]
+        shares = [np.sqrt(count / max(sum(sizes), 1)) for count in counts]
+        norms = [n * s.astype(widest) for n, s in zip(norms, shares, strict=True)]
+    if order in ("rms", 2.0):
+        return _euclidean(norms, across)
     parts = []
-    for norm, count, names in zip(norms, counts, across, strict=True):
-        if order == "rms":
-            share = np.sqrt(count / max(sum(sizes), 1))
-            norm = norm * share.astype(norm.dtype)
-        # Not made flat first: JAX can't, where it is sharded along an axis between.
+    for norm, names in zip(norms, across, strict=True):
         part = jnp.zeros([], norm.dtype)
         if norm.size:
-            part = _joined(norm, power, jnp.sum, jnp.max)
-        parts.append(_along(part, power, names))
-    widest = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
-    joined = jnp.stack([p.astype(widest) for p in parts])
-    length = combine(joined, power)
+            part = _joined(norm, order, jnp.sum, jnp.max)
+        parts.append(_along(part, order, names))
+    length = combine(jnp.stack(parts), order)
     # An overflow, where no group is infinite itself: those are at most the largest.
     pairs = zip(norms, across, strict=True)
     finite = [sharding.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]

@@ -42,9 +42,12 @@ __all__ = [
     "Plan",
     "PowerSums",
     "bucket_order",
+    "chosen",
     "power_sums",
+    "range_of",
     "read",
     "reordered",
+    "scaled",
     "segments",
     "spread",
     "unpool",
@@ -421,7 +424,7 @@ def _signs(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) == jnp.inf, x, jnp.zeros_like(x))
 
 
-def _scaled(x: jax.Array, scale: float) -> jax.Array:
+def scaled(x: jax.Array, scale: float) -> jax.Array:
     """Returns ``x`` times a power of two, so that its square is that of the product.
 
     XLA takes the square of a single number times a constant as x**2 times the square of
@@ -444,7 +447,7 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
     if drop:
         x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     if name == "up":
-        square = jnp.square(_scaled(x, own.up))
+        square = jnp.square(scaled(x, own.up))
         fits = square < own.cap if x.size != 1 else jnp.abs(x) < own.small
         # In the place of what is too large: infinities, and what can't sum up to one.
         large = jnp.zeros_like(x) if drop else jnp.where(x == x, x * own.down, 0.0)
@@ -452,7 +455,7 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
     if unit is not None:
         x = x * unit
     if name == "down":
-        x = _scaled(x, own.down)
+        x = scaled(x, own.down)
     if order == 2.0:
         return jnp.square(x)
     x = jnp.abs(x)
@@ -547,7 +550,7 @@ def _seen(column: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return nan, column["signs" if "signs" in column else "up"]
 
 
-def _chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.Array]:
+def chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of each group that can be trusted, and its unit."""
     total = plain = column["plain"]
     unit, own = jnp.ones_like(plain), range_of(plain.dtype)
@@ -575,18 +578,18 @@ def careful_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
     columns = [plan.groups.collected(list(each)) for each in zip(*found, strict=True)]
     pairs = zip(columns, maxima, strict=True)
     groups = [plan.groups.reduced(column, most) for column, most in pairs]
-    sums, chosen, kinds = [], [], []
+    sums, units_used, kinds = [], [], []
     for k in range(len(columns[0])):
         column = {name: c[k] for name, c in zip(names, columns, strict=True)}
         group = {name: c[k] for name, c in zip(names, groups, strict=True)}
-        total, unit = _chosen(group, plan.order)
+        total, unit = chosen(group, plan.order)
         if plan.order == np.inf and not plan.drop:
             total = jnp.where(_seen(group)[0], jnp.nan, total)
         across = plan.per_array[k]
         sums.append(total)
-        chosen.append(unit)
+        units_used.append(unit)
         kinds.append(_kinds(*_seen(column), across))
-    units = tuple(chosen) if units is None else units
+    units = tuple(units_used) if units is None else units
     return PowerSums(tuple(sums), units, jnp.concatenate(kinds))
 
 

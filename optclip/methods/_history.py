@@ -136,7 +136,7 @@ def count_consecutive(
 
 
 def init_consecutive(norm: jax.Array, steps: Any) -> Any:
-    """Returns the counter that `in_a_row` starts with."""
+    """Returns the counter that `count_consecutive` starts with."""
     return None if steps is None else jnp.zeros(norm.shape, jnp.int32)
 
 
