@@ -78,7 +78,7 @@ test-exhaustive: $(call stamp,test)  ## The widest products of layouts, modes an
 
 # Every contract, and what checks numbers and states of each method.
 x64_tests := $(wildcard tests/contracts/test_*.py) $(patsubst %,tests/test_%.py, \
-  actions adaptive_rules checkpoints laws mechanisms methods norms per_example rules \
+  actions adaptive_rules checkpoints laws mechanisms methods norms clipped_grad rules \
   scopes skipping telemetry)
 
 test-x64: $(call stamp,test)  ## The contracts again, with float64 on

@@ -61,16 +61,16 @@ def gradients(key, step):
 
 def remembered(state):
     """Returns what a transformation must keep finite: all but its figures."""
-    if isinstance(state, optclip.ClipState):
+    if isinstance(state, optclip.states.ClipState):
         return state.rule_state
-    if isinstance(state, optclip.SkipState):
+    if isinstance(state, optclip.states.SkipState):
         return (
             remembered(state.optimizer_state), state.norm_rule_state,
             state.loss_rule_state,
         )  # fmt: skip
-    if isinstance(state, optclip.StabilizeState):
+    if isinstance(state, optclip.states.StabilizeState):
         return remembered(state.gradient_clip), remembered(state.optimizer_state)
-    if isinstance(state, optclip.CarryState):
+    if isinstance(state, optclip.states.CarryState):
         return state.carry
     if type(state) is tuple:
         return tuple(map(remembered, state))

@@ -66,8 +66,8 @@ def variants(dtype):
         "optclip.clip_by_global_norm, skip": optclip.clip_by_global_norm(
             1.0, nonfinite="skip", **wide
         ),
-        "optclip.monitor + clip_by_global_norm": optax.chain(
-            optclip.monitor(), optclip.clip_by_global_norm(1.0, **wide)
+        "optclip.record_norms + clip_by_global_norm": optax.chain(
+            optclip.record_norms(), optclip.clip_by_global_norm(1.0, **wide)
         ),
         **(
             {"optclip.clip_by_global_norm, rounded": optclip.clip_by_global_norm(1.0)}

@@ -8,7 +8,7 @@ import optclip
 OTHERS = [
     "stabilize",
     "skip_steps",
-    "per_example_clip",
+    "clipped_grad",
     "u_clip",
     "spectral_clip",
     "scale_by_stable_adam",

@@ -197,7 +197,7 @@ def train(options):
         time.sleep(options.pause)
     total = jax.jit(lambda p: jax.tree.map(lambda x: jnp.sum(x * x), p))(params)
     if main:
-        for bad in optclip.culprits(state, params):
+        for bad in optclip.nonfinite_leaves(state, params):
             print(f"step {bad.step:3d}  left out: {bad.nan} NaN in {bad.path}")
         sums = {name: float(x) for name, x in jax.device_get(total).items()}
         print(

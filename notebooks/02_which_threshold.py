@@ -125,12 +125,12 @@ MODELS = {
 # these behind a generous number, and no clip at all: 19 runs for each model, side by
 # side. All begin with the same weights and see the same batches. The parameters of a
 # run are one vector, a row of a matrix, so `jax.vmap` does all gradients together.
-# `optclip.monitor()` changes nothing and records the norm.
+# `optclip.record_norms()` changes nothing and records the norm.
 
 # %%
 THRESHOLDS = 10.0 ** jnp.arange(-3, 3.1, 0.5)
 OTHERS = {
-    "no clip": optclip.monitor(),
+    "no clip": optclip.record_norms(),
     "quantile_clip": optclip.quantile_clip(),
     "zclip": optclip.zclip(max_grad_norm=None),
     "autoclip": optclip.autoclip(),
@@ -196,8 +196,8 @@ results = {name: train(*model) for name, model in MODELS.items()}
 # Above, the loss at the end (mean of the last 50 batches) for each number, and the
 # clips that find theirs, at the median of their thresholds. Below, the norms of the run
 # without a clip. The grey band is the rule of thumb, 0.5 to 5. The dashed line is what
-# `optclip.suggest_threshold` makes of the recorded norms: their median, outliers left
-# out.
+# `optclip.diagnosis.suggest_threshold` makes of the recorded norms: their median,
+# outliers left out.
 
 # %%
 STYLES = {
@@ -220,8 +220,8 @@ figure, panels = plt.subplots(
 )
 for (name, (losses, figures)), pair in zip(results.items(), panels.T, strict=True):
     top, bottom = pair
-    norms = figures["no clip"]["monitor/norm"]
-    suggested[name] = optclip.suggest_threshold(norms).max_norm
+    norms = figures["no clip"]["norms/global_norm"]
+    suggested[name] = optclip.diagnosis.suggest_threshold(norms).max_norm
     end = losses[-50:].mean(axis=0)
     final[name] = dict(zip(OTHERS, end[FIXED:], strict=True)) | {"numbers": end[:FIXED]}
 
@@ -348,10 +348,10 @@ for name, ends in final.items():
 # %% [markdown]
 # ## What to take away
 #
-# - Record the norm with `optclip.monitor()`, and begin at what
-#   `optclip.suggest_threshold` says: the median, so about half of the steps are
-#   clipped. For all three models it was a good number. `quantile=0.95` gives one that
-#   touches only the rare steps.
+# - Record the norm with `optclip.record_norms()`, and begin at what
+#   `optclip.diagnosis.suggest_threshold` says: the median, so about half of the steps
+#   are clipped. For all three models it was a good number. `quantile=0.95` gives one
+#   that touches only the rare steps.
 # - The rule of thumb, 0.5 to 5, is right where the usual norm is about 1, as here. A
 #   threshold is in the unit of the gradient: a loss that is 100 times as large needs a
 #   number 100 times as large.

@@ -143,10 +143,10 @@ def train(net):
 # %% [markdown]
 # ## Four causes
 #
-# In each column below one thing is wrong. `optclip.tap` measures the *backward signal*
-# at each layer: the norm of the derivative of the loss for what the layer puts out. For
-# the learning rate, which says nothing before the first step, it is the norm of the
-# gradient over the steps.
+# In each column below one thing is wrong. `optclip.diagnosis.tap` measures the
+# *backward signal* at each layer: the norm of the derivative of the loss for what the
+# layer puts out. For the learning rate, which says nothing before the first step, it is
+# the norm of the gradient over the steps.
 
 # %%
 HEALTHY = Net()
@@ -159,7 +159,9 @@ CAUSES = {
 
 
 def signal(net):
-    taps = optclip.tap(loss_of(net), weights(net), (train_x[:64], train_y[:64]))
+    taps = optclip.diagnosis.tap(
+        loss_of(net), weights(net), (train_x[:64], train_y[:64])
+    )
     return np.array(taps.sites[0].signal_out)
 
 

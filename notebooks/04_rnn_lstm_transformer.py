@@ -152,11 +152,11 @@ NETWORKS = {
 # ## Where the signal grows
 #
 # The *backward signal* is the derivative of the loss on its way back through the
-# network. Each time step, and each layer, multiplies it. `optclip.tap` reads its norm
-# at every use of a parameter: at each step of a `jax.lax.scan`, be it over time or over
-# layers. The loss here is that of the last character alone, so that all of the signal
-# comes from there. Each network is looked at twice before it is trained: as it should
-# be, and with a fault.
+# network. Each time step, and each layer, multiplies it. `optclip.diagnosis.tap` reads
+# its norm at every use of a parameter: at each step of a `jax.lax.scan`, be it over
+# time or over layers. The loss here is that of the last character alone, so that all of
+# the signal comes from there. Each network is looked at twice before it is trained: as
+# it should be, and with a fault.
 
 
 # %%
@@ -184,7 +184,7 @@ def signals(network, params, site):
     def loss_fn(params):
         return jnp.sum(jax.lax.map(lambda case: loss_of(params, case), jnp.arange(2)))
 
-    sites = {seen.leaf: seen for seen in optclip.tap(loss_fn, params).sites}
+    sites = {seen.leaf: seen for seen in optclip.diagnosis.tap(loss_fn, params).sites}
     return np.array(sites[site].signal_out)  # [case, time step or layer]
 
 
@@ -252,7 +252,7 @@ def layers(path):
 
 
 CLIPS = {
-    "no clip": optclip.monitor(),
+    "no clip": optclip.record_norms(),
     "global norm": optclip.clip_by_global_norm(0.25),
     "per leaf": optclip.clip_per_layer(0.15, layers),
     "adaptive": optclip.adaptive_grad_clip(0.05, axis=layers),
@@ -260,7 +260,7 @@ CLIPS = {
     "quantile_clip": optclip.quantile_clip(),
 }
 RATES = {"RNN": (0.75, 3.0), "LSTM": (5.0, 20.0), "transformer": (0.75, 3.0)}
-RECORDED = ("monitor/norm", "clip/clipped", "clip_2/clipped")
+RECORDED = ("norms/global_norm", "clip/clipped", "clip_2/clipped")
 
 
 def optimizers(rate):
@@ -305,7 +305,7 @@ RUNS = for_each(train_at_both_rates, NETWORKS)
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
 for axis, (name, runs) in zip(axes, RUNS.items(), strict=True):
     for run, rate, look in zip(runs, RATES[name], (HEALTHY, FAULTY), strict=True):
-        norms = run["no clip"]["monitor/norm"]
+        norms = run["no clip"]["norms/global_norm"]
         print(f"{name:12} rate {rate:<5g} longest gradient {norms.max():.2g}")
         axis.semilogy(norms, label=f"rate {rate:g}", **look)
     axis.set(title=name, xlabel="step")
@@ -385,7 +385,7 @@ CLIPPED = (*FIXED, "quantile_clip", "stabilize")
 for name, runs in RUNS.items():
     losses = FINAL[name]
     usual, high = losses["no clip"]
-    longest = [run["no clip"]["monitor/norm"].max() for run in runs]
+    longest = [run["no clip"]["norms/global_norm"].max() for run in runs]
     assert longest[1] > 3 * longest[0]
     assert usual < TEXT.entropy < high
     assert all(max(losses[clip]) < TEXT.entropy for clip in CLIPPED)

@@ -15,8 +15,9 @@
 #
 # A clip keeps its figures in the optimizer's state. `optclip.metrics` reads them there,
 # inside a jitted step or outside, so they can be logged beside the loss. When a step is
-# bad, `optclip.culprits` names the parameter, and at the end `optclip.report` draws the
-# whole run on one page. Here a run meets two spikes and a NaN, and all of it shows.
+# bad, `optclip.nonfinite_leaves` names the parameter, and at the end
+# `optclip.diagnosis.write_report` draws the whole run on one page. Here a run meets two
+# spikes and a NaN, and all of it shows.
 
 # %%
 import json
@@ -100,7 +101,7 @@ def train(optimizer, steps=STEPS):
 
 adam = optax.adam(3e-3)
 watched = optclip.skip_steps(
-    optax.chain(optclip.monitor(), optclip.clip_by_global_norm(2.0), adam)
+    optax.chain(optclip.record_norms(), optclip.clip_by_global_norm(2.0), adam)
 )
 params, state, figures = train(watched)
 _, _, plain = train(adam)
@@ -139,9 +140,9 @@ plt.show()
 #
 # ## Which parameter?
 #
-# Totals are scalars. `optclip.monitor()` also keeps the norm of each leaf, which
-# `optclip.leaf_metrics` gives by path, and after a NaN `optclip.culprits` says where it
-# was seen first.
+# Totals are scalars. `optclip.record_norms()` also keeps the norm of each leaf, which
+# `optclip.leaf_metrics` gives by path, and after a NaN `optclip.nonfinite_leaves` says
+# where it was seen first.
 
 # %%
 by_leaf = jax.device_get(optclip.leaf_metrics(state, params))
@@ -155,9 +156,9 @@ for name in ("skip/steps", "skip/skipped_steps", "skip/spike_steps"):
     print(f"{name:22}{int(totals[name])}")
 print(f"{'clip/clipped_fraction':22}{totals['clip/clipped_fraction']:.2f}")
 print()
-culprits = optclip.culprits(state, params)
-for culprit in culprits:
-    print(f"step {culprit.step}: {culprit.path}")
+nonfinite_leaves = optclip.nonfinite_leaves(state, params)
+for leaf in nonfinite_leaves:
+    print(f"step {leaf.step}: {leaf.path}")
 
 # %% [markdown]
 # The NaN came in with the inputs, so it is in the gradients of all layers that they
@@ -177,7 +178,9 @@ with open(folder / "metrics.jsonl", "w") as file:
         row = {name: x if np.isfinite(x) else None for name, x in row.items()}
         print(json.dumps({"step": number, **row}, allow_nan=False), file=file)
 
-picture, page = optclip.report(folder, culprits=culprits, output=folder)
+picture, page = optclip.diagnosis.write_report(
+    folder, nonfinite_leaves=nonfinite_leaves, output=folder
+)
 figure, axes = plt.subplots(figsize=(8, 6.8))
 axes.imshow(plt.imread(picture))
 axes.axis("off")
@@ -189,10 +192,10 @@ plt.show()
 # norms, who was to blame, and what threshold the usual norms suggest.
 #
 # Log `clip/norm_before`, `clip/clipped_fraction`, `skip/skipped_steps` and
-# `skip/in_a_row`, and look at `culprits` when one of the counts rises. What each key
-# means is in [Telemetry](../telemetry.md); what to do about bad steps, in
-# [Bad steps](../bad-steps.md). The same as assertions, so that this notebook is a test
-# as well:
+# `skip/in_a_row`, and look at `nonfinite_leaves` when one of the counts rises. What
+# each key means is in [Telemetry](../telemetry.md); what to do about bad steps, in [Bad
+# steps](../bad-steps.md). The same as assertions, so that this notebook is a test as
+# well:
 
 # %%
 assert steps[left_out].tolist() == sorted([*WRONG_UNIT, MISSING])
@@ -202,5 +205,5 @@ assert np.isnan(plain["loss"][MISSING:]).all()
 assert plain["loss"][151:200].max() > 2 * figures["loss"][151:200].max()
 assert figures["loss"][-20:].mean() < 0.5 * figures["loss"][:20].mean()
 assert (figures["clip/norm_after"] <= 2.0 * (1 + 1e-6)).all()
-assert {culprit.step for culprit in culprits} == {150, 250, 330}
+assert {leaf.step for leaf in nonfinite_leaves} == {150, 250, 330}
 assert 0 < totals["clip/clipped_fraction"] < 0.5

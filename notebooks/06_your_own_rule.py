@@ -93,7 +93,7 @@ def play(optimizer, norms):
 
 norms = norms_of_a_run()
 clips = {
-    "times_median(3.0)": optclip.clip(times_median(3.0)),
+    "times_median(3.0)": optclip.clip_by_rule(times_median(3.0)),
     "clip_by_global_norm(3.0)": optclip.clip_by_global_norm(3.0),
     "zclip(max_grad_norm=None)": optclip.zclip(max_grad_norm=None),
 }
@@ -133,7 +133,7 @@ for name, state in states.items():
     for key in ("steps", "clipped_steps", "nonfinite_steps"):
         print(f" {key} {int(totals['clip/' + key])}", end=" ")
     print()
-optclip.culprits(states["times_median(3.0)"], {"w": jnp.zeros(1)})
+optclip.nonfinite_leaves(states["times_median(3.0)"], {"w": jnp.zeros(1)})
 
 # %% [markdown]
 # The state of a clip tells what it did, whatever its rule. All three catch the spike.
@@ -178,7 +178,7 @@ def clip_all(clip, gradients):
 
 factors, memories = {}, {}
 for name, scope in SCOPES.items():
-    clip = optclip.clip(times_median(3.0), scope=scope)
+    clip = optclip.clip_by_rule(times_median(3.0), scope=scope)
     state, kept = clip_all(clip, gradients)
     factors[name] = jax.tree.map(lambda x: x[-1], kept)
     memories[name] = [x.shape for x in state.rule_state]
@@ -239,13 +239,13 @@ def one_average_for_all(factor):
 
 usual, wild = jnp.ones(10), jnp.ones(10).at[9].set(100.0)
 
-_, careless = play(optclip.clip(without_the_line_for_zero(3.0)), usual)
+_, careless = play(optclip.clip_by_rule(without_the_line_for_zero(3.0)), usual)
 print("norm after the careless clip:", *careless["clip/norm_after"].astype(int))
 
 state, _ = play(clips["times_median(3.0)"], usual.at[5].set(jnp.nan))
 print("memory of times_median after a NaN:", *state.rule_state[0].astype(int))
 
-clip = optclip.clip(one_average_for_all(3.0), scope=optclip.scopes.leaf())
+clip = optclip.clip_by_rule(one_average_for_all(3.0), scope=optclip.scopes.leaf())
 params = {"w": jnp.zeros((6, 8)), "b": jnp.zeros(8)}
 try:
     jax.eval_shape(clip.update, params, clip.init(params))
@@ -339,7 +339,7 @@ assert np.flatnonzero(left_out).tolist() == [70, 100, *range(150, 159)]
 # - A rule is two functions on one array of norms: `jnp.where` instead of `if`, a memory
 #   that begins with the shape of the norms, and `inf` as long as nothing is known.
 # - What you get for it: every scope, any tree, NaN kept out, `optclip.metrics` and
-#   `optclip.culprits`, and the judge of `optclip.skip_steps`.
+#   `optclip.nonfinite_leaves`, and the judge of `optclip.skip_steps`.
 # - Look at a rule on a made-up run before you train with it: a spike, a burst, a
 #   lasting shift, a NaN, and zeros.
 #

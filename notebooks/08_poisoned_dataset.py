@@ -16,7 +16,7 @@
 # One batch with a NaN ends a run for good, and a clip does not mend a NaN unless it is
 # told to. `nonfinite="skip"` does, and so does `optclip.skip_steps`, which also leaves
 # out spikes and tells which steps those were. Where every batch has a few bad examples,
-# only `optclip.per_example_clip` keeps the good ones. Wrong labels among right ones
+# only `optclip.clipped_grad` keeps the good ones. Wrong labels among right ones
 # slip past all of them.
 
 # %%
@@ -78,7 +78,7 @@ def load(row, lot, kind):
 #
 # All optimizers see the same batches. The loss is handed on as `value=`, for
 # `optclip.skip_steps` looks at it too. The gradient is either that of the mean loss, or
-# comes from `optclip.per_example_clip`, which clips the gradient of each example before
+# comes from `optclip.clipped_grad`, which clips the gradient of each example before
 # it takes the mean, and leaves out examples whose gradient is not finite.
 
 
@@ -112,7 +112,7 @@ def mean_gradients(params, x, y):
 
 
 def clipped_examples(params, x, y):
-    grads, stats = optclip.per_example_clip(example_loss, 1.0)(params, x, y)
+    grads, stats = optclip.clipped_grad(example_loss, 1.0)(params, x, y)
     return grads, stats._asdict()
 
 
@@ -243,10 +243,10 @@ bottom.set(ylim=(2e-3, 100), xlabel="step")
 plt.show()
 
 print("left out:", int(left_out.sum()), "of", int(optclip.metrics(state)["skip/steps"]))
-for culprit in optclip.culprits(state, init_params())[:5]:
+for leaf in optclip.nonfinite_leaves(state, init_params())[:5]:
     print(
-        f"step {culprit.step}: {culprit.path:14} {'NaN' if culprit.nan else '':4}",
-        f"norm {culprit.norm:.2g}, loss {culprit.loss:.2g}",
+        f"step {leaf.step}: {leaf.path:14} {'NaN' if leaf.nan else '':4}",
+        f"norm {leaf.norm:.2g}, loss {leaf.loss:.2g}",
     )
 
 # %% [markdown]
@@ -266,11 +266,11 @@ for culprit in optclip.culprits(state, init_params())[:5]:
 # Now each example is poisoned with a chance of 5%. About three in a batch of 64 are
 # bad, and four batches in five hold a NaN or an infinity. To leave out whole steps is
 # then to leave out the data. The right picture has the norms of single examples, as
-# `per_example_clip` saw them in the second half of its run. A third run has no bad
+# `clipped_grad` saw them in the second half of its run. A third run has no bad
 # pixels, but 20% of all labels are drawn by lot.
 
 # %%
-EACH = "optclip.per_example_clip"
+EACH = "optclip.clipped_grad"
 WAYS = {
     CLIP: (OPTIMIZERS[CLIP], mean_gradients),
     SKIP: (OPTIMIZERS[SKIP], mean_gradients),
@@ -290,7 +290,7 @@ LOOKS[EACH] = {"color": BROWN, "linewidth": 2}
 figure, (left, right) = plt.subplots(
     1, 2, figsize=(8.5, 3.9), width_ratios=[1.35, 1], layout="constrained"
 )
-short = {CLIP: 'clip, nonfinite="skip"', SKIP: "skip_steps", EACH: "per_example_clip"}
+short = {CLIP: 'clip, nonfinite="skip"', SKIP: "skip_steps", EACH: "clipped_grad"}
 for name, record in second.items():
     left.plot(record["accuracy"], label=short[name], **LOOKS[name])
 left.set(xlabel="step", ylabel="accuracy in %", ylim=(0, 100))
@@ -317,7 +317,7 @@ for title, runs in (("all kinds of poison", second), ("20% labels by lot", third
         print(f"{title:20} {name:46}{mean:5.1f}%  left out {skipped}")
 
 # %% [markdown]
-# With `per_example_clip` the mean accuracy in the second half is 98.2%; leaving out
+# With `clipped_grad` the mean accuracy in the second half is 98.2%; leaving out
 # whole batches gives 91.0% and 89.7%, and `skip_steps` left out 482 of 600. Examples
 # with NaN or inf are not in the mean, and one with 1e20 counts no more than any clipped
 # one. (A few of these have a gradient of zero, and are not drawn.)
@@ -352,7 +352,7 @@ assert kept["skip/norm"][11] < kept["skip/norm"][:20].max()
 assert kept["skip/loss"][11] < 1.5 * kept["skip/loss"][0]
 assert kept["skip/norm"][306] > kept["skip/threshold"][306]
 assert kept["skip/loss"][306] > 10 * kept["skip/loss_threshold"][306]
-spoiled = [c for c in optclip.culprits(state, init_params()) if c.nan]
+spoiled = [c for c in optclip.nonfinite_leaves(state, init_params()) if c.nan]
 assert "hidden/kernel" in {c.path for c in spoiled}
 
 spoiled = np.isin(bad_examples, (NAN, INF))
@@ -376,11 +376,11 @@ assert third[SKIP]["skip/skipped_steps"][-1] < 6
 # | --- | --- | --- | --- |
 # | a clip | handed on by default | bounded | bounded |
 # | `skip_steps` | left out | left out, after 64 steps | left out late, or never |
-# | `per_example_clip` | bad examples left out | bounded | bounded, and still strong |
+# | `clipped_grad` | bad examples left out | bounded | bounded, and still strong |
 #
 # - Whole batches bad: `optclip.skip_steps` around a clip. Give it the loss, and keep
 #   the clip inside for the first steps.
-# - A few bad examples in each batch: `optclip.per_example_clip`. It costs as many
+# - A few bad examples in each batch: `optclip.clipped_grad`. It costs as many
 #   backward passes as there are examples, done side by side.
 # - None of them finds an error that is in the data from the beginning, and usual there.
 #   Where bad inputs can be told by looking at them, take them out before the training.

@@ -8,14 +8,12 @@ scans, vmaps, shards and checkpoints as Optax's own.
     optclip.metrics(opt_state)  # {"clip/norm_before": ..., "clip/scale": ..., ...}
 """
 
-from optclip import actions, norms, rules, scopes
-from optclip._engine.state import ClipState, GroupStats, UnrecordedState
-from optclip.clipping import clip
-from optclip.diagnosis.diagnose import diagnose
-from optclip.diagnosis.findings import Action, Finding, Report
-from optclip.diagnosis.page import report
-from optclip.diagnosis.taps import Site, Taps, tap
-from optclip.diagnosis.thresholds import Suggestion, suggest_threshold
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+from optclip import actions, norms, rules, scopes, states
+from optclip.clipping import clip_by_rule
 from optclip.methods.adagc import adagc
 from optclip.methods.adagn import adagn
 from optclip.methods.adamw_clip import adamw_clip
@@ -36,7 +34,7 @@ from optclip.methods.rolling_sigma import rolling_sigma_clip
 from optclip.methods.soft import soft_clip
 from optclip.methods.spam import spam_clip
 from optclip.methods.spectral import spectral_clip
-from optclip.methods.stable_adam import StableAdamState, scale_by_stable_adam
+from optclip.methods.stable_adam import scale_by_stable_adam
 from optclip.methods.stable_spam import stable_spam_clip
 from optclip.methods.torch import clip_grad_norm, clip_grad_value
 from optclip.methods.trust_ratio import trust_ratio_clip
@@ -45,39 +43,27 @@ from optclip.methods.value import clip_by_value
 from optclip.methods.zclip import zclip
 from optclip.sharding import state_specs
 from optclip.telemetry import (
-    Culprit,
-    MonitorState,
-    culprits,
+    NonfiniteLeaf,
     leaf_metrics,
     metrics,
-    monitor,
+    nonfinite_leaves,
+    record_norms,
 )
-from optclip.wrappers.per_example import ExampleStats, per_example_clip
-from optclip.wrappers.skip_steps import BadSteps, SkipState, skip_steps
-from optclip.wrappers.stabilize import StabilizeState, stabilize
+from optclip.wrappers.clipped_grad import ExampleStats, clipped_grad
+from optclip.wrappers.skip_steps import skip_steps
+from optclip.wrappers.stabilize import stabilize
 from optclip.wrappers.step_taken import step_taken
-from optclip.wrappers.u_clip import CarryState, u_clip
+from optclip.wrappers.u_clip import u_clip
+
+if _TYPE_CHECKING:
+    from optclip import diagnosis
+    from optclip.diagnosis import diagnose
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Action",
-    "BadSteps",
-    "CarryState",
-    "ClipState",
-    "Culprit",
     "ExampleStats",
-    "Finding",
-    "GroupStats",
-    "MonitorState",
-    "Report",
-    "Site",
-    "SkipState",
-    "StabilizeState",
-    "StableAdamState",
-    "Suggestion",
-    "Taps",
-    "UnrecordedState",
+    "NonfiniteLeaf",
     "actions",
     "adagc",
     "adagn",
@@ -85,29 +71,29 @@ __all__ = [
     "adaptive_grad_clip",
     "autoclip",
     "cap_update",
-    "clip",
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_rule",
     "clip_by_unit_norm",
     "clip_by_value",
     "clip_grad_norm",
     "clip_grad_value",
     "clip_per_layer",
-    "culprits",
+    "clipped_grad",
     "diagnose",
+    "diagnosis",
     "dual_ema_clip",
     "ema_sigma_clip",
     "leaf_metrics",
     "metrics",
-    "monitor",
+    "nonfinite_leaves",
     "norm_growth_limiter",
     "normalize_by_norm",
     "norms",
-    "per_example_clip",
     "percentile_clip",
     "quantile_clip",
-    "report",
+    "record_norms",
     "rolling_sigma_clip",
     "rules",
     "scale_by_stable_adam",
@@ -119,10 +105,28 @@ __all__ = [
     "stabilize",
     "stable_spam_clip",
     "state_specs",
+    "states",
     "step_taken",
-    "suggest_threshold",
-    "tap",
     "trust_ratio_clip",
     "u_clip",
     "zclip",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    # The diagnosis is imported when it is first used: it takes as long as the rest.
+    if name == "diagnosis":
+        return _importlib.import_module("optclip.diagnosis")
+    if name == "diagnose":
+        return _importlib.import_module("optclip.diagnosis").diagnose
+    if name == "clip":
+        raise AttributeError(
+            "optclip has no `clip`. For `optax.clip`, which bounds each entry, use "
+            "`optclip.clip_by_value`. To clip by a rule, a scope and an action, use "
+            "`optclip.clip_by_rule`."
+        )
+    raise AttributeError(f"module 'optclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,6 +7,7 @@ depend on the unit of length: ``scale(c * norm, c * limit) == scale(norm, limit)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from optclip._engine import validation
 from optclip._engine.numerics import quotient
 from optclip._engine.rule import Limit
 
-__all__ = ["Action", "normalize", "rescale", "soften", "zero"]
+__all__ = ["Action", "CurveName", "normalize", "rescale", "soften", "zero"]
 
 
 Action = Callable[[jax.Array, Limit], jax.Array]
+# The curves of `soften`.
+CurveName: TypeAlias = Literal["rational", "tanh", "atan", "sqrt"]
 
 
 def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
@@ -61,8 +64,9 @@ def normalize(
 ) -> jax.Array:
     """Brings every group to its target, the small ones too; zero groups stay zero.
 
-    The scale is ``target / (norm + eps)``, and 1 where the norm is zero. `optclip.clip`
-    leaves a group whose threshold is inf as it is, whatever the action.
+    The scale is ``target / (norm + eps)``, and 1 where the norm is zero.
+    `optclip.clip_by_rule` leaves a group whose threshold is inf as it is, whatever the
+    action.
 
     Args:
         norm: The norms of the groups.
@@ -90,7 +94,7 @@ _CURVES = {
 }
 
 
-def soften(kind: str = "rational") -> Action:
+def soften(kind: CurveName = "rational") -> Action:
     """Makes the action that shortens every group a little, and long ones to the target.
 
     With r = norm / target, a group is brought to ``target * f(r)``, where f(r) is
@@ -114,7 +118,7 @@ def soften(kind: str = "rational") -> Action:
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(1.0, action=optclip.actions.soften("tanh"))
+        >>> tx = optclip.clip_by_rule(1.0, action=optclip.actions.soften("tanh"))
     """
     validation.one_of("kind", kind, tuple(_CURVES))
     curve = _CURVES[kind]

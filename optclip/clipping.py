@@ -3,7 +3,7 @@
     updates -> scope -> norms -> rule -> limits -> action -> scales -> updates'
 
 It is the only place that deals with trees, non-finite values, state and mesh axes; a
-published method is a rule, a scope and an action handed to `clip`.
+published method is a rule, a scope and an action passed to `clip_by_rule`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from optclip._engine.rule import Rule
 from optclip._engine.scaling import scale_groups
 from optclip._engine.state import ClipState, GroupStats, UnrecordedState
 from optclip._engine.thresholds import as_rule
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.update import POLICIES, Options, cut_of, measure_updates, rules_for
 from optclip._engine.validation import EUCLIDEAN
 
-__all__ = ["clip"]
+__all__ = ["clip_by_rule"]
 
 
 def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
@@ -45,15 +46,18 @@ def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
     )
 
 
-def clip(
-    rule: Rule | jax.typing.ArrayLike | Callable | Mapping,
+def clip_by_rule(
+    rule: Rule
+    | jax.typing.ArrayLike
+    | Callable[[jax.Array], jax.typing.ArrayLike]
+    | Mapping[str, Any],
     *,
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = EUCLIDEAN,
+    ord: Order = EUCLIDEAN,
     action: actions.Action | None = None,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates by any rule, in any scope, with any action: the engine itself.
@@ -92,10 +96,11 @@ def clip(
             type, or a tree of names or PartitionSpecs. Not needed under `jax.jit`.
         update_dtype: A wider dtype to hand half-precision updates on in, unrounded:
             `jnp.float32` saves XLA a copy of them. By default dtypes are kept.
-        record: Whether the state keeps what `metrics`, `leaf_metrics` and `culprits`
-            read. In all scopes but element scope, the norms are measured anyway, and
-            figures cost a few small kernels. In element scope they cost one more read
-            of the updates, unless the rule or "skip" asks for it anyway.
+        record: Whether the state keeps what `metrics`, `leaf_metrics` and
+            `nonfinite_leaves` read. In all scopes but element scope, the norms are
+            measured anyway, and recording them costs a few small kernels. In element
+            scope it costs one more pass over the updates, unless the rule or "skip"
+            needs that pass anyway.
 
     Returns:
         A transformation with `ClipState`, or without ``record`` `UnrecordedState`. Only
@@ -107,7 +112,7 @@ def clip(
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
-        >>> tx = optax.chain(optclip.clip(1.0), optax.sgd(0.1))
+        >>> tx = optax.chain(optclip.clip_by_rule(1.0), optax.sgd(0.1))
         >>> params = {"w": jnp.zeros(2)}
         >>> state = tx.init(params)
         >>> updates, state = tx.update({"w": jnp.array([3.0, 4.0])}, state, params)
@@ -197,7 +202,7 @@ def clip(
             clipped=states.scalar(0.0),
             steps=states.scalar(0, jnp.int32),
             clipped_steps=states.scalar(0, jnp.int32),
-            seen=states.init_nonfinite(found.paths),
+            nonfinite=states.init_nonfinite(found.paths),
             groups=groups,
         )
 
@@ -227,7 +232,9 @@ def clip(
             [*done.figures, call.bad.astype(jnp.float32)]
         )
         kinds, paths = call.measured.kinds, call.found.paths
-        seen = states.record_nonfinite(state.seen, kinds, bad > 0, state.steps, paths)
+        stats = states.record_nonfinite(
+            state.nonfinite, kinds, bad > 0, state.steps, paths
+        )
         groups = state.groups
         if groups is not None and done.stats is not None:
             groups = _stats(done.stats, cut.layout, groups.group_of_leaf)
@@ -243,7 +250,7 @@ def clip(
             clipped=states.to_finite_f32(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
-            seen=seen,
+            nonfinite=stats,
             groups=groups,
         )
         return updates, new_state

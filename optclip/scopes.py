@@ -1,7 +1,7 @@
 """Scopes: which entries of the updates form a group, and share one norm and one scale.
 
-A scope is made by one of the functions here and handed to `optclip.clip`. It knows
-shapes and paths only, never values, so it costs nothing at run time.
+A scope is made by one of the functions here and handed to `optclip.clip_by_rule`. It
+knows shapes and paths only, never values, so it costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def tree() -> Scope:
 
     Example:
         >>> import optclip
-        >>> optclip.clip(1.0, scope=optclip.scopes.tree()) is not None
+        >>> optclip.clip_by_rule(1.0, scope=optclip.scopes.tree()) is not None
         True
     """
     return Scope("tree", _all)
@@ -74,12 +74,13 @@ def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
     return grouping.whole_leaf_layout(range(len(leaves)), leaves, names=paths)
 
 
-def label(labels: Any) -> Scope:
+def label(labels: Callable[[str], Any] | Any) -> Scope:
     """Makes all leaves with one label a group: one norm for each label.
 
     Thresholds that differ by label are a map, as in
-    ``clip({"encoder": 1.0, "decoder": 5.0}, scope=...)``: see `optclip.rules.by_name`.
-    An array of thresholds is refused, since JAX sorts the keys of a dict.
+    ``clip_by_rule({"encoder": 1.0, "decoder": 5.0}, scope=...)``: see
+    `optclip.rules.by_name`. An array of thresholds is refused, since JAX sorts the keys
+    of a dict.
 
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
@@ -91,7 +92,7 @@ def label(labels: Any) -> Scope:
     Example:
         >>> import optclip
         >>> scope = optclip.scopes.label(lambda path: path.split("/")[0])
-        >>> tx = optclip.clip(1.0, scope=scope)  # one norm for each top-level module
+        >>> tx = optclip.clip_by_rule(1.0, scope=scope)  # a norm per module
     """
 
     def layout(updates, paths, leaves):
@@ -146,7 +147,7 @@ def layer(stack_axes: Any) -> Scope:
     Example:
         >>> import optclip
         >>> scope = optclip.scopes.layer({"blocks/": 1})  # blocks were stacked by scan
-        >>> tx = optclip.clip(1.0, scope=scope)
+        >>> tx = optclip.clip_by_rule(1.0, scope=scope)
     """
     if isinstance(stack_axes, bool) or (isinstance(stack_axes, int) and stack_axes < 0):
         raise ValueError(f"`stack_axes` must be an int >= 0, got {stack_axes!r}.")
@@ -188,7 +189,7 @@ def unit(axis: Any = None) -> Scope:
     Example:
         >>> import optclip
         >>> stacked = optclip.scopes.unit({"blocks/.*kernel": 1})  # [layer, in, out]
-        >>> tx = optclip.clip(1.0, scope=stacked)
+        >>> tx = optclip.clip_by_rule(1.0, scope=stacked)
     """
     return Scope("unit", _cut(grouping.unit_axes(axis), axis, "axis"), summary=True)
 

@@ -149,7 +149,7 @@ def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
         >>> from jax.sharding import PartitionSpec as P
         >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
         >>> specs = {"w": P("data", None), "b": P()}
-        >>> tx = optax.chain(optclip.clip(1.0), optax.trace(0.9))
+        >>> tx = optax.chain(optclip.clip_by_rule(1.0), optax.trace(0.9))
         >>> clip, momentum = optclip.state_specs(tx, params, specs)
         >>> momentum.trace == specs, clip.norm_before == P()
         (True, True)

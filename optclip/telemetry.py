@@ -18,31 +18,39 @@ from optclip._engine import group_norms, pytrees, validation
 from optclip._engine import state as states
 from optclip._engine.lookup import Located, find, known, locate, names_of, outside_jit
 from optclip._engine.numerics import increment
-from optclip._engine.state import ClipState, Seen
+from optclip._engine.state import ClipState, NonfiniteStats
+from optclip._engine.types import Order
 from optclip._engine.validation import EUCLIDEAN
 from optclip.wrappers.skip_steps import SkipState
 
-__all__ = ["Culprit", "MonitorState", "culprits", "leaf_metrics", "metrics", "monitor"]
+__all__ = [
+    "NonfiniteLeaf",
+    "RecordNormsState",
+    "leaf_metrics",
+    "metrics",
+    "nonfinite_leaves",
+    "record_norms",
+]
 
 
-class MonitorState(NamedTuple):
-    """State of `monitor`.
+class RecordNormsState(NamedTuple):
+    """State of `record_norms`.
 
     Attributes:
         leaf_norm: float32[leaves]. The norm of each leaf at the last update.
-        monitored_norm: float32 scalar. The norm of all leaves together.
-        monitored_steps: int32 scalar. Updates so far.
-        seen: A `Seen`: the non-finite entries.
+        recorded_norm: float32 scalar. The norm of all leaves together.
+        recorded_steps: int32 scalar. Updates so far.
+        nonfinite: A `NonfiniteStats`: the non-finite entries.
     """
 
     leaf_norm: jax.Array
-    monitored_norm: jax.Array
-    monitored_steps: jax.Array
-    seen: Seen
+    recorded_norm: jax.Array
+    recorded_steps: jax.Array
+    nonfinite: NonfiniteStats
 
 
-def monitor(
-    *, ord: float | str = EUCLIDEAN, axis_name: Any = None
+def record_norms(
+    *, ord: Order = EUCLIDEAN, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Changes nothing, and records the norm of each leaf of the updates.
 
@@ -52,17 +60,17 @@ def monitor(
 
     Args:
         ord: The norm's order: a number of at least 1, inf or "rms".
-        axis_name: As in `optclip.clip`.
+        axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `MonitorState`; ``params`` is not used.
+        A transformation with `RecordNormsState`; ``params`` is not used.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
 
     Example:
         >>> import jax.numpy as jnp, optclip
-        >>> tx = optclip.monitor()
+        >>> tx = optclip.record_norms()
         >>> grads = {"w": jnp.array([3.0, 4.0])}
         >>> _, state = tx.update(grads, tx.init(grads))
         >>> {name: float(x) for name, x in optclip.leaf_metrics(state, grads).items()}
@@ -72,11 +80,11 @@ def monitor(
 
     def init_fn(params) -> Any:
         paths = pytrees.leaves_of(params).paths
-        return MonitorState(
+        return RecordNormsState(
             leaf_norm=jnp.zeros(max(len(paths), 1), jnp.float32),
-            monitored_norm=states.scalar(0.0),
-            monitored_steps=states.scalar(0, jnp.int32),
-            seen=states.init_nonfinite(paths),
+            recorded_norm=states.scalar(0.0),
+            recorded_steps=states.scalar(0, jnp.int32),
+            nonfinite=states.init_nonfinite(paths),
         )
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
@@ -85,20 +93,22 @@ def monitor(
         state = states.validate_state(
             state, lambda: init_fn(updates), absent=found.absent
         )
-        step = state.monitored_steps
+        step = state.recorded_steps
         if not found.leaves:
-            return updates, state._replace(monitored_steps=increment(step))
+            return updates, state._replace(recorded_steps=increment(step))
         measured, total = group_norms.measure_leaves(
             updates, found, order=order, axis_name=axis_name
         )
         bad = jnp.any(measured.kinds)
         norms = states.to_finite_f32(measured.norm[0])
-        return updates, MonitorState(
-            leaf_norm=states.per_leaf(norms, state.leaf_norm, state.seen, found.paths),
-            monitored_norm=states.to_finite_f32(total),
-            monitored_steps=increment(step),
-            seen=states.record_nonfinite(
-                state.seen, measured.kinds, bad, step, found.paths
+        return updates, RecordNormsState(
+            leaf_norm=states.per_leaf(
+                norms, state.leaf_norm, state.nonfinite, found.paths
+            ),
+            recorded_norm=states.to_finite_f32(total),
+            recorded_steps=increment(step),
+            nonfinite=states.record_nonfinite(
+                state.nonfinite, measured.kinds, bad, step, found.paths
             ),
         )
 
@@ -148,8 +158,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
     A second clip in the state is called `clip_2`, and so on in the order of the chain.
     In a group of `optax.partition` the label of the group follows, as in
-    `clip/encoder/norm_before`, and clips are numbered in each group.
-    A `monitor` gives `monitor/norm`, `monitor/steps` and `monitor/nonfinite_steps`, and
+    `clip/encoder/norm_before`, and clips are numbered in each group. A `record_norms`
+    gives `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`, and
     `skip_steps`:
 
     | key                      | meaning                                               |
@@ -209,13 +219,13 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/steps": state.steps,
             f"{name}/clipped_steps": state.clipped_steps,
             f"{name}/clipped_fraction": _share(state.clipped_steps, state.steps),
-            f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
+            f"{name}/nonfinite_steps": state.nonfinite.nonfinite_steps,
         }
-    for name, state in named(f"{before}monitor", MonitorState):
+    for name, state in named(f"{before}norms", RecordNormsState):
         out |= {
-            f"{name}/norm": state.monitored_norm,
-            f"{name}/steps": state.monitored_steps,
-            f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
+            f"{name}/global_norm": state.recorded_norm,
+            f"{name}/steps": state.recorded_steps,
+            f"{name}/nonfinite_steps": state.nonfinite.nonfinite_steps,
         }
     for name, state in named(f"{before}skip", SkipState):
         out |= {
@@ -226,7 +236,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/steps": state.offered_steps,
             f"{name}/skipped_steps": state.skipped_steps,
             f"{name}/spike_steps": state.spike_steps,
-            f"{name}/nonfinite_steps": state.seen.nonfinite_steps,
+            f"{name}/nonfinite_steps": state.nonfinite.nonfinite_steps,
             f"{name}/in_a_row": state.skipped_run,
             f"{name}/recent_fraction": state.recent_fraction,
             f"{name}/recent_since": state.recent_since,
@@ -262,8 +272,8 @@ def leaf_metrics(
     For clips in leaf, label and layer scope: `PATH/norm_before`, `PATH/threshold` and
     `PATH/scale`. In label scope these are those of all leaves with the label together,
     and in layer scope the path is followed by the layer's number, as in
-    `blocks/kernel/3/scale`. For a `monitor`: `PATH/norm`. Keys of a second clip, or
-    monitor, that has the same leaf end in `_2`.
+    `blocks/kernel/3/scale`. For a `record_norms`: `PATH/norm`. Keys of a second clip,
+    or `record_norms`, that has the same leaf end in `_2`.
 
     Args:
         opt_state: Any pytree that holds states of clips.
@@ -290,17 +300,17 @@ def leaf_metrics(
     """
     names = names_of(params)
     found = [x.state for x in locate(opt_state, (ClipState,))]
-    clips = [(s.seen, s.groups) for s in found if s.groups is not None]
-    found = [x.state for x in locate(opt_state, (MonitorState,))]
-    monitors = [(s.seen, s.leaf_norm) for s in found]
-    if not clips and not monitors:
+    clips = [(s.nonfinite, s.groups) for s in found if s.groups is not None]
+    found = [x.state for x in locate(opt_state, (RecordNormsState,))]
+    recorders = [(s.nonfinite, s.leaf_norm) for s in found]
+    if not clips and not recorders:
         raise ValueError(
             "`opt_state` has no metrics by leaf: clips keep them in leaf, label and "
-            "layer scope. Use one of these, or chain `optclip.monitor()`."
+            "layer scope. Use one of these, or chain `optclip.record_norms()`."
         )
-    for seen, _ in [*clips, *monitors]:
+    for seen, _ in [*clips, *recorders]:
         outside_jit(seen, "leaf_metrics")
-    clips, monitors = jax.device_get((clips, monitors))
+    clips, recorders = jax.device_get((clips, recorders))
     out: dict[str, Any] = {}
     start = f"{prefix}/" if prefix else ""
 
@@ -325,13 +335,13 @@ def leaf_metrics(
             ):
                 values = {"norm_before": norm, "threshold": threshold, "scale": scale}
                 add(f"{path}{layer}", values)
-    for seen, norms in monitors:
+    for seen, norms in recorders:
         for i, path in known(seen.leaf_code, names):
             add(path, {"norm": norms[..., i][()]})
     return out
 
 
-class Culprit(NamedTuple):
+class NonfiniteLeaf(NamedTuple):
     """A leaf that held entries that were not finite, or made a step a spike.
 
     Attributes:
@@ -358,30 +368,34 @@ class _Event(NamedTuple):
     """A culprit, and what orders it among those of other states."""
 
     when: float
-    culprit: Culprit
+    culprit: NonfiniteLeaf
 
 
 def _read(state: Any) -> dict[str, Any]:
     """Returns what is needed of a state."""
-    outside_jit(state.seen, "culprits")
-    if np.ndim(state.seen.last_nonfinite_step):
+    outside_jit(state.nonfinite, "nonfinite_leaves")
+    if np.ndim(state.nonfinite.last_nonfinite_step):
         raise ValueError(
             "The state holds a batch of states (of `jax.vmap` or `jax.pmap`): take "
             "one of them, as in `jax.tree.map(lambda x: x[0], opt_state)`."
         )
-    counts = ("offered_steps", "monitored_steps", "steps")
+    counts = ("offered_steps", "recorded_steps", "steps")
     steps = next(getattr(state, name) for name in counts if hasattr(state, name))
-    return {"seen": state.seen, "steps": steps, "ring": getattr(state, "last_bad", ())}
+    return {
+        "seen": state.nonfinite,
+        "steps": steps,
+        "ring": getattr(state, "last_bad", ()),
+    }
 
 
-def _event(culprit: Culprit, steps: int) -> _Event:
+def _event(culprit: NonfiniteLeaf, steps: int) -> _Event:
     # States of one optimizer may count different steps: within `MultiSteps` those of
     # whole batches, within `skip_steps` those that were taken. So how far through its
     # own steps a state was is compared; where all count the same steps, their numbers.
     return _Event((culprit.step + 1) / max(steps, 1), culprit)
 
 
-def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[Culprit]:
+def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
     """Returns the leaves that were not finite when one was last."""
     seen = read["seen"]
     step = int(seen.last_nonfinite_step)
@@ -390,27 +404,29 @@ def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[Culprit]:
         return []
     rows = [(path, seen.nonfinite_kinds[i].tolist()) for i, path in paths]
     return [
-        Culprit(path, step, *map(bool, kinds)) for path, kinds in rows if any(kinds)
+        NonfiniteLeaf(path, step, *map(bool, kinds))
+        for path, kinds in rows
+        if any(kinds)
     ]
 
 
-def _left_out(read: dict[str, Any], names: dict[int, str]) -> list[Culprit]:
+def _left_out(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
     """Returns the leaves, or the worst one, of each of the last steps left out."""
     if not read["ring"]:
         return []
     paths: dict[int, Any] = dict(known(read["seen"].leaf_code, names))
     last = _not_finite(read, names)
-    found: list[Culprit] = []
+    found: list[NonfiniteLeaf] = []
     for step, norm, loss, leaf, bad in zip(*read["ring"], strict=True):
         if step < 0:
             continue
-        worst = Culprit(paths.get(int(leaf)), int(step), *map(bool, bad))
+        worst = NonfiniteLeaf(paths.get(int(leaf)), int(step), *map(bool, bad))
         for culprit in [c for c in last if c.step == step] or [worst]:
             found.append(culprit._replace(norm=float(norm), loss=float(loss)))
     return found
 
 
-def culprits(opt_state: Any, params: Any) -> list[Culprit]:
+def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
     """Returns the leaves that held NaN or inf at the last such update.
 
     All states in ``opt_state`` count, wherever they are nested: the last update at
@@ -425,13 +441,13 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
     count different steps, the last is the one nearest to the end of its own count.
 
     Args:
-        opt_state: Any pytree that holds states of clips, of `monitor` or of
+        opt_state: Any pytree that holds states of clips, of `record_norms` or of
             `skip_steps`.
         params: The parameters that the optimizer was initialised with, for their paths.
 
     Returns:
-        One `Culprit` per leaf and step; empty if everything was finite so far and no
-        step was left out. Compare ``step`` with `clip/steps` to see how long ago it
+        One `NonfiniteLeaf` per leaf and step; empty if everything was finite so far and
+        no step was left out. Compare ``step`` with `clip/steps` to see how long ago it
         was. Call it outside of jit; it fetches what it needs from the device at once.
 
     Raises:
@@ -444,14 +460,14 @@ def culprits(opt_state: Any, params: Any) -> list[Culprit]:
         >>> tx = optclip.clip_by_global_norm(1.0, nonfinite="skip")
         >>> grads = {"w": jnp.array([1.0, jnp.nan, jnp.inf]), "b": jnp.ones(1)}
         >>> _, state = tx.update(grads, tx.init(params), params)
-        >>> optclip.culprits(state, params)  # doctest: +ELLIPSIS
-        [Culprit(path='w', step=0, nan=True, pos_inf=True, neg_inf=False, ...)]
+        >>> optclip.nonfinite_leaves(state, params)  # doctest: +ELLIPSIS
+        [NonfiniteLeaf(path='w', step=0, nan=True, pos_inf=True, neg_inf=False, ...)]
     """
     names = names_of(params)
-    states = find(opt_state, (SkipState, ClipState, MonitorState))
+    states = find(opt_state, (SkipState, ClipState, RecordNormsState))
     if not states:
         raise ValueError(
-            "`opt_state` holds no state of a clip, `monitor` or `skip_steps` of "
+            "`opt_state` holds no state of a clip, `record_norms` or `skip_steps` of "
             "optclip. Pass the state of the optimizer that it is part of; a clip with "
             "`record=False`, as `clip_by_value` is by default, keeps no figures."
         )

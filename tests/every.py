@@ -94,19 +94,19 @@ def _variants():
     for order in (1, 3, np.inf, "rms"):
         yield f"normalize-{order}", _by(optclip.normalize_by_norm, ord=order)
         yield f"unit-{order}", _by(optclip.clip_by_unit_norm, max_norm=1.0, ord=order)
-        yield f"monitor-{order}", _by(optclip.monitor, ord=order)
+        yield f"record_norms-{order}", _by(optclip.record_norms, ord=order)
     for kind in ("rational", "tanh", "atan", "sqrt"):
         yield (
             f"element-soften-{kind}",
             (
-                lambda kind=kind: optclip.clip(
+                lambda kind=kind: optclip.clip_by_rule(
                     1.0, scope=scopes.element(), action=actions.soften(kind)
                 )
             ),
         )
     for name in ("normalize", "zero"):
         yield f"element-{name}", _by(
-            optclip.clip, rule=1.0, scope=scopes.element(),
+            optclip.clip_by_rule, rule=1.0, scope=scopes.element(),
             action=getattr(actions, name),
         )  # fmt: skip
     yield "interval", lambda: optclip.clip_by_value((-0.1, 0.3))
@@ -133,8 +133,14 @@ def _variants():
         )
     ):
         scope = scopes.unit() if rule.name == "second_moment" else scopes.leaf()
-        yield f"rule-{rule.name}-{number}", _by(optclip.clip, rule=rule, scope=scope)
-    yield "u_clip-capped", lambda: optclip.u_clip(optclip.clip(1.0), max_carry=3.0)
+        yield (
+            f"rule-{rule.name}-{number}",
+            _by(optclip.clip_by_rule, rule=rule, scope=scope),
+        )
+    yield (
+        "u_clip-capped",
+        lambda: optclip.u_clip(optclip.clip_by_rule(1.0), max_carry=3.0),
+    )
     yield "skip_steps-number", lambda: optclip.skip_steps(optax.sgd(1e-3), when=2.0)
     yield (
         "skip_steps-never",
@@ -186,5 +192,5 @@ def with_numbers(name, kind):
 
 # The functions that make a transformation of numbers.
 NUMERIC = sorted(
-    {n.split("-")[0] for n in EVERY} & set(optclip.__all__) - {"u_clip", "monitor"}
+    {n.split("-")[0] for n in EVERY} & set(optclip.__all__) - {"u_clip", "record_norms"}
 )

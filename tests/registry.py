@@ -55,7 +55,7 @@ class Case:
 
 
 def _clip(scope, **fixed):
-    return lambda t, **options: optclip.clip(t, scope=scope, **fixed, **options)
+    return lambda t, **options: optclip.clip_by_rule(t, scope=scope, **fixed, **options)
 
 
 def _of(function, *args, **fixed):
@@ -65,7 +65,7 @@ def _of(function, *args, **fixed):
 def _relative(scope):
     def make(t, **options):
         rule = rules.relative_to_params(t, floor=1e-3)
-        return optclip.clip(rule, scope=scope, **options)
+        return optclip.clip_by_rule(rule, scope=scope, **options)
 
     return make
 
@@ -120,9 +120,9 @@ CASES = {
     "soft_clip": Case(
         _of(optclip.soft_clip), "soft_clip", settings={"action": "soften-rational"}
     ),
-    "monitor": Case(
-        lambda t, nonfinite="propagate", **options: optclip.monitor(**options),
-        "monitor",
+    "record_norms": Case(
+        lambda t, nonfinite="propagate", **options: optclip.record_norms(**options),
+        "record_norms",
         settings={"action": "none"},
     ),
     "clip-ord1": Case(
@@ -181,7 +181,7 @@ CASES = {
         settings={"action": "soften-sqrt"},
     ),
 }
-CLIPS = [name for name in CASES if name != "monitor"]
+CLIPS = [name for name in CASES if name != "record_norms"]
 CORE = [name for name, case in CASES.items() if case.core]
 # The same rule, scope and action as a published name; tried where compiling is cheap.
 TWINS = {"clip-leaf", "clip-layer", "clip-unit", "clip-element"}
@@ -191,8 +191,8 @@ HARD = [n for n in CLIPS if CASES[n].settings.get("action", "rescale") == "resca
 
 # Public functions that are no transformations.
 OTHERS = {
-    "clip_grad_norm", "clip_grad_value", "culprits", "diagnose", "leaf_metrics",
-    "metrics", "per_example_clip", "report", "state_specs", "step_taken",
+    "clip_grad_norm", "clip_grad_value", "nonfinite_leaves", "diagnose", "leaf_metrics",
+    "metrics", "clipped_grad", "report", "state_specs", "step_taken",
     "suggest_threshold", "tap",
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ OPTIMIZERS = {
     # The decomposition takes longest to compile, and keeps no more than the others.
     if name != "spectral_clip"
 }
-OPTIMIZERS["monitor"] = optax.chain(optclip.monitor(), optax.sgd(0.01))
+OPTIMIZERS["record_norms"] = optax.chain(optclip.record_norms(), optax.sgd(0.01))
 OPTIMIZERS["leaf"] = optax.chain(optclip.clip_by_leaf_norm(1.0), optax.sgd(0.01))
 
 

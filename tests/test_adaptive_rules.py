@@ -65,7 +65,7 @@ CASES = {
 
 def followed(rule, norms, **options):
     """Returns the limits, lengths and states of a rule, as a clip runs it."""
-    tx = optclip.clip(rule, **options)
+    tx = optclip.clip_by_rule(rule, **options)
     direction = jnp.array([0.6, 0.8])
 
     def step(state, n):
@@ -278,7 +278,7 @@ def test_a_spike_recorded_raw_raises_the_average_and_one_recorded_clipped_hardly
         (lambda: optclip.cap_update(-1.0), "`ratio` must be >= 0"),
         (lambda: optclip.spectral_clip(-1.0), "`max_sigma` must be >= 0"),
         (lambda: optclip.spectral_clip(1.0, method="x"), "`method` must be one of"),
-        (lambda: optclip.u_clip(optclip.clip(1.0), max_carry=0), "`max_carry`"),
+        (lambda: optclip.u_clip(optclip.clip_by_rule(1.0), max_carry=0), "`max_carry`"),
         (lambda: optclip.scale_by_stable_adam(eps=0.0), "`eps` must be > 0"),
     ],
 )
@@ -312,7 +312,7 @@ def test_warm_up_of_adagc_is_shared_by_all_leaves():
 
 
 def test_element_rules_are_per_leaf_and_entry():
-    tx = optclip.clip(rules.max_ema(), scope=scopes.element())
+    tx = optclip.clip_by_rule(rules.max_ema(), scope=scopes.element())
     state = tx.init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
     assert [s.ema_maximum.shape for s in state.rule_state] == [(), ()]
 

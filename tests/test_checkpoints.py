@@ -78,7 +78,11 @@ def every_state():
 
 
 def test_no_public_state_is_left_out(every_state):
-    public = {getattr(optclip, n) for n in optclip.__all__ if n.endswith("State")}
+    public = {
+        getattr(optclip.states, n)
+        for n in optclip.states.__all__
+        if n.endswith("State")
+    }
     assert {type(state) for state in every_state.values()} == public
 
 
@@ -119,7 +123,7 @@ def test_a_donated_run_resumed_from_a_file_is_bitwise_the_same(name, tmp_path):
 
 # All layouts that the state of a clip without memory has.
 CHAIN = optax.chain(
-    optclip.monitor(),
+    optclip.record_norms(),
     optclip.clip_by_value(1.0),
     optclip.clip_by_value(1.0, record=True),
     optclip.clip_by_unit_norm(1.0),
@@ -144,7 +148,7 @@ def test_a_chain_goes_on_from_what_was_restored(through, tmp_path):
     check_same(chain_step()(adaptive.gradients(1), back, PARAMS), wanted)
 
 
-ONE_OF_EACH = ["clip-leaf", "monitor", "skip_steps", "stabilize", "u_clip",
+ONE_OF_EACH = ["clip-leaf", "record_norms", "skip_steps", "stabilize", "u_clip",
                "scale_by_stable_adam", "spectral_clip"]  # fmt: skip
 
 
@@ -186,14 +190,18 @@ WINDOW = optclip.autoclip(window=8)
         (optclip.autoclip(window=16), WINDOW,
          r"`rule_state/0/recent_norms` has the shape \(8,\) and should have \(16,\)"),
         (optclip.zclip(), WINDOW, "it has no `rule_state/0/mean_norm`"),
-        (optclip.clip(1.0), WINDOW, "it has `rule_state/0/recent_norms`, which has no"),
-        (optclip.clip(1.0), optclip.clip_by_leaf_norm(1.0), "it has `groups/group_n"),
-        (optclip.clip_by_leaf_norm(1.0), optclip.clip(1.0), "it has no `groups/group"),
-        (optclip.clip_by_unit_norm(1.0), optclip.clip(1.0), "nested in another way"),
+        (optclip.clip_by_rule(1.0), WINDOW,
+         "it has `rule_state/0/recent_norms`, which has no"),
+        (optclip.clip_by_rule(1.0), optclip.clip_by_leaf_norm(1.0),
+         "it has `groups/group_n"),
+        (optclip.clip_by_leaf_norm(1.0), optclip.clip_by_rule(1.0),
+         "it has no `groups/group"),
+        (optclip.clip_by_unit_norm(1.0), optclip.clip_by_rule(1.0),
+         "nested in another way"),
         (optclip.spectral_clip(1.0), optclip.zclip(), "it has `rule_state/0/mean_norm"),
         (leaf_clip(), optclip.stabilize(optax.sgd(0.1)),
          r"`rule_state/0/log_quantile` has the shape \(\) and should have \(4,\)"),
-        (optclip.u_clip(optclip.zclip()), optclip.u_clip(optclip.clip(1.0)),
+        (optclip.u_clip(optclip.zclip()), optclip.u_clip(optclip.clip_by_rule(1.0)),
          "it has no `rule_state/0/mean_norm`"),
         (skipping(), skipping(keep_last=4), r"`last_bad/bad_step` has the shape \(4,"),
         (skipping(), skipping(when=1.0), "it has no `norm_rule_state/recent_norms`"),
@@ -220,14 +228,17 @@ def test_a_state_of_other_parameters_is_an_error(name):
 
 
 def test_a_field_that_an_older_layout_lacks_or_adds_is_named():
-    tx = optclip.clip(1.0)
+    tx = optclip.clip_by_rule(1.0)
     state = tx.init(PARAMS)
-    lacks = state.seen._asdict()
+    lacks = state.nonfinite._asdict()
     lacks.pop("nonfinite_steps")
     for seen, message in (
-        (lacks, "it has no `seen/nonfinite_steps`"),
-        ({**state.seen._asdict(), "more": 0.0}, "it has `seen/more`, which has no"),
-        (state.seen._asdict(), "its arrays are nested in another way"),
+        (lacks, "it has no `nonfinite/nonfinite_steps`"),
+        (
+            {**state.nonfinite._asdict(), "more": 0.0},
+            "it has `nonfinite/more`, which has no",
+        ),
+        (state.nonfinite._asdict(), "its arrays are nested in another way"),
     ):
         with pytest.raises(ValueError, match=message):
-            tx.update(PARAMS, state._replace(seen=seen), PARAMS)
+            tx.update(PARAMS, state._replace(nonfinite=seen), PARAMS)

@@ -28,7 +28,7 @@ EXTRA = {
     "adamw_clip-short": lambda: optclip.adamw_clip(1.5, decay=0.9),
 }
 FIXED = [f"fixed:{name}" for name in registry.CASES]
-QUICK = {f"fixed:{n}" for n in ("clip", "clip-layer", "clip-element", "monitor")}
+QUICK = {f"fixed:{n}" for n in ("clip", "clip-layer", "clip-element", "record_norms")}
 NAMES = [*adaptive.ADAPTIVE, *EXTRA, *FIXED]
 # The skipping of steps counts in other files.
 
@@ -166,7 +166,7 @@ def test_windows_move_on_after_the_end_of_their_counter(name, start):
 
 
 def test_both_counters_of_a_share_stop_together():
-    tx = optclip.clip(1.0)
+    tx = optclip.clip_by_rule(1.0)
     state = tx.init(jnp.zeros(1))
     state = state._replace(steps=jnp.int32(LAST - 1), clipped_steps=jnp.int32(10))
     seen = []
@@ -177,7 +177,7 @@ def test_both_counters_of_a_share_stop_together():
 
 
 def test_a_schedule_never_gets_a_negative_step():
-    tx = optclip.clip(lambda step: jnp.where(step < 0, 0.0, 1.0))
+    tx = optclip.clip_by_rule(lambda step: jnp.where(step < 0, 0.0, 1.0))
     state = tx.init(jnp.zeros(1))
     state = state._replace(steps=jnp.int32(LAST - 1))
     for _ in range(3):
@@ -207,7 +207,7 @@ def test_a_full_bin_of_the_histogram_halves_all_counts():
 
 def test_the_rhythm_of_a_reset_holds_after_the_end_of_its_counter():
     # A reset at every multiple of 10**6, which LAST is not; the phase is LAST % 10**6.
-    tx = optclip.clip(
+    tx = optclip.clip_by_rule(
         rules.second_moment(1.0, decay=0.5, reset_every=10**6),
         scope=optclip.scopes.element(),
     )

@@ -110,7 +110,7 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
 def test_diagnose_writes_the_report_of_the_run_without_a_clip(
     finished, monkeypatch, capsys
 ):
-    module = importlib.import_module("optclip.diagnosis.diagnose")
+    module = importlib.import_module("optclip.diagnosis._diagnose")
     asked = []
 
     def diagnose(loss_fn, params, batches, *, optimizer):

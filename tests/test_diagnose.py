@@ -104,12 +104,12 @@ def test_each_cause_is_named_first(cause):
 def test_a_bad_batch_is_named_by_the_number_it_came_with():
     (finding,) = run(*CASES["bad_batch"]).findings
     assert finding.where == ("batch 5",)
-    assert finding.actions[0] == optclip.Action("drop_batches", None, ("5",))
+    assert finding.remedies[0] == optclip.diagnosis.Remedy("drop_batches", None, ("5",))
 
 
 def test_the_factor_of_a_remedy_brings_the_weights_to_the_usual_size():
     (finding,) = run(*CASES["initialization"]).findings
-    factors = [a.amount for a in finding.actions if a.kind == "scale_weights"]
+    factors = [a.amount for a in finding.remedies if a.kind == "scale_weights"]
     np.testing.assert_allclose(factors, 1 / 3, rtol=0.2)
 
 
@@ -167,11 +167,11 @@ def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
         rehearsals={1.0: rising, 0.1: [2.0] * 12, 0.03: falling, 0.01: [0.8] * 12},
     )
     (finding,) = _rules.judge(signals)
-    assert finding.actions == (optclip.Action("scale_learning_rate", 0.03),)
+    assert finding.remedies == (optclip.diagnosis.Remedy("scale_learning_rate", 0.03),)
     assert finding.evidence.endswith("to 2; with 0.03 of it, to 0.5.")
     none_fall = {1.0: rising, 0.1: [2.0] * 12, 0.03: [3.0] * 12}
     (finding,) = _rules.judge(dataclasses.replace(signals, rehearsals=none_fall))
-    assert finding.actions[0].amount == 0.001
+    assert finding.remedies[0].amount == 0.001
 
 
 @pytest.mark.parametrize("cause", ["recurrence", "initialization", "activation"])

@@ -181,7 +181,7 @@ def test_numbers_of_python_are_parameters_as_well():
     def loss(params, batch):
         return loss_fn({"w": params["w"] * params["scale"]}, batch)
 
-    taps = optclip.tap(loss, {"w": PARAMS["l0"], "scale": 0.7}, BATCHES[0])
+    taps = optclip.diagnosis.tap(loss, {"w": PARAMS["l0"], "scale": 0.7}, BATCHES[0])
     assert taps.total > 0
     found = ask(lambda p, b: p["a"] ** 2 * jnp.mean(b[0] ** 2), {"a": 3.0})
     assert found.signals["batch_norms"][0] > 0
@@ -258,12 +258,12 @@ def test_what_is_no_function_and_what_is_inside_jit():
     with pytest.raises(ValueError, match="call it outside of jit"):
         jax.jit(inside)(PARAMS)
     with pytest.raises(ValueError, match=r"`tap` .* outside of jit"):
-        jax.jit(lambda p: optclip.tap(loss_fn, p, BATCHES[0]).loss)(PARAMS)
+        jax.jit(lambda p: optclip.diagnosis.tap(loss_fn, p, BATCHES[0]).loss)(PARAMS)
 
 
 def test_tap_without_jit():
     with jax.disable_jit():
-        assert len(optclip.tap(loss_fn, PARAMS, BATCHES[0]).sites) == 2
+        assert len(optclip.diagnosis.tap(loss_fn, PARAMS, BATCHES[0]).sites) == 2
 
 
 def test_momentum_may_climb_for_a_step():

@@ -1,4 +1,4 @@
-"""`optclip.diagnose` and `optclip.tap` on models that they can't look inside."""
+"""`diagnose` and `tap` on models that they can't look inside."""
 
 import functools
 
@@ -133,7 +133,7 @@ def test_weights_out_of_sight_are_found_too_large(name):
     (finding, *_) = diagnosed(name, large=True).findings
     assert finding.cause == "initialization"
     assert sorted(finding.where) == sorted(HE)
-    (factor,) = [a.amount for a in finding.actions if a.kind == "scale_weights"]
+    (factor,) = [a.amount for a in finding.remedies if a.kind == "scale_weights"]
     np.testing.assert_allclose(factor, 0.25, rtol=0.2)
 
 
@@ -193,7 +193,7 @@ def test_products_that_can_not_be_measured_are_counted(name):
     def loss_fn(params, x):
         return jnp.sum(OPAQUE[name](params["w0"], x @ params["w1"]))
 
-    found = optclip.tap(loss_fn, HE, BATCHES[0])
+    found = optclip.diagnosis.tap(loss_fn, HE, BATCHES[0])
     assert (len(found.sites), found.total) == (1, 2), found
 
 
@@ -204,7 +204,7 @@ def test_an_ode_solver_is_out_of_reach_and_counted():
     def loss_fn(params, x):
         return jnp.mean(odeint(field, x, jnp.array([0.0, 1.0]), params)[-1] ** 2)
 
-    found = optclip.tap(loss_fn, HE, BATCHES[0])
+    found = optclip.diagnosis.tap(loss_fn, HE, BATCHES[0])
     assert not found.sites
     assert found.total >= 2
     assert "the custom derivative" in found.not_seen[0]
@@ -218,6 +218,6 @@ def test_a_callback_is_named_and_one_of_parameters_alone_is_no_use():
         doubled = jax.pure_callback(lambda w: 2 * w, w, w)
         return jnp.sum(jax.lax.stop_gradient(y(w, x)) @ doubled @ params["w1"])
 
-    found = optclip.tap(loss_fn, HE, BATCHES[0])
+    found = optclip.diagnosis.tap(loss_fn, HE, BATCHES[0])
     assert [site.leaf for site in found.sites] == ["w0", "w1"]
     assert len(found.not_seen) == 1

@@ -82,7 +82,10 @@ def test_readme_shows_code_that_runs():
     assert ROOT / "README.md" in WITH_CODE
 
 
-MODULES = [optclip, optclip.actions, optclip.norms, optclip.rules, optclip.scopes]
+MODULES = [
+    optclip, optclip.actions, optclip.diagnosis, optclip.norms, optclip.rules,
+    optclip.scopes, optclip.states,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -33,7 +33,7 @@ BROUGHT = {
 @pytest.mark.parametrize("name", BROUGHT)
 def test_an_entry_of_any_size_is_brought_to_its_bound_by_every_action(name, threshold):
     action, share = BROUGHT[name]
-    tx = optclip.clip(threshold, scope=ELEMENT, action=action)
+    tx = optclip.clip_by_rule(threshold, scope=ELEMENT, action=action)
     updates, _ = clipped(tx, [1e20, -1e36, 3e38, -np.inf, 3.4028235e38])
     signs = np.array([1, -1, 1, -1, 1])
     np.testing.assert_allclose(updates, signs * share * threshold, rtol=1e-5)
@@ -43,7 +43,7 @@ def test_an_entry_of_any_size_is_brought_to_its_bound_by_every_action(name, thre
 def test_a_norm_any_distance_from_its_threshold_is_brought_to_it(scope):
     @jax.jit
     def run(threshold, grads):
-        tx = optclip.clip(threshold, scope=scope)
+        tx = optclip.clip_by_rule(threshold, scope=scope)
         return tx.update(grads, tx.init(grads))
 
     for threshold in (1e-36, 1e-20, 1.0):
@@ -57,19 +57,19 @@ def test_a_norm_any_distance_from_its_threshold_is_brought_to_it(scope):
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
 def test_an_interval_is_refused_outside_of_the_element_scope(scope):
     with pytest.raises(ValueError, match="about single entries"):
-        optclip.clip(rules.interval(-3.0, -1.0), scope=scope)
+        optclip.clip_by_rule(rules.interval(-3.0, -1.0), scope=scope)
 
     def update(norm, state, context):
         return rules.Limit(norm, norm, -norm), state
 
-    tx = optclip.clip(rules.Rule(lambda norm: (), update), scope=scope)
+    tx = optclip.clip_by_rule(rules.Rule(lambda norm: (), update), scope=scope)
     with pytest.raises(ValueError, match="two bounds"):
         clipped(tx, [10.0, 0.0])
 
 
 def test_the_average_of_a_maximum_is_refused_outside_of_the_element_scope():
     with pytest.raises(ValueError, match="about single entries"):
-        optclip.clip(rules.max_ema())
+        optclip.clip_by_rule(rules.max_ema())
 
 
 def test_the_telemetry_of_an_interval_tells_what_it_did():
@@ -84,7 +84,7 @@ def test_the_telemetry_of_an_interval_tells_what_it_did():
 
 
 def test_scale_is_the_smallest_factor_of_an_entry_that_is_not_the_largest():
-    tx = optclip.clip(jnp.array([1.0, 100.0]), scope=ELEMENT)
+    tx = optclip.clip_by_rule(jnp.array([1.0, 100.0]), scope=ELEMENT)
     _, metrics = clipped(tx, [10.0, 50.0])
     np.testing.assert_allclose(metrics["clip/scale"], 0.1, rtol=1e-6)
     assert float(metrics["clip/clipped"]) == 1.0
@@ -96,7 +96,7 @@ def test_scale_of_entries_that_a_rule_raises_is_above_one():
         return rules.Limit(jnp.zeros_like(size), 1.5 * size), state
 
     raising = rules.Rule(init=jnp.zeros_like, update=update, name="raising")
-    tx = optclip.clip(raising, scope=ELEMENT)
+    tx = optclip.clip_by_rule(raising, scope=ELEMENT)
     updates, metrics = clipped(tx, [2.0, 0.0, -4.0])
     np.testing.assert_allclose(updates, [3.0, 0.0, -6.0], rtol=1e-6)
     np.testing.assert_allclose(metrics["clip/scale"], 1.5, rtol=1e-6)
@@ -152,7 +152,7 @@ def test_without_a_bound_yet_an_infinite_entry_is_left_to_the_policy(name):
 
 
 def test_the_default_action_needs_no_static_args_under_inject_hyperparams():
-    tx = optax.inject_hyperparams(optclip.clip)(rule=0.5)
+    tx = optax.inject_hyperparams(optclip.clip_by_rule)(rule=0.5)
     grads = jnp.array([3.0, 4.0])
     updates, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates, [0.3, 0.4], rtol=1e-6)
@@ -180,7 +180,7 @@ ACTIONS = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_group_without_a_threshold_is_left_as_it_is_by_every_action(name, action):
     make, steps = WITHOUT[name]
-    tx = optclip.clip(make(), action=ACTIONS[action])
+    tx = optclip.clip_by_rule(make(), action=ACTIONS[action])
     grads = jnp.array([3.0, -4.0])
     state, update = tx.init(grads), jax.jit(tx.update)
     for _ in range(steps):

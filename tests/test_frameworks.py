@@ -43,7 +43,7 @@ def batch():
 def optimizer():
     threshold = optax.linear_schedule(START, END, STEPS - 1)
     clip = optclip.clip_by_leaf_norm(threshold, nonfinite="skip")
-    return optax.chain(optclip.monitor(), clip, optax.adam(0.03))
+    return optax.chain(optclip.record_norms(), clip, optax.adam(0.03))
 
 
 def mean_square(prediction, y):
@@ -226,8 +226,8 @@ def test_metrics_are_read_from_the_state(trained):
     run, _, _, _, _ = trained
     metrics = jax.device_get(optclip.metrics(run.read()[0]))
     assert all(np.ndim(x) == 0 for x in metrics.values())
-    assert metrics["clip/steps"] == metrics["monitor/steps"] >= STEPS
-    assert metrics["monitor/norm"] == pytest.approx(metrics["clip/norm_before"])
+    assert metrics["clip/steps"] == metrics["norms/steps"] >= STEPS
+    assert metrics["norms/global_norm"] == pytest.approx(metrics["clip/norm_before"])
     assert metrics["clip/norm_after"] <= metrics["clip/norm_before"]
     assert 0 < metrics["clip/clipped_steps"] <= metrics["clip/steps"]
 
@@ -242,15 +242,15 @@ def test_leaves_are_called_as_in_the_model(trained):
     }  # fmt: skip
 
 
-def test_z_culprits_name_the_leaves_that_went_bad(trained):
+def test_z_nonfinite_leaves_name_the_leaves_that_went_bad(trained):
     # Last, because the bad batch stays in the run's counters.
     run, traces, _, losses, _ = trained
-    assert optclip.culprits(*run.read()) == []
+    assert optclip.nonfinite_leaves(*run.read()) == []
     x, y = batch()
     run.step((x.at[0, 0].set(jnp.nan), y))
-    found = optclip.culprits(*run.read())
-    assert {culprit.path for culprit in found} == run.names
-    assert all(culprit.step == STEPS and culprit.nan for culprit in found)
+    found = optclip.nonfinite_leaves(*run.read())
+    assert {leaf.path for leaf in found} == run.names
+    assert all(leaf.step == STEPS and leaf.nan for leaf in found)
     assert int(optclip.metrics(run.read()[0])["clip/nonfinite_steps"]) == 1
     assert float(run.step(batch())) < losses[0]  # the bad step was skipped
     assert len(traces) == 1

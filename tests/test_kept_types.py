@@ -30,7 +30,7 @@ def counting():
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
 def test_update_does_not_run_init_again(scope):
     rule, calls = counting()
-    tx = optclip.clip(rule, scope=scope)
+    tx = optclip.clip_by_rule(rule, scope=scope)
     state = tx.init(PARAMS)
     before = len(calls)
     tx.update(PARAMS, state)
@@ -42,8 +42,8 @@ def test_update_does_not_run_init_again(scope):
 
 def test_a_state_that_init_did_not_return_is_checked_once():
     rule, calls = counting()
-    tx = optclip.clip(rule)
-    state = jax.tree.map(jnp.copy, optclip.clip(rule).init(PARAMS))
+    tx = optclip.clip_by_rule(rule)
+    state = jax.tree.map(jnp.copy, optclip.clip_by_rule(rule).init(PARAMS))
     before = len(calls)
     for _ in range(3):
         _, state = tx.update(PARAMS, state)
@@ -51,7 +51,7 @@ def test_a_state_that_init_did_not_return_is_checked_once():
 
 
 def test_trees_of_other_types_do_not_share_what_was_kept():
-    tx = optclip.clip(1.0, scope=scopes.leaf())
+    tx = optclip.clip_by_rule(1.0, scope=scopes.leaf())
     trees = [
         PARAMS,
         {"w": jnp.ones((3, 2)), "b": jnp.ones(3)},
@@ -60,7 +60,7 @@ def test_trees_of_other_types_do_not_share_what_was_kept():
         {"w": jnp.ones((2, 3)), "b": jnp.arange(3)},
         [jnp.ones((2, 3)), jnp.ones(3)],
     ]
-    fresh = [optclip.clip(1.0, scope=scopes.leaf()) for _ in trees]
+    fresh = [optclip.clip_by_rule(1.0, scope=scopes.leaf()) for _ in trees]
     for _ in range(2):
         for tree, other in zip(trees, fresh, strict=True):
             got = tx.update(tree, tx.init(tree))
@@ -68,7 +68,7 @@ def test_trees_of_other_types_do_not_share_what_was_kept():
 
 
 def test_a_state_of_another_tree_is_refused_each_time():
-    tx = optclip.clip(1.0, scope=scopes.leaf())
+    tx = optclip.clip_by_rule(1.0, scope=scopes.leaf())
     state = tx.init({"w": PARAMS["w"]})
     for _ in range(2):
         with pytest.raises(ValueError, match="does not fit here"):
@@ -76,7 +76,7 @@ def test_a_state_of_another_tree_is_refused_each_time():
 
 
 def test_two_programs_share_no_tracer():
-    tx = optclip.clip({"w": jnp.float32(0.5), "b": 2.0}, scope=scopes.leaf())
+    tx = optclip.clip_by_rule({"w": jnp.float32(0.5), "b": 2.0}, scope=scopes.leaf())
     state = tx.init(PARAMS)
     first, second = (jax.jit(lambda g, s: tx.update(g, s)) for _ in range(2))
     with jax.checking_leaks():

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
 # a folder, which ends with "/", files may import each other. `__init__` and the demo
 # see all.
 ORDER = [
+    "_engine/types.py",
     "_engine/numerics.py",
     "_engine/names.py",
     "_engine/validation.py",
@@ -40,10 +42,12 @@ ORDER = [
     "wrappers/",
     "rules.py",
     "telemetry.py",
+    "states.py",
     "diagnosis/",
 ]
 # What a rule and an action are made of knows arrays alone: no trees, no mesh axes.
 ARRAYS_ONLY = {
+    "_engine/types.py",
     "_engine/numerics.py",
     "_engine/validation.py",
     "_engine/grouping.py",
@@ -125,20 +129,34 @@ PICTURES = {f"diagnosis/{name}.py" for name in NAMES}
 
 @pytest.mark.parametrize("path", [p for p in FILES if not p.startswith("demo/")])
 def test_only_jax_optax_and_numpy_are_needed(path):
-    allowed = {
-        "__future__",
-        "collections",
-        "functools",
-        "itertools",
-        "jax",
-        "numpy",
-        "optax",
-        "optclip",
-        "re",
-    }
-    allowed |= {"math", "operator", "typing", "zlib"}
-    if path.startswith("diagnosis/"):
-        allowed |= set(sys.stdlib_module_names)
+    allowed = {"jax", "numpy", "optax", "optclip", *sys.stdlib_module_names}
     if path in PICTURES:
         allowed.add("matplotlib")
     assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+def test_importing_optclip_leaves_the_diagnosis_for_later():
+    program = (
+        "import sys, optax; before = set(sys.modules); import optclip; "
+        "print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    new = done.stdout.split()
+    late = ("optclip.diagnosis", "optclip.demo", "jax.extend", "matplotlib", "flax")
+    assert not [name for name in new if name.startswith(late)]
+    assert "optclip.clipping" in new
+
+
+def test_tab_completion_shows_public_names_only():
+    assert set(dir(optclip)) == {*optclip.__all__, "__version__"}
+    for name in dir(optclip):
+        getattr(optclip, name)
+
+
+def test_clip_says_which_function_stands_for_it():
+    with pytest.raises(AttributeError, match=r"`optclip.clip_by_value`.*clip_by_rule"):
+        optclip.clip  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'clop'"):
+        optclip.clop  # noqa: B018

@@ -87,19 +87,21 @@ TREES = {
 def test_only_the_fields_of_flax_boxes_are_left_out_of_names(kind):
     make, names = TREES[kind]
     params = make()
-    tx = optax.chain(optclip.monitor(), optclip.clip_by_leaf_norm(1.0))
+    tx = optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0))
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
     _, state = tx.update(bad, tx.init(params), params)
     rows = optclip.leaf_metrics(state, params)
     assert len(rows) == 4 * len(names)
     assert [key.removesuffix("/norm") for key in rows if key.endswith("/norm")] == names
-    assert sorted(c.path for c in optclip.culprits(state, params)) == sorted(names)
+    assert sorted(c.path for c in optclip.nonfinite_leaves(state, params)) == sorted(
+        names
+    )
 
 
 def test_patterns_and_labels_find_a_field_called_value():
     params = {"head": Pair(jnp.full(4, 3.0), jnp.full(4, 4.0))}
     labels = scopes.label(lambda path: path.rpartition("/")[2])
-    tx = optclip.clip(1.0, scope=labels)
+    tx = optclip.clip_by_rule(1.0, scope=labels)
     _, state = tx.update(params, tx.init(params))
     rows = optclip.leaf_metrics(state, params)
     assert rows["head/value/norm_before"] == 6
@@ -108,7 +110,9 @@ def test_patterns_and_labels_find_a_field_called_value():
 
 def test_names_in_a_diagnosis_keep_a_field_called_value():
     params = {"v": {"value": jnp.ones((2, 2))}}
-    taps = optclip.tap(lambda p, x: jnp.sum(x @ p["v"]["value"]), params, jnp.ones(2))
+    taps = optclip.diagnosis.tap(
+        lambda p, x: jnp.sum(x @ p["v"]["value"]), params, jnp.ones(2)
+    )
     assert {site.leaf for site in taps.sites} == {"v/value"}
 
 
@@ -124,11 +128,11 @@ def test_a_leaf_is_called_the_same_in_a_group_and_among_all():
 
 def test_leaves_whose_names_have_one_checksum_are_told_apart():
     params = {"buckeroo": jnp.zeros(2), "plumless": jnp.zeros(2)}  # 1306201125, both
-    tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optclip.monitor())
+    tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optclip.record_norms())
     grads = {"buckeroo": jnp.full(2, 3.0), "plumless": jnp.array([jnp.nan, 1.0])}
     _, state = tx.update(grads, tx.init(params))
-    assert len(set(state[0].seen.leaf_code.tolist())) == 2
+    assert len(set(state[0].nonfinite.leaf_code.tolist())) == 2
     rows = optclip.leaf_metrics(state, params)
     assert np.isnan(rows["plumless/norm_before"])
     assert np.isfinite(rows["buckeroo/norm_before"])
-    assert [c.path for c in optclip.culprits(state, params)] == ["plumless"]
+    assert [c.path for c in optclip.nonfinite_leaves(state, params)] == ["plumless"]

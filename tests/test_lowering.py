@@ -22,7 +22,7 @@ PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 
 # Names of `optclip.__all__` that make no update: modules, states, readers.
 READERS = {
-    "culprits", "diagnose", "leaf_metrics", "metrics", "per_example_clip", "report",
+    "nonfinite_leaves", "diagnose", "leaf_metrics", "metrics", "clipped_grad", "report",
     "state_specs", "step_taken", "suggest_threshold", "tap",
 }  # fmt: skip
 # Functions on gradients, without a state.
@@ -41,15 +41,17 @@ EVERY_SCOPE = {
 SAMPLES = {
     "adaptive_grad_clip": [lambda: optclip.adaptive_grad_clip(0.01)],
     "clip": [
-        *(lambda s=s: optclip.clip(1.0, scope=s) for s in EVERY_SCOPE.values()),
+        *(lambda s=s: optclip.clip_by_rule(1.0, scope=s) for s in EVERY_SCOPE.values()),
         *(
-            lambda p=p: optclip.clip(1.0, nonfinite=p, scope=scopes.leaf())
+            lambda p=p: optclip.clip_by_rule(1.0, nonfinite=p, scope=scopes.leaf())
             for p in ("zero", "drop", "skip")
         ),
-        lambda: optclip.clip(optax.linear_schedule(2.0, 1.0, 10), ord=3),
-        lambda: optclip.clip(rules.relative_to_params(0.1), action=actions.zero),
-        lambda: optclip.clip(1.0, update_dtype=jnp.float32, ord=1),
-        lambda: optclip.clip(1.0, ord=float("inf")),
+        lambda: optclip.clip_by_rule(optax.linear_schedule(2.0, 1.0, 10), ord=3),
+        lambda: optclip.clip_by_rule(
+            rules.relative_to_params(0.1), action=actions.zero
+        ),
+        lambda: optclip.clip_by_rule(1.0, update_dtype=jnp.float32, ord=1),
+        lambda: optclip.clip_by_rule(1.0, ord=float("inf")),
     ],
     "clip_by_block_rms": [lambda: optclip.clip_by_block_rms(1.0)],
     "clip_by_global_norm": [
@@ -63,7 +65,7 @@ SAMPLES = {
         lambda: optclip.clip_by_value((-1.0, 2.0)),
     ],
     "clip_per_layer": [lambda: optclip.clip_per_layer(1.0, {"blocks": 1})],
-    "monitor": [optclip.monitor],
+    "record_norms": [optclip.record_norms],
     "normalize_by_norm": [lambda: optclip.normalize_by_norm(1.0)],
     **{
         name.split("-")[0]: [case.make]

@@ -91,7 +91,9 @@ def test_spectral_clip_takes_schedules_and_refuses_complex_leaves():
         tx.update(x * 1j, tx.init(x))
 
 
-@pytest.mark.parametrize("inner", [optclip.clip_by_value(0.5), optclip.clip(1.0)])
+@pytest.mark.parametrize(
+    "inner", [optclip.clip_by_value(0.5), optclip.clip_by_rule(1.0)]
+)
 def test_u_clip_loses_nothing(inner):
     tx = optclip.u_clip(inner)
     grads = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -104,7 +106,7 @@ def test_u_clip_loses_nothing(inner):
 
 
 def test_u_clip_bounds_the_carry_and_keeps_it_over_a_nan():
-    tx = optclip.u_clip(optclip.clip(1.0, nonfinite="zero"), max_carry=2.0)
+    tx = optclip.u_clip(optclip.clip_by_rule(1.0, nonfinite="zero"), max_carry=2.0)
     _, state = tx.update(jnp.array([3e6, 4e6]), tx.init(jnp.zeros(2)))
     np.testing.assert_allclose(state.carry, [1.2, 1.6], rtol=1e-6)
     _, after = tx.update(jnp.array([np.nan, 0.0]), state)
@@ -112,8 +114,8 @@ def test_u_clip_bounds_the_carry_and_keeps_it_over_a_nan():
 
 
 INNER = {
-    "value": optclip.clip_by_value(1e3), "tree": optclip.clip(1e3),
-    "leaf": optclip.clip_by_leaf_norm(1e3), "off": optclip.clip(np.inf),
+    "value": optclip.clip_by_value(1e3), "tree": optclip.clip_by_rule(1e3),
+    "leaf": optclip.clip_by_leaf_norm(1e3), "off": optclip.clip_by_rule(np.inf),
 }  # fmt: skip
 
 
@@ -307,7 +309,7 @@ def test_mechanisms_take_every_leaf_that_a_tree_may_hold():
     grads = dict(params)
     for tx in (
         optclip.scale_by_stable_adam(weight_decay=0.1),
-        optclip.u_clip(optclip.clip(1.0)),
+        optclip.u_clip(optclip.clip_by_rule(1.0)),
         *(optclip.spectral_clip(1.0, method=m) for m in CURVES),
     ):
         state = tx.init(params)

@@ -186,7 +186,7 @@ def test_other_update_dtypes_are_errors(name, dtype):
 
 WITH_ORD = ["clip", "clip_by_global_norm", "clip_by_leaf_norm", "clip_per_layer",
             "clip_by_unit_norm", "adaptive_grad_clip", "normalize_by_norm", "soft_clip",
-            "monitor"]  # fmt: skip
+            "record_norms"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITH_ORD)
@@ -207,7 +207,7 @@ def test_negative_eps_is_an_error(name):
 
 def test_an_action_must_be_a_function():
     with pytest.raises(TypeError, match=r"`action` must be one of `optclip\.actions`"):
-        optclip.clip(1.0, action="zero")
+        optclip.clip_by_rule(1.0, action="zero")
 
 
 def test_a_pair_must_have_two_numbers():
@@ -223,7 +223,7 @@ def test_an_unknown_curve_is_an_error():
 
 
 THRESHOLDS = {
-    "clip": optclip.clip, "clip_by_value": optclip.clip_by_value,
+    "clip": optclip.clip_by_rule, "clip_by_value": optclip.clip_by_value,
     "clip_by_global_norm": optclip.clip_by_global_norm,
     "clip_by_leaf_norm": optclip.clip_by_leaf_norm,
     "clip_per_layer": lambda t: optclip.clip_per_layer(t, 0),

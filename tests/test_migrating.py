@@ -246,7 +246,7 @@ def test_per_example_clips_elsewhere_are_sums_and_ours_a_mean():
     each = jax.vmap(jax.grad(loss_fn), (None, 0, 0))(params, bad, y)
     (sums,), _ = optax.per_example_global_norm_clip([each["w"]], 1.0)
     assert np.isnan(sums).all()
-    means, stats = optclip.per_example_clip(loss_fn, 1.0)(params, bad, y)
+    means, stats = optclip.clipped_grad(loss_fn, 1.0)(params, bad, y)
     assert int(stats.dropped_examples) == 1
     close(2 * means["w"], jnp.sum(each["w"][::2] / jnp.maximum(
         jnp.linalg.norm(each["w"][::2], axis=1, keepdims=True), 1.0), 0))  # fmt: skip

@@ -13,7 +13,7 @@ PARAMS = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
 
 
 def made(update, init=jnp.zeros_like):
-    return optclip.clip(rules.Rule(init, update, "mine"))
+    return optclip.clip_by_rule(rules.Rule(init, update, "mine"))
 
 
 def run(tx):
@@ -27,7 +27,7 @@ def test_a_rule_that_returns_a_negative_or_nan_threshold_clips_to_zero(scope, va
         lambda norm: (),
         lambda norm, state, context: (rules.Limit(norm * value, norm * value), state),
     )
-    out, state = run(optclip.clip(rule, scope=scope))
+    out, state = run(optclip.clip_by_rule(rule, scope=scope))
     assert float(optclip.norms.global_norm(out)) == 0
     assert float(state.threshold) == 0
 
@@ -53,7 +53,7 @@ def test_a_rule_that_returns_something_else_is_an_error_with_its_name(update, me
 def test_the_state_of_another_transformation_is_an_error():
     adam = optax.adam(1e-3).init(PARAMS)
     with pytest.raises(TypeError, match="`ClipState` that `init` returned"):
-        optclip.clip(1.0).update(PARAMS, adam)
+        optclip.clip_by_rule(1.0).update(PARAMS, adam)
     other = optclip.clip_by_global_norm(1.0).init(PARAMS)
     with pytest.raises(ValueError, match="Call `init` again"):
         optclip.norm_growth_limiter(scope=scopes.tree()).update(PARAMS, other)
@@ -62,16 +62,24 @@ def test_the_state_of_another_transformation_is_an_error():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: optclip.clip(optclip.clip(1.0)), TypeError, "`rule` must be a rule"),
-        (lambda: optclip.clip("abc"), TypeError, "`rule` must be a number"),
-        (lambda: run(optclip.clip(rules.constant)), TypeError, "makes a rule, call it"),
         (
-            lambda: run(optclip.clip(rules.window_sigma)),
+            lambda: optclip.clip_by_rule(optclip.clip_by_rule(1.0)),
+            TypeError,
+            "`rule` must be a rule",
+        ),
+        (lambda: optclip.clip_by_rule("abc"), TypeError, "`rule` must be a number"),
+        (
+            lambda: run(optclip.clip_by_rule(rules.constant)),
             TypeError,
             "makes a rule, call it",
         ),
         (
-            lambda: optclip.clip(1.0, action=optclip.actions.soften),
+            lambda: run(optclip.clip_by_rule(rules.window_sigma)),
+            TypeError,
+            "makes a rule, call it",
+        ),
+        (
+            lambda: optclip.clip_by_rule(1.0, action=optclip.actions.soften),
             TypeError,
             r"call it, as in `action=actions.soften\(\)`",
         ),
@@ -95,17 +103,17 @@ def test_messages_name_what_the_user_wrote(build, error, message):
 
 
 def test_readers_say_what_they_were_not_given():
-    tx = optclip.clip(1.0)
+    tx = optclip.clip_by_rule(1.0)
     with pytest.raises(TypeError, match="got the optimizer itself"):
         optclip.metrics(tx)
     adam = optax.adam(1e-3).init(PARAMS)
     assert optclip.metrics(adam) == {}
     with pytest.raises(ValueError, match="no state of a clip"):
-        optclip.culprits(adam, PARAMS)
+        optclip.nonfinite_leaves(adam, PARAMS)
     with pytest.raises(ValueError, match="no metrics by leaf"):
         optclip.leaf_metrics(tx.init(PARAMS), PARAMS)
     leafwise = optclip.clip_by_leaf_norm(1.0).init(PARAMS)
-    for reader in (optclip.culprits, optclip.leaf_metrics):
+    for reader in (optclip.nonfinite_leaves, optclip.leaf_metrics):
         with pytest.raises(ValueError, match="call it outside of jit"):
             jax.jit(lambda s, r=reader: r(s, PARAMS) and None)(leafwise)
 
@@ -123,7 +131,9 @@ def test_patterns_that_find_no_leaf_are_errors():
 def test_a_label_of_none_is_an_error_that_names_masked():
     scope = optclip.scopes.label(lambda path: path if "w" in path else None)
     with pytest.raises(ValueError, match=r"got None for `b`.*`optax.masked`"):
-        optclip.clip(1.0, scope=scope).init({"w": jnp.ones(2), "b": jnp.ones(2)})
+        optclip.clip_by_rule(1.0, scope=scope).init(
+            {"w": jnp.ones(2), "b": jnp.ones(2)}
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,8 +151,8 @@ def test_schedules_are_refused_where_only_numbers_fit(make):
 
 
 def test_a_schedule_of_per_example_clip_is_refused_with_the_way_to_change_it():
-    with pytest.raises(TypeError, match="call `per_example_clip` within the step"):
-        optclip.per_example_clip(lambda p, x: p, lambda step: 1.0)
+    with pytest.raises(TypeError, match="call `clipped_grad` within the step"):
+        optclip.clipped_grad(lambda p, x: p, lambda step: 1.0)
 
 
 def test_a_map_is_refused_where_one_number_is_meant():
@@ -156,6 +166,6 @@ def test_a_rule_may_not_put_real_numbers_where_its_state_is_whole():
         return optclip.rules.Limit(norm, norm), state + 0.5
 
     rule = optclip.rules.Rule(lambda n: jnp.zeros(n.shape, jnp.int32), update, "mine")
-    tx = optclip.clip(rule)
+    tx = optclip.clip_by_rule(rule)
     with pytest.raises(ValueError, match="the rule `mine` returns real numbers where"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

@@ -20,15 +20,15 @@ def gradients(size=1.0):
 
 
 WHOLE = {
-    "clip": lambda: optclip.clip(6.5),
+    "clip": lambda: optclip.clip_by_rule(6.5),
     "clip_by_value": lambda: optclip.clip_by_value(3.0, record=True),
     "clip_by_unit_norm": lambda: optclip.clip_by_unit_norm(3.0),
     "zclip": lambda: optclip.zclip(warmup_steps=1, max_grad_norm=None),
     "spectral_clip": lambda: optclip.spectral_clip(3.0),
     "normalize_by_norm": optclip.normalize_by_norm,
-    "monitor": optclip.monitor,
+    "record_norms": optclip.record_norms,
     "skip_steps": lambda: optclip.skip_steps(
-        optax.chain(optclip.clip(6.5), optax.sgd(1.0))
+        optax.chain(optclip.clip_by_rule(6.5), optax.sgd(1.0))
     ),
 }
 
@@ -51,12 +51,12 @@ def test_gradients_of_a_part_are_treated_as_if_init_had_seen_that_part(name):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(MODEL))
     bad = gradients() | {"w": jnp.array([jnp.nan, jnp.inf])}
     _, state = jax.jit(tx.update)(bad, state, TRAINED)
-    (culprit,) = optclip.culprits(state, MODEL)
+    (culprit,) = optclip.nonfinite_leaves(state, MODEL)
     assert culprit[:5] == ("w", 3, 1, 1, 0)
 
 
-def test_a_monitor_has_the_norms_of_the_leaves_in_their_places():
-    _, state = run(optclip.monitor(), optclip.monitor().init(MODEL), steps=1)
+def test_record_norms_has_the_norms_of_the_leaves_in_their_places():
+    _, state = run(optclip.record_norms(), optclip.record_norms().init(MODEL), steps=1)
     rows = optclip.leaf_metrics(state, MODEL)
     assert rows == {"b/norm": 12, "eps/norm": 0, "frozen/norm": 0, "w/norm": 5}
 
@@ -65,17 +65,17 @@ def test_the_worst_leaf_of_a_spike_is_the_right_one():
     tx = optclip.skip_steps(optax.sgd(1.0), when=20.0)
     state = tx.init(MODEL)
     _, state = jax.jit(tx.update)(gradients(10.0), state, TRAINED)
-    (culprit,) = optclip.culprits(state, MODEL)
+    (culprit,) = optclip.nonfinite_leaves(state, MODEL)
     assert (culprit.path, culprit.norm) == ("b", 130.0)
 
 
 BY_LEAF = {
     "leaf": lambda: optclip.clip_by_leaf_norm(1.0),
-    "label": lambda: optclip.clip(1.0, scope=scopes.label(lambda path: path)),
+    "label": lambda: optclip.clip_by_rule(1.0, scope=scopes.label(lambda path: path)),
     "layer": lambda: optclip.clip_per_layer(1.0, 0),
     "unit": lambda: optclip.zclip(scope=scopes.unit()),
     "element": lambda: optclip.spam_clip(),
-    "u_clip": lambda: optclip.u_clip(optclip.clip(1.0)),
+    "u_clip": lambda: optclip.u_clip(optclip.clip_by_rule(1.0)),
     "stable_adam": lambda: optclip.scale_by_stable_adam(),
 }
 
@@ -96,7 +96,7 @@ def test_a_leaf_that_is_missing_is_still_an_error(name):
 
 
 def test_more_leaves_than_init_saw_are_an_error():
-    tx = optclip.clip(1.0)
+    tx = optclip.clip_by_rule(1.0)
     with pytest.raises(ValueError, match=r"`init` saw 2 leaves .* updates have 4"):
         tx.update(MODEL, tx.init(TRAINED), MODEL)
 
@@ -106,7 +106,7 @@ def test_an_equinox_model_given_whole_to_init_trains():
     model = eqx.nn.Sequential(
         [eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.nn.LayerNorm(3)]
     )
-    tx = optax.chain(optclip.monitor(), optclip.clip(0.1), optax.sgd(0.1))
+    tx = optax.chain(optclip.record_norms(), optclip.clip_by_rule(0.1), optax.sgd(0.1))
     other = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
     frozen = eqx.tree_at(lambda m: m.layers[1].weight, model, replace_fn=lambda x: None)
     ours, theirs = tx.init(model), other.init(model)
@@ -126,19 +126,19 @@ def test_an_equinox_model_given_whole_to_init_trains():
 PAIR = optax.LookaheadParams.init_synced({"w": jnp.ones(2), "b": jnp.ones(2)})
 FAST = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 12.0])}
 IN_FRONT = {
-    "clip": lambda: optclip.clip(6.5),
+    "clip": lambda: optclip.clip_by_rule(6.5),
     "leaf": lambda: optclip.clip_by_leaf_norm(6.0),
-    "label by tree": lambda: optclip.clip(
+    "label by tree": lambda: optclip.clip_by_rule(
         6.0, scope=scopes.label({"w": "x", "b": "y"})
     ),
     "layer": lambda: optclip.clip_per_layer(6.0, 0),
     "unit": lambda: optclip.adaptive_grad_clip(0.1),
     "element": lambda: optclip.spam_clip(),
     "spectral": lambda: optclip.spectral_clip(6.0),
-    "u_clip": lambda: optclip.u_clip(optclip.clip(6.5)),
+    "u_clip": lambda: optclip.u_clip(optclip.clip_by_rule(6.5)),
     "stable_adam": lambda: optclip.scale_by_stable_adam(weight_decay=0.1),
     "cap_update": lambda: optclip.cap_update(0.1),
-    "skip_steps": lambda: optclip.skip_steps(optclip.clip(6.5)),
+    "skip_steps": lambda: optclip.skip_steps(optclip.clip_by_rule(6.5)),
     "stabilize": lambda: optclip.stabilize(optax.sgd(1.0)),
 }
 
@@ -153,7 +153,9 @@ SLOW = ("layer", "unit", "element", "spectral", "cap_update")
 def test_in_front_of_lookahead_the_fast_parameters_count(name):
     alone = IN_FRONT[name]()
     tx = optax.chain(
-        optclip.monitor(), IN_FRONT[name](), optax.lookahead(optax.sgd(0.1), 3, 0.5)
+        optclip.record_norms(),
+        IN_FRONT[name](),
+        optax.lookahead(optax.sgd(0.1), 3, 0.5),
     )
     step = jax.jit(tx.update)
     updates, state = step(FAST, tx.init(PAIR), PAIR)
@@ -165,7 +167,7 @@ def test_in_front_of_lookahead_the_fast_parameters_count(name):
     for params in (PAIR, PAIR.fast):
         rows = optclip.leaf_metrics(state, params)
         assert (rows["w/norm"], rows["b/norm"]) == (5, 12)
-        assert optclip.culprits(bad, params)[0].path == "b"
+        assert optclip.nonfinite_leaves(bad, params)[0].path == "b"
 
 
 def test_skip_steps_around_lookahead_leaves_out_both_sets_of_updates():
@@ -175,11 +177,11 @@ def test_skip_steps_around_lookahead_leaves_out_both_sets_of_updates():
     assert not any(x.any() for x in jax.tree.leaves(updates))
     updates, state = jax.jit(tx.update)(FAST, state, PAIR)
     assert all(x.any() for x in jax.tree.leaves(updates))
-    assert [c.path for c in optclip.culprits(state, PAIR)] == ["b"]
+    assert [c.path for c in optclip.nonfinite_leaves(state, PAIR)] == ["b"]
 
 
 def test_behind_lookahead_the_slow_updates_pass():
-    tx = optax.chain(optax.lookahead(optax.sgd(1.0), 1, 0.5), optclip.clip(1.0))
+    tx = optax.chain(optax.lookahead(optax.sgd(1.0), 1, 0.5), optclip.clip_by_rule(1.0))
     updates, state = tx.update(FAST, tx.init(PAIR), PAIR)
     np.testing.assert_allclose(optclip.norms.global_norm(updates.fast), 1, rtol=1e-6)
     plain, _ = tx.update(FAST, tx.init(PAIR), PAIR)

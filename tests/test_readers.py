@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optclip
-from optclip import Culprit, scopes
+from optclip import NonfiniteLeaf, scopes
 
 PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
 GRADS = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 12.0])}  # norms 5, 12; 13
@@ -18,8 +18,8 @@ def bad(*names, value=np.nan):
 
 
 def watched():
-    """A monitor and a clip: two states that see the same leaves."""
-    return optax.chain(optclip.monitor(), optclip.clip_by_leaf_norm(6.0))
+    """`record_norms` and a clip: two states that see the same leaves."""
+    return optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(6.0))
 
 
 def run(tx, steps, params=PARAMS, state=None):
@@ -89,7 +89,7 @@ def check_readers(state, params, steps):
     for name, norm in (("a", 5), ("b", 12)):
         assert rows[f"{name}/norm_before"] == pytest.approx(norm)
         assert rows[f"{name}/norm"] == pytest.approx(norm)
-    found = optclip.culprits(state, params)
+    found = optclip.nonfinite_leaves(state, params)
     assert [(c.path, c.step, c.nan) for c in found] == [("b", steps - 2, 1)]
 
 
@@ -106,7 +106,7 @@ def test_readers_find_states_in_multi_steps():
     state = run(optax.MultiSteps(watched(), 2), [GRADS] * 5 + [bad("b")])
     assert optclip.metrics(state)["clip/steps"] == 3
     assert optclip.leaf_metrics(state, PARAMS)["a/norm"] == 5
-    assert optclip.culprits(state, PARAMS) == [Culprit("b", 2, 1, 0, 0)]
+    assert optclip.nonfinite_leaves(state, PARAMS) == [NonfiniteLeaf("b", 2, 1, 0, 0)]
 
 
 def test_readers_find_states_in_a_train_state():
@@ -146,8 +146,8 @@ def test_readers_find_states_in_an_nnx_optimizer(nesting):
 # The first group is bad at step 0, the second at steps 5 to 7, of ten.
 LATER = [bad("a"), *[GRADS] * 4, *[bad("b")] * 3, *[GRADS] * 2]
 ONE = {
-    "clip": lambda: optclip.clip(1.0),
-    "monitor": optclip.monitor,
+    "clip": lambda: optclip.clip_by_rule(1.0),
+    "record_norms": optclip.record_norms,
     "unit": lambda: optclip.clip_by_unit_norm(1.0, nonfinite="zero"),
     "spectral": lambda: optclip.spectral_clip(1.0),
 }
@@ -157,64 +157,66 @@ ONE = {
 @pytest.mark.parametrize("nest", [by_group, by_mask])
 def test_the_last_nonfinite_step_of_all_states_counts(nest, kind):
     state = run(nest(ONE[kind]), LATER)
-    assert optclip.culprits(state, PARAMS) == [Culprit("b", 7, 1, 0, 0)]
+    assert optclip.nonfinite_leaves(state, PARAMS) == [NonfiniteLeaf("b", 7, 1, 0, 0)]
 
 
 def test_all_leaves_that_were_bad_at_the_last_step_are_named_once():
     state = run(by_group(watched), [bad("a"), bad("a", "b"), GRADS])
     worse = {"a": jnp.array([np.inf, np.nan]), "b": bad("b")["b"]}
-    assert [c.path for c in optclip.culprits(state, PARAMS)] == ["a", "b"]
+    assert [c.path for c in optclip.nonfinite_leaves(state, PARAMS)] == ["a", "b"]
     state = run(by_group(watched), [worse], state=state)
-    assert optclip.culprits(state, PARAMS) == [
-        Culprit("a", 3, 1, 1, 0),
-        Culprit("b", 3, 1, 0, 0),
+    assert optclip.nonfinite_leaves(state, PARAMS) == [
+        NonfiniteLeaf("a", 3, 1, 1, 0),
+        NonfiniteLeaf("b", 3, 1, 0, 0),
     ]
 
 
 def test_each_step_that_a_group_left_out_is_named_the_newest_first():
     state = run(by_group(lambda: skipping(optax.sgd(0.1))), LATER)
-    found = [(c.path, c.step, c.nan) for c in optclip.culprits(state, PARAMS)]
+    found = [(c.path, c.step, c.nan) for c in optclip.nonfinite_leaves(state, PARAMS)]
     assert found == [("b", 7, 1), ("b", 6, 1), ("b", 5, 1), ("a", 0, 1)]
 
 
 def test_what_skip_steps_knows_of_a_leaf_is_preferred():
-    tx = optax.chain(optclip.monitor(), skipping(optax.sgd(0.1)))
+    tx = optax.chain(optclip.record_norms(), skipping(optax.sgd(0.1)))
     state = run(tx, [bad("b", value=np.inf), GRADS])
-    (culprit,) = optclip.culprits(state, PARAMS)
-    assert culprit == Culprit("b", 0, 0, 1, 0, norm=np.inf, loss=0.0)
+    (culprit,) = optclip.nonfinite_leaves(state, PARAMS)
+    assert culprit == NonfiniteLeaf("b", 0, 0, 1, 0, norm=np.inf, loss=0.0)
 
 
 def test_a_step_that_only_a_clip_met_stands_among_those_left_out():
     # The clip drops what is not finite, so that `skip_steps` after it sees spikes only.
     tx = optax.chain(
-        optclip.clip(1e3, nonfinite="drop"), skipping(optax.sgd(0.1), when=20.0)
+        optclip.clip_by_rule(1e3, nonfinite="drop"), skipping(optax.sgd(0.1), when=20.0)
     )
     spike = jax.tree.map(lambda x: 10 * x, GRADS)
     state = run(tx, [spike, GRADS, bad("a"), GRADS, spike])
-    found = [(c.path, c.step, c.nan) for c in optclip.culprits(state, PARAMS)]
+    found = [(c.path, c.step, c.nan) for c in optclip.nonfinite_leaves(state, PARAMS)]
     assert found == [("b", 4, 0), ("a", 2, 1), ("b", 0, 0)]
 
 
 def test_states_that_count_other_steps_are_compared_by_how_long_ago():
-    inner = optax.MultiSteps(optclip.clip(1.0), 2).gradient_transformation()
-    tx = optax.chain(optclip.monitor(), inner)
+    inner = optax.MultiSteps(optclip.clip_by_rule(1.0), 2).gradient_transformation()
+    tx = optax.chain(optclip.record_norms(), inner)
     state = run(tx, [GRADS, GRADS, GRADS, bad("b"), *[GRADS] * 4])
-    assert optclip.culprits(state, PARAMS) == [Culprit("b", 3, 1, 0, 0)]
+    assert optclip.nonfinite_leaves(state, PARAMS) == [NonfiniteLeaf("b", 3, 1, 0, 0)]
 
 
 def test_keys_of_a_partition_hold_the_labels_of_the_groups():
     tx = optax.chain(
-        optclip.clip(100.0),
+        optclip.clip_by_rule(100.0),
         optax.partition(
             {
-                "gen": optax.chain(optclip.clip(1.0), optclip.clip_by_leaf_norm(9.0)),
+                "gen": optax.chain(
+                    optclip.clip_by_rule(1.0), optclip.clip_by_leaf_norm(9.0)
+                ),
                 "disc": skipping(
-                    optax.chain(optclip.clip_by_leaf_norm(9.0), optclip.monitor())
+                    optax.chain(optclip.clip_by_leaf_norm(9.0), optclip.record_norms())
                 ),
             },
             {"a": "gen", "b": "disc"},
         ),
-        optclip.clip(50.0),
+        optclip.clip_by_rule(50.0),
     )
     state = run(tx, [GRADS])
     got = {k: float(x) for k, x in optclip.metrics(state).items()}
@@ -223,11 +225,11 @@ def test_keys_of_a_partition_hold_the_labels_of_the_groups():
     assert got["clip_2/gen/threshold"] == 9
     assert got["clip/disc/norm_before"] == 12
     assert got["skip/disc/norm"] == 12
-    assert got["monitor/disc/norm"] == 9
+    assert got["norms/disc/global_norm"] == 9
     assert got["clip_2/threshold"] == 50
     assert {key.rpartition("/")[0] for key in got} == {
         "clip", "clip_2", "clip/gen", "clip_2/gen", "clip/disc", "skip/disc",
-        "monitor/disc",
+        "norms/disc",
     }  # fmt: skip
     # Each leaf has one clip by leaf: nothing to be told apart.
     assert set(optclip.leaf_metrics(state, PARAMS)) == {
@@ -237,15 +239,17 @@ def test_keys_of_a_partition_hold_the_labels_of_the_groups():
 
 
 def test_metrics_of_two_optimizers_can_be_merged():
-    tx = optax.chain(optclip.monitor(), skipping(optclip.clip(1.0)))
+    tx = optax.chain(optclip.record_norms(), skipping(optclip.clip_by_rule(1.0)))
     states = {name: run(tx, [GRADS]) for name in ("actor", "critic")}
     merged: dict = {}
     for name, state in states.items():
         merged |= optclip.metrics(state, prefix=name)
     assert len(merged) == 2 * len(optclip.metrics(states["actor"]))
-    assert {"critic/norm_before", "critic/skip/norm", "critic/monitor/norm"} <= set(
-        merged
-    )
+    assert {
+        "critic/norm_before",
+        "critic/skip/norm",
+        "critic/norms/global_norm",
+    } <= set(merged)
     rows: dict = {}
     for name, state in states.items():
         rows |= optclip.leaf_metrics(state, PARAMS, prefix=name)
@@ -254,15 +258,15 @@ def test_metrics_of_two_optimizers_can_be_merged():
 
 def test_no_key_is_used_twice_whatever_the_labels():
     tx = optax.partition({"skip": watched(), "y": skipping()}, {"a": "skip", "b": "y"})
-    state = run(optax.chain(tx, skipping(optclip.clip(1.0))), [GRADS])
+    state = run(optax.chain(tx, skipping(optclip.clip_by_rule(1.0))), [GRADS])
     default = optclip.metrics(state)
     assert len(optclip.metrics(state, prefix="critic")) == len(default)
 
 
 def test_metrics_by_leaf_are_fetched_at_once(monkeypatch):
     tx = optax.chain(
-        optclip.monitor(), optclip.clip_by_leaf_norm(1.0),
-        optclip.clip_per_layer(1.0, 1), skipping(optclip.monitor()),
+        optclip.record_norms(), optclip.clip_by_leaf_norm(1.0),
+        optclip.clip_per_layer(1.0, 1), skipping(optclip.record_norms()),
     )  # fmt: skip
     state = run(tx, [bad("a")])
     calls = []
@@ -271,7 +275,7 @@ def test_metrics_by_leaf_are_fetched_at_once(monkeypatch):
     rows = optclip.leaf_metrics(state, PARAMS)
     assert len(calls) == 1
     assert all(type(x) is np.float32 for x in rows.values())
-    optclip.culprits(state, PARAMS)
+    optclip.nonfinite_leaves(state, PARAMS)
     assert len(calls) == 2
 
 
@@ -283,14 +287,14 @@ def test_readers_transfer_nothing_implicitly_and_promote_nothing(make):
         metrics = optclip.metrics(state)
         inside(state)
         optclip.leaf_metrics(state, PARAMS)
-        optclip.culprits(state, PARAMS)
+        optclip.nonfinite_leaves(state, PARAMS)
     assert all(isinstance(x, jax.Array) for x in metrics.values())
 
 
 WARMUPS = {
     "zclip": lambda: optclip.zclip(warmup_steps=3, max_grad_norm=None),
     "by leaf": lambda: optclip.zclip(scope=scopes.leaf()),
-    "no bound": lambda: optclip.clip(np.inf),
+    "no bound": lambda: optclip.clip_by_rule(np.inf),
     "by value": lambda: optclip.clip_by_value(np.inf, record=True),
     "spectral": lambda: optclip.spectral_clip(np.inf),
     "skip": lambda: skipping(optax.sgd(0.1)),
@@ -312,6 +316,8 @@ def test_a_threshold_that_does_not_exist_yet_is_the_largest_number(name):
 def test_norms_that_are_not_finite_stay_so():
     for value in (np.nan, np.inf):
         state = run(watched(), [bad("b", value=value)])
-        np.testing.assert_equal(float(optclip.metrics(state)["monitor/norm"]), value)
+        np.testing.assert_equal(
+            float(optclip.metrics(state)["norms/global_norm"]), value
+        )
         rows = optclip.leaf_metrics(state, PARAMS)
         np.testing.assert_equal(float(rows["b/norm_before"]), value)

@@ -34,10 +34,10 @@ CLIPS = {
     "value": functools.partial(optclip.clip_by_value, 0.5),
     "interval": functools.partial(optclip.clip_by_value, (-0.1, 0.7)),
     "schedule": functools.partial(optclip.clip_by_value, warming_up),
-    "tree": functools.partial(optclip.clip, 1.0),
-    "unit": functools.partial(optclip.clip, 1.0, scope=scopes.unit()),
+    "tree": functools.partial(optclip.clip_by_rule, 1.0),
+    "unit": functools.partial(optclip.clip_by_rule, 1.0, scope=scopes.unit()),
     "moments": functools.partial(
-        optclip.clip, rules.second_moment(2.0), scope=scopes.element()
+        optclip.clip_by_rule, rules.second_moment(2.0), scope=scopes.element()
     ),
 }
 
@@ -79,7 +79,7 @@ def test_a_rule_of_ones_own_sees_the_norm_of_the_tree_without_a_record():
         return Limit(context.tree_norm / 2, context.tree_norm / 2), state
 
     rule = Rule(lambda norm: (), update, "half")
-    tx = optclip.clip(rule, scope=scopes.element(), record=False)
+    tx = optclip.clip_by_rule(rule, scope=scopes.element(), record=False)
     got, _ = tx.update({"w": jnp.array([1.0, -4.0])}, tx.init({"w": jnp.zeros(2)}))
     chex.assert_trees_all_equal(got, {"w": jnp.array([1.0, -2.0])})
 
@@ -87,15 +87,15 @@ def test_a_rule_of_ones_own_sees_the_norm_of_the_tree_without_a_record():
 def test_readers_find_nothing_in_a_clip_without_a_record():
     tx = optax.chain(optclip.clip_by_value(0.5), optclip.clip_by_global_norm(1.0))
     _, state = tx.update(grads(), tx.init(PARAMS))
-    assert isinstance(state[0], optclip.UnrecordedState)
+    assert isinstance(state[0], optclip.states.UnrecordedState)
     assert set(optclip.metrics(state)) == set(optclip.metrics(state[1]))
-    assert optclip.culprits(state, PARAMS) == []
+    assert optclip.nonfinite_leaves(state, PARAMS) == []
     assert optclip.metrics(state[0]) == {}
     with pytest.raises(ValueError, match="`record=False`, as `clip_by_value` is"):
-        optclip.culprits(state[0], PARAMS)
+        optclip.nonfinite_leaves(state[0], PARAMS)
 
 
-@pytest.mark.parametrize("make", [optclip.clip, optclip.clip_by_value])
+@pytest.mark.parametrize("make", [optclip.clip_by_rule, optclip.clip_by_value])
 @pytest.mark.parametrize("record", [None, 1, "yes"])
 def test_record_must_be_true_or_false(make, record):
     with pytest.raises(TypeError, match="`record` must be True or False, got"):

@@ -17,11 +17,11 @@ pytest.importorskip("matplotlib")
 
 import optclip
 from optclip.diagnosis import __main__ as command
-from optclip.diagnosis.findings import Finding, Report
-from optclip.diagnosis.page import report
+from optclip.diagnosis.findings import Diagnosis, Finding
+from optclip.diagnosis.page import write_report
 from optclip.diagnosis.records import read_run
 from optclip.diagnosis.summary import diverged_at, headline, pick
-from optclip.telemetry import Culprit
+from optclip.telemetry import NonfiniteLeaf
 
 NAN, INF = float("nan"), float("inf")
 
@@ -297,7 +297,7 @@ TRAP = "<script>&\"'</script> $x_1$"
 
 def diagnosis(sites, cause="recurrence"):
     finding = Finding(cause, ("w",) * 9, TRAP, "Use `clip`.", "high", "measured")
-    return Report((finding,), {"sites": sites}, ("2 of 5 matmuls",))
+    return Diagnosis((finding,), {"sites": sites}, ("2 of 5 matmuls",))
 
 
 def noisy(number):
@@ -314,11 +314,11 @@ def spiky():
 
 
 BAD = [
-    Culprit("w", 3, True, True, False, NAN, 2.0),
-    Culprit(None, 4, False, False, False, 3.0, INF),
+    NonfiniteLeaf("w", 3, True, True, False, NAN, 2.0),
+    NonfiniteLeaf(None, 4, False, False, False, 3.0, INF),
 ]
 PAGES = {
-    "healthy": (noisy(600), Report((), {"sites": DEEP}), None),
+    "healthy": (noisy(600), Diagnosis((), {"sites": DEEP}), None),
     "spikes": (spiky(), diagnosis((*BROKEN, *TIME)), BAD),
     "diverged": (steps(200, norm={(87, None): NAN}), diagnosis(TALL), None),
     "five": (noisy(5), None, None),
@@ -334,10 +334,13 @@ def pages(tmp_path_factory):
 
     def page(name):
         if name not in made:
-            columns, found, culprits = PAGES[name]
+            columns, found, nonfinite_leaves = PAGES[name]
             folder = tmp_path_factory.mktemp("page") / "new" / "folder"
-            made[name] = report(
-                columns, diagnosis=found, culprits=culprits, output=folder
+            made[name] = write_report(
+                columns,
+                diagnosis=found,
+                nonfinite_leaves=nonfinite_leaves,
+                output=folder,
             )
         png, path = made[name]
         return png, path.read_text(encoding="utf-8")
@@ -455,7 +458,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_style(pages, tmp_path):
 
     with matplotlib.rc_context({"font.size": 30, "figure.facecolor": "black"}):
         before = dict(matplotlib.rcParams)
-        png, page = report(PAGES["five"][0], output=tmp_path)
+        png, page = write_report(PAGES["five"][0], output=tmp_path)
         assert dict(matplotlib.rcParams) == before
     first, text = pages("five")
     assert page.read_text(encoding="utf-8") == text
@@ -466,18 +469,18 @@ def test_several_runs_show_the_one_that_diverged(tmp_path):
     rows = [row(i, run=name) for name in ("a", "b") for i in range(4)]
     rows[-1]["norm_before"] = None
     log(tmp_path / "metrics.jsonl", rows)
-    _, page = report(tmp_path, output=tmp_path)
+    _, page = write_report(tmp_path, output=tmp_path)
     assert "Gradient report: b, seed 0" in page.read_text()
 
 
 def test_wrong_arguments(tmp_path):
     norms = [1.0, 2.0]
-    with pytest.raises(TypeError, match="`diagnosis` must be a Report of"):
-        report(norms, diagnosis=[], output=tmp_path)
+    with pytest.raises(TypeError, match="`diagnosis` must be a Diagnosis of"):
+        write_report(norms, diagnosis=[], output=tmp_path)
     with pytest.raises(TypeError, match="`output` must be a folder, got None"):
-        report(norms, output=None)
+        write_report(norms, output=None)
     with pytest.raises(ValueError, match=r"cannot be written to .*\. Name another"):
-        report(norms, output=__file__)
+        write_report(norms, output=__file__)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
@@ -487,7 +490,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "optclip\[report\]"'):
-        report([1.0], output=tmp_path)
+        write_report([1.0], output=tmp_path)
 
 
 # --- the command line -----------------------------------------------------------------

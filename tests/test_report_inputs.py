@@ -36,7 +36,7 @@ def test_numbers_beyond_what_floats_hold(tmp_path, capsys):
     rows = [{**row, "threshold": 1e250} for row in rows]
     assert command.main([str(log(tmp_path, rows))]) == 0
     assert "1 step not finite" in capsys.readouterr().out
-    said = str(optclip.suggest_threshold([1e-300, 1e300] * 20))
+    said = str(optclip.diagnosis.suggest_threshold([1e-300, 1e300] * 20))
     assert "a factor of 1e+600" in said
 
 
@@ -98,10 +98,12 @@ def test_any_name_can_be_shown(tmp_path, capsys, name):
         signal_out=1.0, dtype="float32", activation=None, source=None, stacked=False,
     )  # fmt: skip
     sites = tuple(Site(name, (name,), "matmul", i, **numbers) for i in range(3))
-    finding = optclip.Finding("depth", (name,), name, name, "high", "measured")
-    found = optclip.Report((finding,), {"sites": sites})
+    finding = optclip.diagnosis.Finding(
+        "depth", (name,), name, name, "high", "measured"
+    )
+    found = optclip.diagnosis.Diagnosis((finding,), {"sites": sites})
     rows = [{"run": name, "norm": 1.0 + i} for i in range(12)]
-    _, page = optclip.report(rows, diagnosis=found, output=tmp_path)
+    _, page = optclip.diagnosis.write_report(rows, diagnosis=found, output=tmp_path)
     text = page.read_text(encoding="utf-8")
     xml.etree.ElementTree.fromstring(text.replace("<!DOCTYPE html>", ""))
     assert "<script" not in text

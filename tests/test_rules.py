@@ -32,7 +32,7 @@ def test_negative_and_nan_thresholds_on_device_count_as_zero():
         rules.schedule(lambda step: -1.0),
         rules.relative_to_params(jnp.float32(-1.0)),
     ):
-        tx = optclip.clip(rule, scope=scopes.leaf())
+        tx = optclip.clip_by_rule(rule, scope=scopes.leaf())
         out, state = tx.update(grads, tx.init(grads), grads)
         np.testing.assert_array_equal(state.groups.group_threshold, [0, 0])
         np.testing.assert_array_equal(np.concatenate(out), np.zeros(5))
@@ -50,7 +50,7 @@ def test_relative_thresholds_are_shares_of_the_parameters_norm_or_of_the_floor()
 
 def test_an_interval_bounds_entries_from_both_sides():
     x = jnp.array([-5.0, -0.5, 0.5, 5.0])
-    tx = optclip.clip(rules.interval(-1.0, 2.0), scope=scopes.element())
+    tx = optclip.clip_by_rule(rules.interval(-1.0, 2.0), scope=scopes.element())
     np.testing.assert_array_equal(tx.update(x, tx.init(x))[0], [-1, -0.5, 0.5, 2])
 
 
@@ -106,7 +106,10 @@ def test_intervals_must_be_ordered_numbers():
     ("make", "name"),
     [
         (lambda: optclip.adaptive_grad_clip(), "adaptive_grad_clip"),
-        (lambda: optclip.clip(rules.relative_to_params(0.1)), "relative_to_params"),
+        (
+            lambda: optclip.clip_by_rule(rules.relative_to_params(0.1)),
+            "relative_to_params",
+        ),
     ],
 )
 def test_missing_params_are_an_error_that_names_the_transformation(make, name):

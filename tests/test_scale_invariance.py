@@ -84,7 +84,9 @@ CASES = {
         hard=False,
         error=1e-4,
     ),
-    "u_clip": Scaled(lambda c: optclip.u_clip(optclip.clip(2.0 * c)), scoped=False),
+    "u_clip": Scaled(
+        lambda c: optclip.u_clip(optclip.clip_by_rule(2.0 * c)), scoped=False
+    ),
     **{
         f"spectral_clip-{method}": Scaled(
             lambda c, m=method: optclip.spectral_clip(0.7 * c, method=m),
@@ -194,7 +196,7 @@ def test_a_norm_above_a_constant_history_by_rounding_only_is_not_a_spike(name, s
 
 def state_of(states):
     """Returns the scales and shares clipped of the first clip in a state."""
-    is_clip = lambda x: isinstance(x, optclip.ClipState)  # noqa: E731
+    is_clip = lambda x: isinstance(x, optclip.states.ClipState)  # noqa: E731
     clips = [s for s in jax.tree.leaves(states, is_leaf=is_clip) if is_clip(s)]
     return clips[0].scale, clips[0].clipped
 

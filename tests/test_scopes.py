@@ -20,7 +20,7 @@ ALL = {
 
 
 def clipped(scope, updates=PARAMS, threshold=1.0):
-    tx = optclip.clip(threshold, scope=scope)
+    tx = optclip.clip_by_rule(threshold, scope=scope)
     return jax.jit(tx.update)(updates, tx.init(updates))[0]
 
 
@@ -112,7 +112,7 @@ def half_of_mean():
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_users_rule_works_in_every_scope(name):
-    tx = optclip.clip(half_of_mean(), scope=ALL[name])
+    tx = optclip.clip_by_rule(half_of_mean(), scope=ALL[name])
     step = jax.jit(tx.update)
     out, state = step(PARAMS, tx.init(PARAMS))
     for leaf in jax.tree.leaves(out):
@@ -160,4 +160,4 @@ def test_labels_that_do_not_fit_are_errors():
 
 def test_a_scope_that_is_none_is_an_error():
     with pytest.raises(TypeError, match="`scope` must be a Scope made by"):
-        optclip.clip(1.0, scope="leaf")
+        optclip.clip_by_rule(1.0, scope="leaf")

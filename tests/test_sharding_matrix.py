@@ -62,14 +62,14 @@ def with_names(name):
 
 
 FIXED = ["clip", "clip-leaf", "clip-label", "clip_by_block_rms", "clip_by_value",
-         "soft_clip", "normalize_by_norm", "monitor"]  # fmt: skip
+         "soft_clip", "normalize_by_norm", "record_norms"]  # fmt: skip
 NAMES = [*FIXED, *adaptive.ADAPTIVE]
 QUICK = {
     ("skip_steps", "fsdp-tp", "manual-auto"), ("skip_steps", "fsdp", "explicit"),
     ("zclip", "fsdp-tp", "manual-specs"), ("adagc", "tp", "manual-unchecked"),
     ("stabilize", "fsdp-tp", "auto"), ("spam_clip", "stacked", "manual-specs"),
     ("scale_by_stable_adam", "tp", "manual-auto"), ("u_clip", "fsdp", "manual-auto"),
-    ("quantile_clip", "replicated", "pmap"), ("monitor", "stacked", "pmap"),
+    ("quantile_clip", "replicated", "pmap"), ("record_norms", "stacked", "pmap"),
 }  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_culprits_and_metrics_know_only_what_is_judged(wrapper):
     tx = WRAPPERS[wrapper](mask=TRAINED)
     state = tx.init(PARAMS)
     _, state = jax.jit(tx.update)(of_norm(jnp.nan, jnp.nan), state, PARAMS)
-    assert [c.path for c in optclip.culprits(state, PARAMS)] == ["train"]
+    assert [c.path for c in optclip.nonfinite_leaves(state, PARAMS)] == ["train"]
 
 
 @pytest.mark.parametrize("mask", [False, {"train": False, "frozen": False}])
@@ -274,7 +274,7 @@ def test_counters_stop_at_their_end_and_the_last_bad_steps_are_still_kept():
     state = counters_at_their_end(tx.init(PARAMS))
     for norm in (20.0, 1.0, 30.0, jnp.nan, 40.0):
         _, state = step(of_norm(norm, 0.0), state)
-        counters = state._replace(seen=state.seen._replace(leaf_code=()))
+        counters = state._replace(nonfinite=state.nonfinite._replace(leaf_code=()))
         for x in jax.tree.leaves(counters):
             assert x.dtype != jnp.int32 or np.min(x) >= -1
     metrics = optclip.metrics(state)
@@ -283,8 +283,8 @@ def test_counters_stop_at_their_end_and_the_last_bad_steps_are_still_kept():
     assert int(metrics["skip/in_a_row"]) == 3
     np.testing.assert_allclose(metrics["skip/recent_fraction"], 4 / 512)
     assert int(metrics["skip/recent_since"]) == MAX
-    state = state._replace(seen=tx.init(PARAMS).seen)
-    assert [c.norm for c in optclip.culprits(state, PARAMS)][:1] == [40.0]
+    state = state._replace(nonfinite=tx.init(PARAMS).nonfinite)
+    assert [c.norm for c in optclip.nonfinite_leaves(state, PARAMS)][:1] == [40.0]
     np.testing.assert_array_equal(state.last_bad.bad_norm, [40.0, np.nan])
 
 

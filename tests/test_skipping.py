@@ -120,7 +120,7 @@ def test_a_bad_loss_blames_no_leaf_and_may_be_called_value():
     tx = optclip.skip_steps(optax.sgd(1.0), when=10.0)
     out, state = tx.update(of_norm(1.0), tx.init(PARAMS), PARAMS, value=jnp.nan)
     chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, PARAMS))
-    (culprit,) = optclip.culprits(state, PARAMS)
+    (culprit,) = optclip.nonfinite_leaves(state, PARAMS)
     assert culprit.path is None
     assert culprit.norm == 1
     assert np.isnan(culprit.loss)
@@ -170,7 +170,7 @@ def test_one_skip_within_another_is_seen():
     figures = optclip.metrics(state)
     assert int(figures["skip/skipped_steps"]) == 0
     assert int(figures["skip_2/skipped_steps"]) == 1
-    assert [c.path for c in optclip.culprits(state, PARAMS)] == ["kernel"]
+    assert [c.path for c in optclip.nonfinite_leaves(state, PARAMS)] == ["kernel"]
 
 
 def test_a_loss_in_float8_is_a_number():
@@ -229,7 +229,7 @@ def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
     norms = [1.0, 3.0, np.nan, 3.0, np.nan, np.inf, np.nan, 3.0, 3.0, np.nan, 9.0, 9.0]
     skipped, state = run(tx, norms)
     assert np.flatnonzero(~np.array(skipped)).tolist() == [0, 8]
-    assert int(state.seen.nonfinite_steps) == 5
+    assert int(state.nonfinite.nonfinite_steps) == 5
 
 
 def test_constant_norms_and_losses_lock_nothing():
@@ -304,13 +304,13 @@ def test_metrics_and_culprits_tell_of_the_last_bad_steps():
     assert figures["skip/threshold"] == 10
     assert figures["skip/last_skipped_step"] == 4
     assert figures["clip/steps"] == 1  # what is inside never saw the others
-    found = optclip.culprits(state, PARAMS)
+    found = optclip.nonfinite_leaves(state, PARAMS)
     assert [(c.path, c.step, c.nan) for c in found] == [
         ("kernel", 4, 0), ("kernel", 3, 0), ("bias", 2, 1)
     ]  # fmt: skip
     assert [c.norm for c in found[:2]] == [40.0, 30.0]
     with pytest.raises(ValueError, match="has no parameter for 2"):
-        optclip.culprits(tx.init(PARAMS), {"other": jnp.ones(2)})
+        optclip.nonfinite_leaves(tx.init(PARAMS), {"other": jnp.ones(2)})
     assert [c.loss for c in found] == [4.0, 3.0, 2.0]
 
 
@@ -483,7 +483,7 @@ def test_older_steps_keep_the_kinds_of_their_worst_leaf():
     bad = of_norm(1.0)
     bad["kernel"] = bad["kernel"].at[0].set(-jnp.inf)
     _, state = tx.update(bad, state, PARAMS)
-    found = [c[:5] for c in optclip.culprits(state, PARAMS)]
+    found = [c[:5] for c in optclip.nonfinite_leaves(state, PARAMS)]
     assert found == [("kernel", 1, False, False, True), ("bias", 0, True, False, False)]
 
 

@@ -223,11 +223,11 @@ def leaf_reductions(compiled):
     return found
 
 
-def test_monitor_beside_a_clip_reduces_no_leaf_twice():
+def test_record_norms_beside_a_clip_reduces_no_leaf_twice():
     clip = optclip.clip_by_global_norm(1.0)
     count = functools.partial(compiled_step, shapes=SHAPES, dtype="float32")
     bare, alone = leaf_reductions(count()), leaf_reductions(count(clip))
-    both = leaf_reductions(count(optclip.monitor(), clip))
+    both = leaf_reductions(count(optclip.record_norms(), clip))
     assert bare == 0
     assert alone >= 2 * BLOCKS / 8  # leaves of one shape may be read together
     assert both == alone
@@ -238,7 +238,7 @@ def test_a_second_look_would_be_counted():
     clip = optclip.clip_by_global_norm(1.0)
     count = functools.partial(compiled_step, shapes=SHAPES, dtype="float32")
     alone = leaf_reductions(count(clip))
-    assert leaf_reductions(count(optclip.monitor(ord=1), clip)) > alone
+    assert leaf_reductions(count(optclip.record_norms(ord=1), clip)) > alone
 
 
 @each_dtype

@@ -33,7 +33,7 @@ def optimizer(specs):
         optax.chain(
             optclip.zclip(scope=stacked, warmup_steps=2, axis_name=specs),
             optclip.rolling_sigma_clip(window=4, scope=scopes.unit(), axis_name=specs),
-            optclip.monitor(axis_name=specs),
+            optclip.record_norms(axis_name=specs),
             optax.adam(1e-2),
         ),
         axis_name=specs,
@@ -68,7 +68,7 @@ def test_moments_are_sharded_like_parameters_and_statistics_like_their_groups():
     assert set(layers) == {P(None, "pipe")}
     windows = [leaf for leaf in jax.tree.leaves(state.optimizer_state[1]) if any(leaf)]
     assert any(("data", "pipe") in spec for spec in windows)
-    others = (state.seen, state.last_bad, state.optimizer_state[2])
+    others = (state.nonfinite, state.last_bad, state.optimizer_state[2])
     assert {spec for spec in jax.tree.leaves(others)} == {P()}
 
 
@@ -122,7 +122,7 @@ OPTIMIZERS = {
         {"a": optax.sgd(0.1, momentum=0.9), "b": optclip.adagc(scope=scopes.leaf())},
         lambda tree: {k: "a" if k.startswith("w") else "b" for k in tree},
     ),
-    "u_clip": lambda: optclip.u_clip(optclip.clip(1.0)),
+    "u_clip": lambda: optclip.u_clip(optclip.clip_by_rule(1.0)),
     "stable_adam": lambda: optclip.scale_by_stable_adam(),
     "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
     "elements with memory": lambda: optclip.spam_clip(),

@@ -74,7 +74,7 @@ def test_a_batch_of_states_gives_a_batch():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: optclip.clip(1.0), lambda: optax.adam(0.1), optax.identity]
+    "make", [lambda: optclip.clip_by_rule(1.0), lambda: optax.adam(0.1), optax.identity]
 )
 def test_without_a_wrapper_it_says_what_it_looked_for(make):
     with pytest.raises(ValueError, match="the state of a `skip_steps` or a `stabilize"):

@@ -70,7 +70,7 @@ def clean(seed=1, steps=300):
 @functools.cache
 def runner(name):
     """Returns a clip by this rule, and a compiled run of it over `AT_A_TIME` norms."""
-    tx = optclip.clip((FACTORS | OTHERS)[name][0], nonfinite="zero")
+    tx = optclip.clip_by_rule((FACTORS | OTHERS)[name][0], nonfinite="zero")
 
     def step(state, n):
         _, state = tx.update(jnp.stack([0.6 * n, 0.8 * n]), state)

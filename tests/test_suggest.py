@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optclip
-from optclip.diagnosis.findings import CAUSES, Finding, Report
+from optclip.diagnosis.findings import CAUSES, Diagnosis, Finding
 from optclip.diagnosis.thresholds import suggest_threshold
 
 USUAL = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
@@ -17,7 +17,7 @@ GRADS = [jnp.array([3.0, 4.0]) * (1 + i % 3) for i in range(30)]
 
 
 def found(cause, severity="high"):
-    return Report((Finding(cause, (), "seen", "do", severity, "measured"),), {})
+    return Diagnosis((Finding(cause, (), "seen", "do", severity, "measured"),), {})
 
 
 def after(transformation, grads):
@@ -153,7 +153,7 @@ def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
 def test_what_is_only_worth_knowing_is_no_reason_to_decline():
     report = found("initialization", "low")
     assert suggest_threshold(USUAL, diagnosis=report).max_norm == 6.0
-    assert suggest_threshold(USUAL, diagnosis=Report((), {})).max_norm == 6.0
+    assert suggest_threshold(USUAL, diagnosis=Diagnosis((), {})).max_norm == 6.0
 
 
 def test_text():
@@ -192,7 +192,7 @@ def test_reads_the_window_of_skip_steps_and_says_what_is_not_in_it():
 
 def test_reads_a_histogram_to_six_percent():
     rule = optclip.rules.log_histogram_percentile(10.0)
-    suggestion = suggest_threshold(after(optclip.clip(rule), GRADS))
+    suggestion = suggest_threshold(after(optclip.clip_by_rule(rule), GRADS))
     assert suggestion.max_norm == pytest.approx(10.0, rel=0.06)
     assert (suggestion.samples, suggestion.drift) == (30, None)
 
@@ -209,11 +209,11 @@ def test_counts_what_was_not_finite_in_a_state():
     ("make", "message"),
     [
         (lambda: optclip.clip_by_global_norm(1.0), "holds the last norm only"),
-        (optclip.monitor, "holds the last norm only"),
+        (optclip.record_norms, "holds the last norm only"),
         (optclip.zclip, "keeps only a running mean of the norms, now"),
         (optclip.quantile_clip, "keeps only a running quantile of the norms, now"),
     ],
-    ids=["constant", "monitor", "mean", "quantile"],
+    ids=["constant", "record_norms", "mean", "quantile"],
 )
 def test_declines_states_without_a_history(make, message):
     suggestion = suggest_threshold(after(make(), GRADS[:12]))
@@ -223,7 +223,7 @@ def test_declines_states_without_a_history(make, message):
 
 
 def test_declines_norms_of_parts():
-    clip = optclip.clip(
+    clip = optclip.clip_by_rule(
         optclip.rules.window_percentile(10.0, window=20), scope=optclip.scopes.leaf()
     )
     state = clip.init({"a": jnp.ones(2), "b": jnp.ones(3)})
@@ -261,7 +261,7 @@ def test_wrong_norms(norms, error, message):
 def test_wrong_options():
     with pytest.raises(ValueError, match="`quantile` must be between 0 and 1, got 2"):
         suggest_threshold(USUAL, quantile=2.0)
-    with pytest.raises(TypeError, match="`diagnosis` must be a Report of"):
+    with pytest.raises(TypeError, match="`diagnosis` must be a Diagnosis of"):
         suggest_threshold(USUAL, diagnosis=[])
 
 

@@ -1,4 +1,4 @@
-"""`optclip.tap` against backward passes written out by hand in NumPy."""
+"""`optclip.diagnosis.tap` against backward passes written out by hand in NumPy."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_an_mlp_by_hand():
     d3 = 2 * z3
     d2 = (d3 @ c.T) * (1 - h2**2)
     d1 = (d2 @ b.T) * (z1 + bias > 0)
-    found = optclip.tap(loss_fn, w, x)
+    found = optclip.diagnosis.tap(loss_fn, w, x)
     check(
         found.sites,
         [
@@ -123,7 +123,7 @@ def test_a_convolutional_network_by_hand():
     d2 = spread * (1 - h2**2)
     into1 = convolve_back(d2, k2, h1.shape)
     d1 = into1 * (z1 > 0)
-    found = optclip.tap(loss_fn, w, x)
+    found = optclip.diagnosis.tap(loss_fn, w, x)
     check(
         found.sites,
         [
@@ -167,7 +167,7 @@ def test_a_recurrent_network_by_hand(scanned):
         return jnp.sum(h**2)
 
     zs, hs, signals = recurrent(w.astype(np.float64), x)
-    found = optclip.tap(loss_fn, {"r": w}, x)
+    found = optclip.diagnosis.tap(loss_fn, {"r": w}, x)
     steps = len(found.sites)
     assert steps == (1 if scanned else 7)
     site = found.sites[0]
@@ -216,7 +216,7 @@ def test_a_transformer_block_by_hand():
     dq, dk, dv = dlogits @ k, dlogits.T @ q, a.T @ dmixed
     into = {n: d @ W[n].T for n, d in zip(names, (dq, dk, dv), strict=False)}
     ds = dy + sum(into.values())
-    found = {site.leaf: site for site in optclip.tap(loss_fn, w, x).sites}
+    found = {site.leaf: site for site in optclip.diagnosis.tap(loss_fn, w, x).sites}
     check(
         [found[n] for n in ("scale", *names, "up", "down")],
         [
@@ -262,8 +262,8 @@ def test_it_sees_through(name):
     def loss_fn(w, x):
         return jnp.sum(SAME[name](w, x) ** 2)
 
-    plain = optclip.tap(lambda w, x: jnp.sum(block(w, x) ** 2), W, X).sites
-    found = optclip.tap(loss_fn, W, X)
+    plain = optclip.diagnosis.tap(lambda w, x: jnp.sum(block(w, x) ** 2), W, X).sites
+    found = optclip.diagnosis.tap(loss_fn, W, X)
     assert found.total == len(found.sites)
     assert {s.leaf for s in found.sites} == {"w", "v"}
     if name != "relu beside":
@@ -273,8 +273,8 @@ def test_it_sees_through(name):
 
 
 def test_layers_in_a_scan_are_told_from_the_steps_of_a_recurrence():
-    found = optclip.tap(lambda w, x: jnp.sum(stacked(w, x) ** 2), W, X)
-    plain = optclip.tap(lambda w, x: jnp.sum(block(w, x) ** 2), W, X).sites
+    found = optclip.diagnosis.tap(lambda w, x: jnp.sum(stacked(w, x) ** 2), W, X)
+    plain = optclip.diagnosis.tap(lambda w, x: jnp.sum(block(w, x) ** 2), W, X).sites
     (site,) = found.sites
     assert site.stacked
     np.testing.assert_allclose(site.signal_out, [s.signal_out for s in plain], **CLOSE)
@@ -289,7 +289,7 @@ def test_a_scan_in_a_scan_gives_a_row_for_each_step():
 
         return jnp.sum(jax.lax.scan(outer, x, None, 2)[0])
 
-    (site,) = optclip.tap(loss_fn, W["w"], X).sites
+    (site,) = optclip.diagnosis.tap(loss_fn, W["w"], X).sites
     assert np.shape(site.signal_out) == (2, 3)
 
 
@@ -298,7 +298,7 @@ def test_a_branch_not_taken_sees_nothing():
         h = jax.lax.cond(x[0, 0] > 99, lambda: x @ w["w"], lambda: x @ w["v"])
         return jnp.sum(h**2)
 
-    sites = {s.leaf: s for s in optclip.tap(loss_fn, W, X).sites}
+    sites = {s.leaf: s for s in optclip.diagnosis.tap(loss_fn, W, X).sites}
     assert sites["w"].signal_out == 0
     assert sites["v"].signal_out > 0
 
@@ -312,7 +312,7 @@ def test_lookups_scales_and_parameters_put_together():
         h = p["table"][at] * p["gain"]
         return jnp.sum(h @ jnp.concatenate([p["a"], p["b"]], axis=1))
 
-    table, gain, kernel = optclip.tap(loss_fn, params, at).sites
+    table, gain, kernel = optclip.diagnosis.tap(loss_fn, params, at).sites
     assert (table.kind, gain.kind, kernel.kind) == ("embedding", "scale", "matmul")
     both = np.concatenate([params["a"], params["b"]], axis=1).astype(np.float64)
     signal = np.broadcast_to(both.sum(1), (3, 4))
@@ -335,7 +335,7 @@ def test_a_custom_rule_is_kept_and_said_to_be_out_of_reach():
     def loss_fn(w, x):
         return jnp.sum(tripled(w["v"], jnp.tanh(x @ w["w"])))
 
-    found = optclip.tap(loss_fn, W, X)
+    found = optclip.diagnosis.tap(loss_fn, W, X)
     (site,) = found.sites
     h = np.tanh(X @ W["w"].astype(np.float64))
     signal = 3 * np.ones((3, 4)) @ W["v"].T.astype(np.float64) * (1 - h**2)
@@ -353,7 +353,7 @@ def test_a_while_loop_is_out_of_reach_and_said_so():
         )[1]
         return jnp.sum((y @ w["w"]) ** 2)
 
-    found = optclip.tap(loss_fn, W, X)
+    found = optclip.diagnosis.tap(loss_fn, W, X)
     assert [s.leaf for s in found.sites] == ["w"]
     assert "while" in found.not_seen[0]
 
@@ -391,18 +391,22 @@ class Linen(nn.Module):
 def test_linen_and_nnx():
     model = Linen()
     variables = model.init(jax.random.key(0), X)
-    found = optclip.tap(lambda p, x: jnp.sum(model.apply(p, x) ** 2), variables, X)
+    found = optclip.diagnosis.tap(
+        lambda p, x: jnp.sum(model.apply(p, x) ** 2), variables, X
+    )
     leaves = [s.leaf for s in found.sites if s.kind == "matmul"]
     assert leaves == ["params/Dense_0/kernel", "params/Dense_1/kernel"]
     net = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-    found = optclip.tap(lambda net, x: jnp.sum(net(x) ** 2), net, X)
+    found = optclip.diagnosis.tap(lambda net, x: jnp.sum(net(x) ** 2), net, X)
     assert [s.leaf for s in found.sites] == ["kernel"]
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh", "softplus", "elu"])
 def test_activations_are_named(name):
     function = getattr(jax.nn, name)
-    found = optclip.tap(lambda w, x: jnp.sum(function(x @ w["w"]) @ w["v"]), W, X)
+    found = optclip.diagnosis.tap(
+        lambda w, x: jnp.sum(function(x @ w["w"]) @ w["v"]), W, X
+    )
     assert found.sites[1].activation in (
         name,
         "logaddexp" if name == "softplus" else "",
@@ -413,18 +417,20 @@ def test_a_signal_whose_square_overflows_is_measured_right():
     def loss_fn(w, x):
         return 1e25 * jnp.sum(x @ w)
 
-    (site,) = optclip.tap(loss_fn, W["w"], X).sites
+    (site,) = optclip.diagnosis.tap(loss_fn, W["w"], X).sites
     np.testing.assert_allclose(site.signal_out, 1e25 * np.sqrt(12), **CLOSE)
 
 
 def test_errors():
     with pytest.raises(ValueError, match="must return a real scalar, got float32 of"):
-        optclip.tap(lambda w, x: x @ w, W["w"], X)
+        optclip.diagnosis.tap(lambda w, x: x @ w, W["w"], X)
     with pytest.raises(ValueError, match="give `has_aux=True`"):
-        optclip.tap(lambda w, x: (jnp.sum(x @ w), x), W["w"], X)
+        optclip.diagnosis.tap(lambda w, x: (jnp.sum(x @ w), x), W["w"], X)
     with pytest.raises(ValueError, match="must return \\(loss, aux\\)"):
-        optclip.tap(lambda w, x: jnp.sum(x @ w), W["w"], X, has_aux=True)
-    found = optclip.tap(lambda w, x: (jnp.sum(x @ w), x), W["w"], X, has_aux=True)
+        optclip.diagnosis.tap(lambda w, x: jnp.sum(x @ w), W["w"], X, has_aux=True)
+    found = optclip.diagnosis.tap(
+        lambda w, x: (jnp.sum(x @ w), x), W["w"], X, has_aux=True
+    )
     assert len(found.sites) == 1
 
 
@@ -434,4 +440,4 @@ def test_an_unknown_version_of_jax_is_said_to_be_so(monkeypatch):
 
     monkeypatch.setattr(taps_module, "plan_program", plan_program)
     with pytest.raises(NotImplementedError, match="can't read the programs of JAX"):
-        optclip.tap(lambda w, x: jnp.sum(x @ w), W["w"], X)
+        optclip.diagnosis.tap(lambda w, x: jnp.sum(x @ w), W["w"], X)

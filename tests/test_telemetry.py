@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optclip
-from optclip import Culprit, scopes
+from optclip import NonfiniteLeaf, scopes
 
 PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
 GRADS = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 12.0])}  # norms 5, 12; 13
@@ -50,7 +50,7 @@ def test_an_empty_prefix_is_refused():
 
 
 def test_a_fresh_state_has_the_figures_that_its_docstring_says():
-    got = figures(optclip.clip(1.0).init(PARAMS))
+    got = figures(optclip.clip_by_rule(1.0).init(PARAMS))
     assert got.pop("clip/scale") == 1
     assert set(got.values()) == {0}
 
@@ -66,7 +66,7 @@ def test_metrics_of_a_leaf_clip_name_the_group_that_was_shortened_most():
 
 
 def test_of_groups_scaled_alike_the_smallest_threshold_is_told():
-    tx = optclip.clip({"a": 1.0, "b": 0.1}, scope=scopes.leaf())
+    tx = optclip.clip_by_rule({"a": 1.0, "b": 0.1}, scope=scopes.leaf())
     update = jax.jit(tx.update)
     for size in range(2, 40):
         # 1 / size and 0.1 / (0.1 * size) differ by rounding, to either side.
@@ -91,23 +91,25 @@ def test_metrics_of_a_value_clip_are_largest_magnitudes():
 def test_norm_before_is_nan_or_inf_as_the_updates_are():
     for value in (np.nan, np.inf):
         bad = {"a": jnp.array([value, 1.0]), "b": GRADS["b"]}
-        got = figures(stepped(optclip.clip(1.0), bad))
+        got = figures(stepped(optclip.clip_by_rule(1.0), bad))
         np.testing.assert_equal(got["clip/norm_before"], value)
 
 
 def with_inject():
     return optax.inject_hyperparams(
-        lambda rate: optax.chain(optclip.clip(6.5), optax.sgd(rate))
+        lambda rate: optax.chain(optclip.clip_by_rule(6.5), optax.sgd(rate))
     )(rate=0.1)
 
 
 NESTED = {
-    "chain": lambda: optax.chain(optclip.clip(6.5), optax.adam(1e-3)),
-    "nested chain": lambda: optax.chain(optax.chain(optclip.clip(6.5)), optax.sgd(1.0)),
-    "MultiSteps": lambda: optax.MultiSteps(optclip.clip(6.5), 1),
+    "chain": lambda: optax.chain(optclip.clip_by_rule(6.5), optax.adam(1e-3)),
+    "nested chain": lambda: optax.chain(
+        optax.chain(optclip.clip_by_rule(6.5)), optax.sgd(1.0)
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(optclip.clip_by_rule(6.5), 1),
     "inject_hyperparams": with_inject,
-    "apply_if_finite": lambda: optax.apply_if_finite(optclip.clip(6.5), 3),
-    "masked": lambda: optax.masked(optclip.clip(6.5), {"a": True, "b": True}),
+    "apply_if_finite": lambda: optax.apply_if_finite(optclip.clip_by_rule(6.5), 3),
+    "masked": lambda: optax.masked(optclip.clip_by_rule(6.5), {"a": True, "b": True}),
 }
 
 
@@ -122,7 +124,9 @@ def test_metrics_are_found_at_any_depth(nesting):
 def test_metrics_are_found_in_an_nnx_optimizer():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optclip.monitor(), optax.sgd(0.1))
+    tx = optax.chain(
+        optclip.clip_by_leaf_norm(1.0), optclip.record_norms(), optax.sgd(0.1)
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -142,10 +146,12 @@ def test_metrics_are_found_in_an_nnx_optimizer():
 
 
 def test_several_clips_are_told_apart_in_the_order_of_the_chain():
-    tx = optax.chain(optclip.monitor(), optclip.clip(6.5), optclip.clip(1.3))
+    tx = optax.chain(
+        optclip.record_norms(), optclip.clip_by_rule(6.5), optclip.clip_by_rule(1.3)
+    )
     got = figures(stepped(tx), prefix="grad")
-    assert got["grad/monitor/norm"] == 13
-    assert got["grad/monitor/steps"] == 1
+    assert got["grad/norms/global_norm"] == 13
+    assert got["grad/norms/steps"] == 1
     assert got["grad/norm_before"] == 13
     np.testing.assert_allclose(got["grad_2/norm_before"], 6.5, rtol=1e-6)
     np.testing.assert_allclose(got["grad_2/norm_after"], 1.3, rtol=1e-6)
@@ -153,7 +159,7 @@ def test_several_clips_are_told_apart_in_the_order_of_the_chain():
 
 
 def test_metrics_inside_jit_are_those_outside():
-    tx = optclip.clip(6.5)
+    tx = optclip.clip_by_rule(6.5)
 
     @jax.jit
     def step(updates, state):
@@ -168,8 +174,8 @@ def test_metrics_inside_jit_are_those_outside():
 def test_a_state_without_a_clip_has_no_metrics():
     state = optax.adam(1e-3).init(PARAMS)
     assert optclip.metrics(state) == {}
-    # Of leaf_metrics and culprits an empty answer would be taken for a good one: see
-    # test_misuse.py.
+    # Of leaf_metrics and nonfinite_leaves an empty answer would be taken for a good
+    # one: see test_misuse.py.
 
 
 def rows(tx, params=PARAMS, grads=GRADS):
@@ -185,7 +191,7 @@ def test_leaf_metrics_of_a_leaf_clip():
 
 
 def test_leaf_metrics_of_a_label_clip_are_those_of_the_label():
-    tx = optclip.clip(6.5, scope=scopes.label(lambda path: "both"))
+    tx = optclip.clip_by_rule(6.5, scope=scopes.label(lambda path: "both"))
     got = rows(tx)
     assert got["a/norm_before"] == got["b/norm_before"] == 13
     assert got["a/scale"] == got["b/scale"] == 0.5
@@ -203,8 +209,8 @@ def test_leaf_metrics_of_a_layer_clip_number_the_layers():
 
 def test_leaf_metrics_of_a_second_clip_and_of_monitors_are_told_apart():
     tx = optax.chain(
-        optclip.monitor(), optclip.clip_by_leaf_norm(6.0),
-        optclip.clip_by_leaf_norm(1.0), optclip.monitor(),
+        optclip.record_norms(), optclip.clip_by_leaf_norm(6.0),
+        optclip.clip_by_leaf_norm(1.0), optclip.record_norms(),
     )  # fmt: skip
     got = rows(tx)
     assert got["b/norm"] == 12
@@ -213,7 +219,7 @@ def test_leaf_metrics_of_a_second_clip_and_of_monitors_are_told_apart():
 
 
 @pytest.mark.parametrize("wrap", ["masked", "partition"])
-def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
+def test_leaf_metrics_and_nonfinite_leaves_name_the_right_leaf_of_a_part(wrap):
     inner = optclip.clip_by_leaf_norm(6.0)
     tx = {
         "masked": lambda: optax.masked(inner, {"a": False, "b": True}),
@@ -223,28 +229,28 @@ def test_leaf_metrics_and_culprits_name_the_right_leaf_of_a_part(wrap):
     }[wrap]()
     assert set(rows(tx)) == {"b/norm_before", "b/threshold", "b/scale"}
     bad = {"a": GRADS["a"], "b": jnp.array([np.nan, np.inf])}
-    assert optclip.culprits(stepped(tx, bad), PARAMS) == [
-        Culprit("b", 0, True, True, False)
+    assert optclip.nonfinite_leaves(stepped(tx, bad), PARAMS) == [
+        NonfiniteLeaf("b", 0, True, True, False)
     ]
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: optclip.clip(1.0),
+        lambda: optclip.clip_by_rule(1.0),
         lambda: optclip.clip_by_unit_norm(1.0),
         lambda: optclip.clip_by_value(1.0, record=True),
-        lambda: optclip.clip(1.0, ord=3, nonfinite="drop"),
-        optclip.monitor,
+        lambda: optclip.clip_by_rule(1.0, ord=3, nonfinite="drop"),
+        optclip.record_norms,
     ],
-    ids=["tree", "unit", "element", "ord3-drop", "monitor"],
+    ids=["tree", "unit", "element", "ord3-drop", "record_norms"],
 )
-def test_culprits_tell_what_each_leaf_held_in_the_order_of_the_tree(make):
+def test_nonfinite_leaves_tell_what_each_leaf_held_in_the_order_of_the_tree(make):
     bad = {"a": jnp.array([-np.inf, 1.0]), "b": jnp.array([np.nan, np.inf])}
     state = stepped(make(), GRADS, bad, GRADS)
-    assert optclip.culprits(state, PARAMS) == [
-        Culprit("a", 1, False, False, True),
-        Culprit("b", 1, True, True, False),
+    assert optclip.nonfinite_leaves(state, PARAMS) == [
+        NonfiniteLeaf("a", 1, False, False, True),
+        NonfiniteLeaf("b", 1, True, True, False),
     ]
 
 
@@ -255,19 +261,21 @@ def test_other_parameters_than_those_of_init_are_an_error():
     with pytest.raises(ValueError, match="that the optimizer was initialised with"):
         optclip.leaf_metrics(state, {"c": jnp.zeros(2)})
     with pytest.raises(ValueError, match="that the optimizer was initialised with"):
-        optclip.culprits(state, {"c": jnp.zeros(2)})
+        optclip.nonfinite_leaves(state, {"c": jnp.zeros(2)})
 
 
 def test_a_batch_of_states_is_an_error_that_says_what_to_do():
-    state = jax.tree.map(lambda x: jnp.stack([x, x]), optclip.clip(1.0).init(PARAMS))
+    state = jax.tree.map(
+        lambda x: jnp.stack([x, x]), optclip.clip_by_rule(1.0).init(PARAMS)
+    )
     with pytest.raises(ValueError, match="take one of them"):
-        optclip.culprits(state, PARAMS)
+        optclip.nonfinite_leaves(state, PARAMS)
     assert optclip.metrics(state)["clip/scale"].shape == (2,)
 
 
-def test_a_monitor_changes_nothing_bitwise():
+def test_record_norms_changes_nothing_bitwise():
     updates = {"a": jnp.array([np.nan, 1e-42, -0.0]), "b": jnp.array([np.inf, 3e38])}
-    tx = optclip.monitor(ord=1)
+    tx = optclip.record_norms(ord=1)
     out, _ = jax.jit(tx.update)(updates, tx.init(updates))
     for key, value in updates.items():
         a, b = np.asarray(out[key]), np.asarray(value)

@@ -36,7 +36,7 @@ def norms(tree):
 @pytest.mark.parametrize("order", [("encoder", "decoder"), ("decoder", "encoder")])
 def test_labels_get_their_own_threshold_in_whatever_order_they_are_written(order):
     table = {name: TABLE[name] for name in order}
-    updates, _ = out(optclip.clip(table, scope=BY_MODULE))
+    updates, _ = out(optclip.clip_by_rule(table, scope=BY_MODULE))
     np.testing.assert_allclose(norms(updates)["encoder"], 5.0, rtol=1e-6)
     np.testing.assert_allclose(norms(updates)["decoder"], 1.0, rtol=1e-6)
 
@@ -44,7 +44,7 @@ def test_labels_get_their_own_threshold_in_whatever_order_they_are_written(order
 @pytest.mark.parametrize(
     "value", [[1.0, 5.0], np.array([1.0, 5.0])], ids=["list", "np"]
 )
-@pytest.mark.parametrize("make", [optclip.clip, optclip.soft_clip])
+@pytest.mark.parametrize("make", [optclip.clip_by_rule, optclip.soft_clip])
 def test_an_array_of_thresholds_is_refused_in_label_scope(make, value):
     tx = make(jnp.asarray(value), scope=BY_MODULE)
     with pytest.raises(ValueError, match=r"Give a map, as \{"):
@@ -52,7 +52,9 @@ def test_an_array_of_thresholds_is_refused_in_label_scope(make, value):
 
 
 def test_a_schedule_of_arrays_is_refused_in_label_scope():
-    tx = optclip.clip(lambda step: jnp.array([1.0, 5.0]) * (step + 1), scope=BY_MODULE)
+    tx = optclip.clip_by_rule(
+        lambda step: jnp.array([1.0, 5.0]) * (step + 1), scope=BY_MODULE
+    )
     with pytest.raises(ValueError, match="JAX sorts the keys"):
         out(tx)
 
@@ -95,7 +97,7 @@ def test_schedules_and_rules_are_values_too():
         "encoder": optax.linear_schedule(4.0, 0.0, 4),
         "decoder": rules.previous_norm(1.5),
     }
-    tx = optclip.clip(table, scope=BY_MODULE)
+    tx = optclip.clip_by_rule(table, scope=BY_MODULE)
     state = tx.init(GRADS)
     chex.assert_trees_all_equal_shapes_and_dtypes(
         state, jax.eval_shape(tx.update, GRADS, state)[1]
@@ -114,13 +116,13 @@ def test_schedules_and_rules_are_values_too():
 
 def test_a_function_of_the_name_is_a_table():
     rule = rules.by_name(lambda label: {"encoder": 5.0, "decoder": 1.0}[label])
-    updates, _ = out(optclip.clip(rule, scope=BY_MODULE))
+    updates, _ = out(optclip.clip_by_rule(rule, scope=BY_MODULE))
     np.testing.assert_allclose(norms(updates)["decoder"], 1.0, rtol=1e-6)
 
 
 def test_labels_need_not_be_strings():
     labels = {"encoder": 0, "decoder": 1}
-    tx = optclip.clip({0: 5.0, 1: 1.0}, scope=scopes.label(labels))
+    tx = optclip.clip_by_rule({0: 5.0, 1: 1.0}, scope=scopes.label(labels))
     np.testing.assert_allclose(norms(out(tx)[0])["encoder"], 5.0, rtol=1e-6)
 
 
@@ -136,7 +138,7 @@ def test_units_and_layers_of_leaves_of_one_shape_keep_their_own_thresholds():
 
 def test_infinity_leaves_a_group_unclipped_bitwise():
     updates, _ = out(
-        optclip.clip({"encoder": jnp.inf, "decoder": 1.0}, scope=BY_MODULE)
+        optclip.clip_by_rule({"encoder": jnp.inf, "decoder": 1.0}, scope=BY_MODULE)
     )
     chex.assert_trees_all_equal(updates["encoder"], GRADS["encoder"])
 
@@ -146,8 +148,8 @@ def test_thresholds_by_name_agree_under_shard_map():
         pytest.skip("needs eight devices")
     grads = {"encoder": jnp.arange(16.0), "decoder": jnp.arange(16.0)}
     specs = {"encoder": P("x"), "decoder": P()}
-    wanted, _ = out(optclip.clip(TABLE, scope=BY_MODULE), grads)
-    tx = optclip.clip(TABLE, scope=BY_MODULE, axis_name="auto")
+    wanted, _ = out(optclip.clip_by_rule(TABLE, scope=BY_MODULE), grads)
+    tx = optclip.clip_by_rule(TABLE, scope=BY_MODULE, axis_name="auto")
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
     whole = jax.tree.map(lambda _: P(), tx.init(grads))
     run = jax.shard_map(
@@ -161,12 +163,13 @@ ERRORS = [
     (lambda: optclip.clip_by_global_norm(TABLE).init(GRADS), "which is one group"),
     (lambda: optclip.clip_by_leaf_norm({"encoder": 1.0}).init(GRADS),
      "no threshold for the group 'decoder/bias'"),
-    (lambda: optclip.clip({"encoder": -1.0}, scope=BY_MODULE), "must be >= 0"),
-    (lambda: optclip.clip({}, scope=BY_MODULE), "threshold for each group"),
+    (lambda: optclip.clip_by_rule({"encoder": -1.0}, scope=BY_MODULE), "must be >= 0"),
+    (lambda: optclip.clip_by_rule({}, scope=BY_MODULE), "threshold for each group"),
     (lambda: rules.by_name(3.0), "must be a map"),
-    (lambda: optclip.clip({"encoder": (1.0, 2.0)}, scope=BY_MODULE), "a number, an"),
+    (lambda: optclip.clip_by_rule({"encoder": (1.0, 2.0)}, scope=BY_MODULE),
+     "a number, an"),
     (lambda: optclip.skip_steps(optax.sgd(0.1), when=TABLE), "since one norm is"),
-    (lambda: optclip.clip({"encoder": -2.0}, scope=BY_MODULE),
+    (lambda: optclip.clip_by_rule({"encoder": -2.0}, scope=BY_MODULE),
      r"`table\['encoder'\]` must be >= 0, got -2.0"),
     (lambda: optclip.skip_steps(optax.sgd(0.1), when_loss=(1.0, 2.0)),
      r"`when_loss` must be a number .* got \(1.0, 2.0\) of type tuple"),

@@ -100,7 +100,7 @@ QUESTIONS = [
      "mend the cause, then ask on"),
     ("Are there NaN, or whole batches that are wrong?", "skip_steps(optimizer)",
      "leave such steps out; a clip inside"),
-    ("Are single examples wrong?", "per_example_clip(loss_fn, 1.0)",
+    ("Are single examples wrong?", "clipped_grad(loss_fn, 1.0)",
      "each counts for its share at most"),
     ("Does one layer explode and slow the others?", "clip_by_leaf_norm(1.0), adagc()",
      "each leaf by its own norm"),

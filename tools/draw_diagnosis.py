@@ -61,9 +61,9 @@ def cross_entropy(params, batch, layer=plain, reduce=jnp.mean):
 
 
 def sites_of(params, layer=plain):
-    """Returns what `optclip.tap` sees at the hidden layers."""
+    """Returns what `optclip.diagnosis.tap` sees at the hidden layers."""
     loss = functools.partial(cross_entropy, layer=layer)
-    sites = optclip.tap(loss, params, data()).sites
+    sites = optclip.diagnosis.tap(loss, params, data()).sites
     return [site for site in sites if site.leaf.startswith("hidden")]
 
 
@@ -168,7 +168,7 @@ def draw_recurrence():
     lines = []
     for factor, style in ((1.15, BAD), (1.0, GOOD)):
         params = {"recurrent": factor * turn, "last": last}
-        signal = optclip.tap(loss, params, x).sites[0].signal_out
+        signal = optclip.diagnosis.tap(loss, params, x).sites[0].signal_out
         lines.append((signal, rf"$\times${factor:g} a step", style))
     return over_layers(*lines, what="step of the sequence")
 
@@ -244,7 +244,9 @@ def draw_overflow():
     words = "float16: the largest entry of\nthe next layer is infinite"
     half = (narrow, words, BAD, (-2, -28))
     for loss, words, style, shift in (wide, half):
-        sites = optclip.tap(loss, weights_of(10, 1.8), (1000 * x, labels)).sites[:10]
+        sites = optclip.diagnosis.tap(
+            loss, weights_of(10, 1.8), (1000 * x, labels)
+        ).sites[:10]
         sizes = [site.rms_out for site in sites]
         curve(axes, np.arange(1, 11), sizes, words, style, shift, marker="o")
     axes.axhline(65504, color="black", linewidth=1.2)

@@ -64,7 +64,7 @@ NUMBERS = {
 
 
 def apply(action, problem, scenario, seed):
-    """Returns the problem after an `Action`.
+    """Returns the problem after an `Remedy`.
 
     An action that changes the program is carried out through the scenario's variants;
     what was done to the problem before is then lost.
@@ -95,7 +95,7 @@ def first_applicable(actions, problem, scenario, seed):
 def apply_all(findings, problem, scenario, seed):
     """Returns the problem after the first action of each finding that can be done."""
     actions = [
-        first_applicable(finding.actions, problem, scenario, seed)[0]
+        first_applicable(finding.remedies, problem, scenario, seed)[0]
         for finding in findings
     ]
     # A change of the program begins anew, so that changes of numbers come after it.

@@ -19,7 +19,7 @@ from benchmarks._results import machine, parser, write
 from benchmarks.diagnosis import tables
 from benchmarks.diagnosis.apply import apply_all, first_applicable, trains
 from benchmarks.diagnosis.scenarios import split
-from optclip.diagnosis.diagnose import diagnose
+from optclip.diagnosis._diagnose import diagnose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def follow(scenario, problem, findings, seed):
     """Returns what the first remedy did, whether it helped, and whether all do."""
     if not findings:
         return "", False, False
-    action, after = first_applicable(findings[0].actions, problem, scenario, seed)
+    action, after = first_applicable(findings[0].remedies, problem, scenario, seed)
     words = _words(action)
     if action is None:
         return words, False, False

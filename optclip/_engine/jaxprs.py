@@ -1,27 +1,39 @@
-"""Programs as JAX traces them: equations carried out one by one."""
+"""Jaxprs, the programs that JAX traces: their equations evaluated one by one.
+
+`jax.extend` is imported where it is used: importing optclip does without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend import core
+__all__ = ["carried_out", "closed", "is_literal"]
 
-__all__ = ["carried_out", "closed"]
+
+def is_literal(atom: Any) -> bool:
+    """Returns whether an operand of an equation is a constant in the program."""
+    from jax.extend import core
+
+    return isinstance(atom, core.Literal)
 
 
 def closed(jaxpr: Any, consts: Any = ()) -> Any:
     """Returns a jaxpr with its constants, which some primitives leave out."""
     if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
         return jaxpr
+    from jax.extend import core
+
     return core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def carried_out(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Carries one equation of a jaxpr out as JAX would, custom rules included."""
+    from jax.extend import core
+
     given, invars, kept = [], [], {}
     for atom, value in zip(eqn.invars, values, strict=True):
-        if not isinstance(atom, core.Literal) and atom not in kept:
+        if not is_literal(atom) and atom not in kept:
             kept[atom] = True
             invars.append(atom)
             given.append(value)

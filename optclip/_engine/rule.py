@@ -81,7 +81,7 @@ class Rule(NamedTuple):
 
 
 def keep_where(
-    kept: jax.Array, old: Any, new: Any, across: Callable = lambda x: x
+    kept: jax.Array, old: Any, new: Any, across: Callable[..., Any] = lambda x: x
 ) -> Any:
     """Returns a rule's new state, but the old one of the groups that are ``kept``.
 

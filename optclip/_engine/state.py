@@ -14,7 +14,7 @@ from optclip._engine.numerics import LAST_COUNT, increment
 __all__ = [
     "ClipState",
     "GroupStats",
-    "Seen",
+    "NonfiniteStats",
     "UnrecordedState",
     "count_event",
     "finite_threshold",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class Seen(NamedTuple):
+class NonfiniteStats(NamedTuple):
     """What non-finite entries a transformation met.
 
     Attributes:
@@ -40,8 +40,8 @@ class Seen(NamedTuple):
             first update is number 0; -1 if there was none.
         nonfinite_kinds: int32[leaves, 3]. 1 where a leaf held NaN, +inf, -inf at that
             update, else 0; 0 at first.
-        leaf_code: int32[leaves]. A code of each leaf's path, by which `culprits` and
-            `leaf_metrics` find its name.
+        leaf_code: int32[leaves]. A code of each leaf's path, by which
+            `nonfinite_leaves` and `leaf_metrics` find its name.
     """
 
     nonfinite_steps: jax.Array
@@ -72,10 +72,10 @@ class GroupStats(NamedTuple):
 
 
 class ClipState(NamedTuple):
-    """State of every transformation made by `optclip.clip`.
+    """State of every transformation made by `optclip.clip_by_rule`.
 
     All arrays have shapes and dtypes that never change. Read them with
-    `optclip.metrics`, `optclip.leaf_metrics` and `optclip.culprits`.
+    `optclip.metrics`, `optclip.leaf_metrics` and `optclip.nonfinite_leaves`.
 
     Attributes:
         rule_state: What the rule remembers, a tuple with one entry for each array of
@@ -94,7 +94,7 @@ class ClipState(NamedTuple):
         steps: int32 scalar. Updates so far. All counters stop at 2**31 - 1.
         clipped_steps: int32 scalar. Updates in which a group was above its threshold;
             stops when ``steps`` does.
-        seen: A `Seen`: the non-finite entries.
+        nonfinite: A `NonfiniteStats`: the non-finite entries.
         groups: A `GroupStats` in leaf, label and layer scope, else None.
     """
 
@@ -106,7 +106,7 @@ class ClipState(NamedTuple):
     clipped: jax.Array
     steps: jax.Array
     clipped_steps: jax.Array
-    seen: Seen
+    nonfinite: NonfiniteStats
     groups: GroupStats | None
 
 
@@ -161,9 +161,9 @@ def finite_threshold(tree: Any) -> Any:
     )
 
 
-def init_nonfinite(paths: Sequence[str]) -> Seen:
-    """Returns the `Seen` of a transformation that has met nothing yet."""
-    return Seen(
+def init_nonfinite(paths: Sequence[str]) -> NonfiniteStats:
+    """Returns the `NonfiniteStats` of a transformation that has met nothing yet."""
+    return NonfiniteStats(
         nonfinite_steps=scalar(0, jnp.int32),
         last_nonfinite_step=scalar(-1, jnp.int32),
         nonfinite_kinds=jnp.zeros((max(len(paths), 1), 3), jnp.int32),
@@ -187,7 +187,7 @@ def init_clip_state(paths: Sequence[str]) -> ClipState:
     )
 
 
-def row_numbers(seen: Seen, paths: Sequence[str]) -> jax.Array:
+def row_numbers(seen: NonfiniteStats, paths: Sequence[str]) -> jax.Array:
     """Returns which row of a state each leaf has; past the end if `init` had it not.
 
     For updates in which some leaves are None that `init` saw: the others are found by
@@ -202,7 +202,7 @@ def row_numbers(seen: Seen, paths: Sequence[str]) -> jax.Array:
 
 
 def per_leaf(
-    values: jax.Array, like: jax.Array, seen: Seen, paths: Sequence[str]
+    values: jax.Array, like: jax.Array, seen: NonfiniteStats, paths: Sequence[str]
 ) -> jax.Array:
     """Returns a row per leaf of the updates as rows per leaf that `init` saw."""
     if values.shape == like.shape:
@@ -226,15 +226,15 @@ def count_event(
 
 
 def record_nonfinite(
-    seen: Seen,
+    seen: NonfiniteStats,
     kinds: jax.Array,
     bad: jax.Array,
     step: jax.Array,
     paths: Sequence[str],
-) -> Seen:
-    """Returns the new `Seen`, after an update with these non-finite entries."""
+) -> NonfiniteStats:
+    """Returns the statistics after an update with these non-finite entries."""
     kinds = per_leaf(kinds.astype(jnp.int32), seen.nonfinite_kinds, seen, paths)
-    return Seen(
+    return NonfiniteStats(
         nonfinite_steps=jnp.where(
             bad, increment(seen.nonfinite_steps), seen.nonfinite_steps
         ),
@@ -246,7 +246,7 @@ def record_nonfinite(
 
 # What has a row per leaf that `init` saw. Updates may have fewer leaves, where nothing
 # else in the state depends on them.
-_ROWS = {"seen/leaf_code", "seen/nonfinite_kinds", "leaf_norm"}
+_ROWS = {"nonfinite/leaf_code", "nonfinite/nonfinite_kinds", "leaf_norm"}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -285,7 +285,7 @@ def _difference(state: Any, wanted: Any) -> str:
     if got == right:
         alike = jax.tree.structure(state) == jax.tree.structure(wanted)
         return "" if alike else "its arrays are nested in another way"
-    codes = "seen/leaf_code"
+    codes = "nonfinite/leaf_code"
     if codes in got and got[codes] != right.get(codes, got[codes]):
         more = got[codes] > right[codes]
         return (

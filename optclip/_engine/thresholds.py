@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 
-def stateless(limit_of: Callable, name: str, *, needs_norms: bool = False) -> Rule:
+def stateless(
+    limit_of: Callable[..., Any], name: str, *, needs_norms: bool = False
+) -> Rule:
     return Rule(
         init=lambda norm: (),
         update=lambda norm, state, context: (limit_of(norm, context), state),
@@ -56,7 +58,7 @@ def constant(value: jax.typing.ArrayLike) -> Rule:
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.constant(1.0))
+        >>> tx = optclip.clip_by_rule(optclip.rules.constant(1.0))
     """
     validation.threshold(value=value)
     return stateless(lambda norm, context: limit_at(value, norm), "constant")
@@ -78,7 +80,7 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
     Example:
         >>> import optax, optclip
         >>> warm_up = optax.linear_schedule(10.0, 1.0, transition_steps=100)
-        >>> tx = optclip.clip(optclip.rules.schedule(warm_up))
+        >>> tx = optclip.clip_by_rule(optclip.rules.schedule(warm_up))
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of the step, got {fn!r}.")
@@ -230,8 +232,9 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
 def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     """Returns the rule that gives each group the threshold of its label or path.
 
-    A map means this rule where it is given for a threshold, to `optclip.clip` or to a
-    clip with a fixed threshold: ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
+    A map means this rule where it is given for a threshold, to `optclip.clip_by_rule`
+    or to a clip with a fixed threshold: ``clip_by_leaf_norm({"embedding": 0.1, "":
+    1.0})``.
 
     | scope                   | a group is found by                                   |
     | ----------------------- | ----------------------------------------------------- |
@@ -260,7 +263,7 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     Example:
         >>> import jax.numpy as jnp, optclip
         >>> scope = optclip.scopes.label(lambda path: path.split("/")[0])
-        >>> tx = optclip.clip({"encoder": 5.0, "decoder": 1.0}, scope=scope)
+        >>> tx = optclip.clip_by_rule({"encoder": 5.0, "decoder": 1.0}, scope=scope)
         >>> grads = {"encoder": jnp.array([8.0]), "decoder": jnp.array([8.0])}
         >>> out, _ = tx.update(grads, tx.init(grads))
         >>> float(out["encoder"][0]), float(out["decoder"][0])
@@ -280,7 +283,7 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     def unbound(*args):
         raise ValueError(
             "Thresholds by name need groups that have names: use them in "
-            "`optclip.clip` and the named clips, in any scope but the tree."
+            "`optclip.clip_by_rule` and the named clips, in any scope but the tree."
         )
 
     return Rule(

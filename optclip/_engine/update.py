@@ -12,6 +12,7 @@ import numpy as np
 from optclip import scopes
 from optclip._engine import group_norms, grouping, pytrees
 from optclip._engine.rule import Context, Limit, Rule
+from optclip._engine.types import NonfinitePolicy
 
 __all__ = [
     "Call",
@@ -35,7 +36,7 @@ class Options(NamedTuple):
     scope: scopes.Scope
     order: float | str
     action: Callable
-    nonfinite: str
+    nonfinite: NonfinitePolicy
     axis_name: Any
     update_dtype: Any
     record: bool

@@ -36,8 +36,9 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
         if isinstance(value, Mapping):
             raise TypeError(
                 f"`{name}` must be a number {rule} or an array, got a map. Where it "
-                "differs from group to group, give `optclip.clip` a rule for each: "
-                "`optclip.clip(optclip.rules.by_name({pattern: rule}), scope=...)`."
+                "differs from group to group, use a rule for each: "
+                "`optclip.clip_by_rule(optclip.rules.by_name({pattern: rule}), "
+                "scope=...)`."
             )
         number = concrete(value)
         if number is None and not hasattr(value, "dtype"):

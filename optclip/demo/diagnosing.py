@@ -10,7 +10,7 @@ import optax
 from optclip.demo import model, training
 from optclip.demo.options import Options, Sizes
 from optclip.demo.records import LOG
-from optclip.diagnosis.page import report
+from optclip.diagnosis.page import write_report
 from optclip.diagnosis.records import read_run
 from optclip.diagnosis.summary import pick
 
@@ -25,7 +25,7 @@ _BATCHES = 16
 def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
     """Returns a diagnosis of the network at its start, as the first seed has it."""
     try:
-        from optclip.diagnosis.diagnose import diagnose
+        from optclip.diagnosis._diagnose import diagnose
     except ImportError:
         return None
     definition = model.define(sizes.symbols, sizes.hidden)
@@ -44,4 +44,4 @@ def write(options: Options, sizes: Sizes, codes: Any, name: str) -> tuple[Path, 
     """Writes the report of the first seed of a run, and returns its files."""
     run = pick(read_run(options.output / LOG), name, 0)
     diagnosis = _diagnosis(options, sizes, jnp.asarray(codes))
-    return report(run, diagnosis=diagnosis, output=options.output)
+    return write_report(run, diagnosis=diagnosis, output=options.output)

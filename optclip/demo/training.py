@@ -67,9 +67,11 @@ def plan(options: Options) -> list[Run]:
     usual = own if same else clips.METHODS[clips.BASELINE].threshold
 
     def run(name, clip, threshold):
-        # The monitors measure the same norm in all runs, whatever the clip looks at.
+        # `record_norms` measures the same norm in all runs, whatever the clip looks at.
         descent = optax.sgd(options.learning_rate)
-        chain = optax.chain(optclip.monitor(), clip, optclip.monitor(), descent)
+        chain = optax.chain(
+            optclip.record_norms(), clip, optclip.record_norms(), descent
+        )
         return Run(name, chain, threshold)
 
     return [
@@ -82,8 +84,8 @@ def plan(options: Options) -> list[Run]:
 def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
     """Returns what happened to the gradients at the last step."""
     seen = optclip.metrics(opt_state)
-    norm = seen["monitor/norm"]
-    norms = {"norm_before": norm, "norm_after": seen["monitor_2/norm"]}
+    norm = seen["norms/global_norm"]
+    norms = {"norm_before": norm, "norm_after": seen["norms_2/global_norm"]}
     if "clip/scale" in seen:
         own = ("threshold", "scale", "clipped")
         mine = {name: seen[f"clip/{name}"] for name in own}

@@ -1,1 +1,24 @@
-"""Why gradients explode: where in the program, from what cause, and what to do."""
+"""Why gradients explode: where in the program, from which cause, and what to do."""
+
+from optclip.diagnosis._diagnose import diagnose
+from optclip.diagnosis.findings import Diagnosis, Finding, Remedy
+from optclip.diagnosis.page import write_report
+from optclip.diagnosis.taps import Site, Taps, tap
+from optclip.diagnosis.thresholds import Suggestion, suggest_threshold
+
+__all__ = [
+    "Diagnosis",
+    "Finding",
+    "Remedy",
+    "Site",
+    "Suggestion",
+    "Taps",
+    "diagnose",
+    "suggest_threshold",
+    "tap",
+    "write_report",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optclip.diagnosis._contents import suggestion_of
 from optclip.diagnosis._parser import OneLineParser
-from optclip.diagnosis.page import report
+from optclip.diagnosis.page import write_report
 from optclip.diagnosis.records import Run, read_run
 from optclip.diagnosis.summary import headline, names_of, pick
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = read_run(given.folder)
         run = pick(runs, given.run, given.seed)
-        paths = report(run, output=given.output or beside)
+        paths = write_report(run, output=given.output or beside)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:

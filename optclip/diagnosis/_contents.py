@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optclip.diagnosis.findings import Finding, Report, nothing_found
+from optclip.diagnosis.findings import Diagnosis, Finding, nothing_found
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
 from optclip.diagnosis.thresholds import (
@@ -14,11 +14,11 @@ from optclip.diagnosis.thresholds import (
     factor_of,
     suggest_threshold,
 )
-from optclip.telemetry import Culprit
+from optclip.telemetry import NonfiniteLeaf
 
 __all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
 
-# More paths or culprits than this are counted, not named.
+# More paths or nonfinite_leaves than this are counted, not named.
 _NAMED, _CULPRITS = 6, 8
 
 
@@ -75,7 +75,7 @@ def _finding(number: int, finding: Finding) -> Item:
     return Item(lead, tuple(row for row in rows if row[1]))
 
 
-def _findings(diagnosis: Report) -> Section:
+def _findings(diagnosis: Diagnosis) -> Section:
     numbered = enumerate(diagnosis.findings, 1)
     items = [_finding(number, finding) for number, finding in numbered]
     if not items:
@@ -88,7 +88,7 @@ def _figure(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
 
 
-def _culprit(culprit: Culprit) -> Item:
+def _culprit(culprit: NonfiniteLeaf) -> Item:
     kinds = (
         (culprit.nan, "NaN"),
         (culprit.pos_inf, "+inf"),
@@ -104,15 +104,15 @@ def _culprit(culprit: Culprit) -> Item:
     return Item(lead, ((f"Step {culprit.step}", "; ".join(words)),))
 
 
-def _culprits(culprits: Sequence[Culprit]) -> Section:
-    items = [_culprit(culprit) for culprit in culprits[:_CULPRITS]]
-    more = len(culprits) - _CULPRITS
+def _culprits(nonfinite_leaves: Sequence[NonfiniteLeaf]) -> Section:
+    items = [_culprit(culprit) for culprit in nonfinite_leaves[:_CULPRITS]]
+    more = len(nonfinite_leaves) - _CULPRITS
     items += [Item(f"and {more} more")] if more > 0 else []
     heading = "Leaves that went bad, and when"
     return Section(heading, tuple(items))
 
 
-def suggestion_of(run: Run, diagnosis: Report | None) -> Suggestion:
+def suggestion_of(run: Run, diagnosis: Diagnosis | None) -> Suggestion:
     """Returns a threshold from the norms of a run until it diverged."""
     place = diverged_at(run)
     if not place:
@@ -142,13 +142,15 @@ def _advice(suggestion: Suggestion) -> Section:
 
 
 def contents_of(
-    run: Run, diagnosis: Report | None, culprits: Sequence[Culprit] | None
+    run: Run,
+    diagnosis: Diagnosis | None,
+    nonfinite_leaves: Sequence[NonfiniteLeaf] | None,
 ) -> Contents:
     """Returns what the page says of a run."""
     suggestion = suggestion_of(run, diagnosis)
     sections = [] if diagnosis is None else [_findings(diagnosis)]
-    if culprits:
-        sections.append(_culprits(culprits))
+    if nonfinite_leaves:
+        sections.append(_culprits(nonfinite_leaves))
     sections.append(_advice(suggestion))
     sites = () if diagnosis is None else tuple(diagnosis.signals.get("sites", ()))
     return Contents(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from optclip.diagnosis._growth import Layer
 from optclip.diagnosis._signals import LIMITS, Signals
-from optclip.diagnosis.findings import Action, Finding
+from optclip.diagnosis.findings import Finding, Remedy
 
 __all__ = [
     "Candidate",
@@ -73,7 +73,7 @@ def activation(s: Signals) -> Candidate | None:
         "Or normalize before it.",
         "high" if drop > 2 else "medium",
         "measured",
-        (Action("change_activation"), Action("normalize"), Action("clip", 1.0)),
+        (Remedy("change_activation"), Remedy("normalize"), Remedy("clip", 1.0)),
     )
     return Candidate(finding, drop)
 
@@ -91,7 +91,7 @@ def recurrence(s: Signals) -> Candidate | None:
     factor = min((s.scaled.get(leaf, 1.0) for leaf in time.leaves), default=1.0)
     smaller, first = (), "Clip"
     if factor < 1:
-        smaller = (Action("scale_weights", factor, time.leaves),)
+        smaller = (Remedy("scale_weights", factor, time.leaves),)
         first = f"Multiply the weights by about {factor:.2g}, clip"
     finding = Finding(
         "recurrence",
@@ -102,7 +102,7 @@ def recurrence(s: Signals) -> Candidate | None:
         "an orthogonal or identity initialization, or fewer steps at a time.",
         "high" if grown > 2 else "medium",
         "measured",
-        (*smaller, Action("clip", bound), Action("gate"), Action("normalize")),
+        (*smaller, Remedy("clip", bound), Remedy("gate"), Remedy("normalize")),
     )
     return Candidate(finding, grown)
 
@@ -143,9 +143,9 @@ def initialization(s: Signals) -> Candidate | None:
         "high" if drop > 2 else "medium",
         "measured",
         (
-            Action("scale_weights", factor, leaves),
-            Action("normalize"),
-            Action("clip", 1.0),
+            Remedy("scale_weights", factor, leaves),
+            Remedy("normalize"),
+            Remedy("clip", 1.0),
         ),
     )
     return Candidate(finding, drop)
@@ -173,7 +173,7 @@ def depth(s: Signals) -> Candidate | None:
         "fewer layers. A clip at 1 bounds the steps meanwhile.",
         "high" if growing > 3 else "medium",
         "measured",
-        (Action("residual"), Action("normalize"), Action("clip", 1.0)),
+        (Remedy("residual"), Remedy("normalize"), Remedy("clip", 1.0)),
     )
     return Candidate(finding, growing)
 
@@ -192,7 +192,7 @@ def vanishing(s: Signals) -> Candidate | None:
             "whether the loss is cut off by `jax.lax.stop_gradient`.",
             "high",
             "measured",
-            (Action("normalize"),),
+            (Remedy("normalize"),),
         )
         return Candidate(finding, LIMITS.shrink)
     finding = Finding(
@@ -204,6 +204,6 @@ def vanishing(s: Signals) -> Candidate | None:
         "(relu, gelu), normalization or residual connections. A clip does not help.",
         "medium",
         "measured",
-        (Action("normalize"), Action("residual"), Action("change_activation")),
+        (Remedy("normalize"), Remedy("residual"), Remedy("change_activation")),
     )
     return Candidate(finding, -s.depth.back)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from optclip._engine.lookup import find
 from optclip._engine.state import ClipState
 from optclip.methods.autoclip import BINS, FIRST_BIN, OCTAVES
-from optclip.telemetry import MonitorState
+from optclip.telemetry import RecordNormsState
 from optclip.wrappers.skip_steps import SkipState
 
 __all__ = ["History", "history_of"]
@@ -136,17 +136,17 @@ def _one(count: Any) -> int:
     return int(count)
 
 
-def _of_states(wrappers: list[Any], clips: list[Any], monitors: list[Any]) -> History:
+def _of_states(wrappers: list[Any], clips: list[Any], recorders: list[Any]) -> History:
     found: list[History] = []
     for state in wrappers:
         steps, left_out = _one(state.offered_steps), _one(state.skipped_steps)
-        bad = _one(state.seen.nonfinite_steps)
+        bad = _one(state.nonfinite.nonfinite_steps)
         note = f"{left_out} of {steps} steps were left out by `skip_steps`, and "
         note = note + "are not among these norms." if left_out else ""
         for memory in _memories(state.norm_rule_state):
             found.append(_of_memory(memory, steps, bad, note))
     for state in clips:
-        steps, bad = _one(state.steps), _one(state.seen.nonfinite_steps)
+        steps, bad = _one(state.steps), _one(state.nonfinite.nonfinite_steps)
         for memory in _memories(state.rule_state):
             found.append(_of_memory(memory, steps, bad, ""))
     for history in found:
@@ -155,7 +155,7 @@ def _of_states(wrappers: list[Any], clips: list[Any], monitors: list[Any]) -> Hi
     if found:
         return found[0]
     steps = max([_one(s.steps) for s in clips], default=0)
-    steps = max([steps, *(_one(s.monitored_steps) for s in monitors)])
+    steps = max([steps, *(_one(s.recorded_steps) for s in recorders)])
     reason = f"The state holds the last norm only. {_RECORD}"
     return History(np.zeros(0), True, steps, 0, missing=reason)
 
@@ -173,7 +173,7 @@ def history_of(source: Any) -> History:
             "outside of jit."
         )
     wrappers = find(source, (SkipState,))
-    clips, monitors = find(source, (ClipState,)), find(source, (MonitorState,))
-    if wrappers or clips or monitors:
-        return _of_states(wrappers, clips, monitors)
+    clips, recorders = find(source, (ClipState,)), find(source, (RecordNormsState,))
+    if wrappers or clips or recorders:
+        return _of_states(wrappers, clips, recorders)
     return _of_numbers(source)

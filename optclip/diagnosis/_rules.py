@@ -15,7 +15,7 @@ from optclip.diagnosis._growth_rules import (
     vanishing,
 )
 from optclip.diagnosis._signals import LIMITS, Signals, ended
-from optclip.diagnosis.findings import Action, Finding
+from optclip.diagnosis.findings import Finding, Remedy
 
 __all__ = ["judge"]
 
@@ -44,7 +44,7 @@ def _overflow(s: Signals) -> Candidate | None:
         f"{cure}.",
         "high",
         "measured",
-        (Action("float32"),),
+        (Remedy("float32"),),
     )
     return Candidate(finding, math.inf)
 
@@ -69,7 +69,7 @@ def _bad_batch(s: Signals) -> Candidate | None:
         f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
         "high" if broken else "medium",
         "measured",
-        (Action("drop_batches", None, numbers), Action("clip", bound)),
+        (Remedy("drop_batches", None, numbers), Remedy("clip", bound)),
     )
     return Candidate(finding, lowered(largest, s.norm))
 
@@ -86,7 +86,7 @@ def _loss_sum(s: Signals) -> Candidate | None:
         f"{s.size} in a batch, so that the gradient does not grow with it.",
         "medium",
         "measured",
-        (Action("divide_loss", float(s.size)),),
+        (Remedy("divide_loss", float(s.size)),),
     )
     return Candidate(finding, math.log10(max(s.size, 1)))
 
@@ -195,7 +195,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
         "optimizer such as AdamW stands more than plain SGD.",
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
         "by elimination" if hopeless and not rehearsed else "measured",
-        (Action("scale_learning_rate", part),),
+        (Remedy("scale_learning_rate", part),),
     )
     # Other causes make steps fail as well: what mends more stands before this.
     relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
@@ -207,8 +207,8 @@ BROKEN = {
     "parameters": (
         "These parameters hold numbers that are not finite, so every loss is too.",
         "Go back to a checkpoint from before. `optclip.skip_steps` keeps steps that "
-        "are not finite out of the parameters, and `optclip.culprits` names the leaf "
-        "where it began.",
+        "are not finite out of the parameters, and `optclip.nonfinite_leaves` names "
+        "the leaf where it began.",
     ),
     "optimizer": (
         "The optimizer's state holds numbers that are not finite, and so do its "

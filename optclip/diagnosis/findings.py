@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CAUSES", "Action", "Finding", "Report"]
+__all__ = ["CAUSES", "Diagnosis", "Finding", "Remedy"]
 
 # Each cause, and how the report names it.
 CAUSES = {
@@ -26,7 +26,7 @@ CAUSES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Action:
+class Remedy:
     """One thing to do, in a form that a program can carry out.
 
     Attributes:
@@ -58,7 +58,7 @@ class Finding:
             where it is worth knowing.
         confidence: "measured" where the cause itself, or what its remedy does, was
             measured; "by elimination" where other causes were ruled out.
-        actions: The remedy in a form that a program can carry out, the first first.
+        remedies: The remedy in a form that a program can carry out, the first first.
     """
 
     cause: str
@@ -67,7 +67,7 @@ class Finding:
     remedy: str
     severity: str
     confidence: str
-    actions: tuple[Action, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
 
     @property
     def title(self) -> str:
@@ -143,7 +143,7 @@ def largest_gradient(signals: Mapping[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """What `optclip.diagnose` found.
 
     Attributes:

@@ -10,12 +10,12 @@ from typing import Any
 
 from optclip._engine import validation
 from optclip.diagnosis._contents import Contents, Item, Section, contents_of
-from optclip.diagnosis.findings import Report
+from optclip.diagnosis.findings import Diagnosis
 from optclip.diagnosis.records import Run, printable, read_run
 from optclip.diagnosis.summary import pick
-from optclip.telemetry import Culprit
+from optclip.telemetry import NonfiniteLeaf
 
-__all__ = ["report"]
+__all__ = ["write_report"]
 
 _STYLE = """
 body { margin: 0 auto; max-width: 46rem; padding: 1rem; background: #fff;
@@ -115,11 +115,11 @@ def _pictures() -> Any:
     return pictures
 
 
-def report(
+def write_report(
     run_or_metrics: Any,
     *,
-    diagnosis: Report | None = None,
-    culprits: Sequence[Culprit] | None = None,
+    diagnosis: Diagnosis | None = None,
+    nonfinite_leaves: Sequence[NonfiniteLeaf] | None = None,
     output: str | Path,
 ) -> tuple[Path, Path]:
     """Writes a report of a run: ``report.png``, and ``report.html`` for a browser.
@@ -142,7 +142,7 @@ def report(
             with the keys of `optclip.metrics`, with "step" and "loss" if you like; an
             array of gradient norms; or a `Run`.
         diagnosis: What `diagnose` found.
-        culprits: What `optclip.culprits` found.
+        nonfinite_leaves: What `optclip.nonfinite_leaves` found.
         output: Folder to write into; it is made if need be, and an earlier report in it
             is replaced.
 
@@ -157,19 +157,20 @@ def report(
     Example:
         >>> import tempfile, optclip
         >>> metrics = {"norm_before": [1.0, 3.0, 1.5], "threshold": [2.0, 2.0, 2.0]}
-        >>> png, page = optclip.report(metrics, output=tempfile.mkdtemp())
+        >>> folder = tempfile.mkdtemp()
+        >>> png, page = optclip.diagnosis.write_report(metrics, output=folder)
         >>> png.name, page.name
         ('report.png', 'report.html')
     """
     if diagnosis is not None:
-        validation.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
+        validation.instance("diagnosis", diagnosis, Diagnosis, "of `optclip.diagnose`")
     if isinstance(run_or_metrics, Run):
         run = run_or_metrics
     else:
         run = pick(read_run(run_or_metrics))
     pictures = _pictures()
     folder = _folder(output)
-    contents = contents_of(run, diagnosis, culprits)
+    contents = contents_of(run, diagnosis, nonfinite_leaves)
     png, page = folder / "report.png", folder / "report.html"
     text = _page(contents, pictures.svgs_of(contents))
     # In one move each: no half a file, and nothing through a link to elsewhere.

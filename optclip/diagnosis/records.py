@@ -132,7 +132,13 @@ class _Columns:
     def with_norm(self, clip: str) -> "tuple[_Columns, str]":
         """Returns the rows that tell of a gradient norm, and the key of it."""
         # Under `skip_steps` a clip inside does not see a step that is left out.
-        names = ("skip/norm", f"{clip}norm_before", "monitor/norm", "grad_norm", "norm")
+        names = (
+            "skip/norm",
+            f"{clip}norm_before",
+            "norms/global_norm",
+            "grad_norm",
+            "norm",
+        )
         key = _key(self.keys, *names)
         if key is None:
             raise ValueError(
@@ -153,7 +159,7 @@ def _rises(counts: np.ndarray | None) -> np.ndarray | None:
 def _steps_of(columns: _Columns, clip: str, number: int) -> np.ndarray:
     steps = columns.values("step")
     if steps is None:  # the counters count this update too
-        counts = columns.values("skip/steps", f"{clip}steps", "monitor/steps")
+        counts = columns.values("skip/steps", f"{clip}steps", "norms/steps")
         steps = np.arange(number) if counts is None else counts - 1
     known = np.isfinite(steps)
     known &= np.abs(np.where(known, steps, 0)) < 2**62  # beyond, they are no numbers
@@ -172,7 +178,7 @@ def _finite(columns: _Columns, clip: str, norms: np.ndarray) -> np.ndarray:
     names = (
         "skip/nonfinite_steps",
         f"{clip}nonfinite_steps",
-        "monitor/nonfinite_steps",
+        "norms/nonfinite_steps",
     )
     rises = _rises(columns.values(*names))
     return good if rises is None else good & ~rises

@@ -191,7 +191,7 @@ def _loss_of(value: Any) -> jax.Array:
     return loss
 
 
-def scalar_loss(loss_fn: Callable, has_aux: bool) -> Callable:
+def scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """Returns the loss function with its auxiliary output left out, checked."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function, got {type(loss_fn).__name__}.")
@@ -211,7 +211,7 @@ def scalar_loss(loss_fn: Callable, has_aux: bool) -> Callable:
     return loss
 
 
-def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
+def tapped(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Tapped:
     """Reads the program of ``loss_fn(params, *args)``, which returns a scalar."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     program = jax.make_jaxpr(loss_fn)(params, *args)
@@ -226,7 +226,9 @@ def tapped(loss_fn: Callable, params: Any, *args: Any) -> Tapped:
     return Tapped(plan, paths, tuple(int(np.size(x)) for _, x in flat), run)
 
 
-def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Taps:
+def tap(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False
+) -> Taps:
     """Shows each use of the parameters in a loss: how large the signals are there.
 
     The norm of a parameter's gradient does not tell where a signal grows: in a deep
@@ -265,7 +267,7 @@ def tap(loss_fn: Callable, params: Any, *args: Any, has_aux: bool = False) -> Ta
         >>> def loss_fn(params, x):
         ...     return jnp.sum(jnp.tanh(x @ params["first"]) @ params["last"])
         >>> params = {"first": 9 * jnp.ones((2, 3)), "last": jnp.ones((3, 1))}
-        >>> taps = optclip.tap(loss_fn, params, jnp.ones((4, 2)))
+        >>> taps = optclip.diagnosis.tap(loss_fn, params, jnp.ones((4, 2)))
         >>> [(site.leaf, site.fan_in, site.activation) for site in taps.sites]
         [('first', 2, None), ('last', 3, 'tanh')]
         >>> taps.sites[-1].signal_out  # of 4 outputs, with a derivative of 1 each

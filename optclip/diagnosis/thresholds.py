@@ -9,7 +9,7 @@ import numpy as np
 
 from optclip._engine import validation
 from optclip.diagnosis._histories import History, history_of
-from optclip.diagnosis.findings import Report
+from optclip.diagnosis.findings import Diagnosis
 
 __all__ = ["Suggestion", "suggest_threshold"]
 
@@ -101,7 +101,7 @@ def _drift(logs: np.ndarray) -> float:
     return float(np.median(logs[-part:]) - np.median(logs[:part]))
 
 
-def _open_cause(diagnosis: Report | None) -> str | None:
+def _open_cause(diagnosis: Diagnosis | None) -> str | None:
     """Returns why the report speaks against a threshold, if it does."""
     for finding in () if diagnosis is None else diagnosis.findings:
         if finding.cause in _FIRST and finding.severity != "low":
@@ -113,7 +113,7 @@ def _open_cause(diagnosis: Report | None) -> str | None:
 
 
 def _reason(
-    history: History, usual: np.ndarray, diagnosis: Report | None
+    history: History, usual: np.ndarray, diagnosis: Diagnosis | None
 ) -> str | None:
     """Returns why no threshold can be suggested, or None."""
     cause = _open_cause(diagnosis)
@@ -122,7 +122,7 @@ def _reason(
     if history.nonfinite > SHARE * history.steps:
         return (
             f"{history.nonfinite} of {history.steps} norms are not finite. Find out "
-            "why first: `optclip.culprits` names the leaves."
+            "why first: `optclip.nonfinite_leaves` names the leaves."
         )
     if history.missing:
         return history.missing
@@ -168,7 +168,7 @@ def suggest_threshold(
     norms_or_state: Any,
     *,
     quantile: float = 0.5,
-    diagnosis: Report | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> Suggestion:
     """Suggests a threshold for `clip_by_global_norm` from norms that were recorded.
 
@@ -210,13 +210,13 @@ def suggest_threshold(
     Example:
         >>> import optclip
         >>> norms = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.0, 1.3, 0.9, 1.0, 250.0]
-        >>> suggestion = optclip.suggest_threshold(norms)
+        >>> suggestion = optclip.diagnosis.suggest_threshold(norms)
         >>> suggestion.max_norm, suggestion.outliers
         (1.0, 1)
     """
     validation.fraction(quantile=quantile)
     if diagnosis is not None:
-        validation.instance("diagnosis", diagnosis, Report, "of `optclip.diagnose`")
+        validation.instance("diagnosis", diagnosis, Diagnosis, "of `optclip.diagnose`")
     history = history_of(norms_or_state)
     positive = history.norms[np.isfinite(history.norms) & (history.norms > 0)]
     zeros = int(np.sum(history.norms == 0))

@@ -11,7 +11,8 @@ from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment, quotient
 from optclip._engine.rule import Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy, RecordedNorm
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import (
     RECORDS,
@@ -47,7 +48,7 @@ def ema_ratio(
     ratio: jax.typing.ArrayLike,
     *,
     decay: jax.typing.ArrayLike,
-    record: str = "clipped",
+    record: RecordedNorm = "clipped",
     warmup_steps: jax.typing.ArrayLike = 0,
     warmup_threshold: jax.typing.ArrayLike | None = None,
     eps: jax.typing.ArrayLike = 0.0,
@@ -95,7 +96,7 @@ def ema_ratio(
     Example:
         >>> import optclip
         >>> rule = optclip.rules.ema_ratio(1.05, decay=0.98)
-        >>> tx = optclip.clip(rule, scope=optclip.scopes.leaf())
+        >>> tx = optclip.clip_by_rule(rule, scope=optclip.scopes.leaf())
 
     Reference:
         Wang et al., AdaGC: Improving Training Stability for Large Language Model
@@ -122,7 +123,7 @@ def level_rule(
     padded: Any,
     *,
     decay: Any,
-    record: str,
+    record: RecordedNorm,
     warmup_steps: Any,
     warmup_threshold: Any,
     eps: Any,
@@ -187,9 +188,9 @@ def adagc(
     warmup_steps: jax.typing.ArrayLike = 100,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips each leaf to a little above the running average of its own norm (AdaGC).
 
@@ -210,9 +211,9 @@ def adagc(
         original: Record zero norms and add 1e-8, as the original does: a leaf without
             gradient in the warm-up is then held at zero permanently. If False, the
             average is set to the current norm after 200 consecutive clipped steps.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -239,7 +240,7 @@ def adagc(
         escape_steps=None if original else 200,
         record_zeros=original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="adagc"),
         scope=scope,
         nonfinite=nonfinite,

@@ -11,7 +11,8 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment, quotient
 from optclip._engine.rule import Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import (
     check_escape,
@@ -76,7 +77,7 @@ def smoothed_norm(
     Example:
         >>> import optclip
         >>> rule = optclip.rules.smoothed_norm()
-        >>> tx = optclip.clip(rule, action=optclip.actions.normalize)
+        >>> tx = optclip.clip_by_rule(rule, action=optclip.actions.normalize)
 
     Reference:
         Huang et al., Stable-SPAM, 2025, https://arxiv.org/abs/2502.17055
@@ -133,9 +134,9 @@ def adagn(
     eps: jax.typing.ArrayLike | None = None,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Gives each leaf the smoothed, normalised norm of its past (GradientStabilizer).
 
@@ -151,9 +152,9 @@ def adagn(
         scope: Which entries share one norm, from `optclip.scopes`.
         original: Record every norm, zeros and outliers included, as the official code
             does: one extreme norm then shrinks the updates for hundreds of steps.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -179,7 +180,7 @@ def adagn(
         escape_steps=None if original else 50,
         record_zeros=original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="adagn"),
         scope=scope,
         action=actions.normalize,

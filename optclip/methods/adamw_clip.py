@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from optclip import scopes
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods.spam import second_moment
 
@@ -20,9 +21,9 @@ def adamw_clip(
     decay: jax.typing.ArrayLike = 0.999,
     floor: jax.typing.ArrayLike | None = None,
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips each entry to three times its own root mean square (AdamWClip).
 
@@ -38,9 +39,9 @@ def adamw_clip(
         original: Clip an entry whose v is 0 to ``floor``, as the original does: the
             first gradients are 1e-10 and grow from there, by a factor of at most
             ``ratio`` per step. With ``floor=0`` they stay zero permanently.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -60,7 +61,7 @@ def adamw_clip(
     rule = second_moment(
         ratio, decay=decay, floor=floor, debias=True, pass_unseen=not original
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="adamw_clip"),
         scope=scopes.element(),
         nonfinite=nonfinite,

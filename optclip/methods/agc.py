@@ -11,8 +11,9 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.rule import Rule
 from optclip._engine.thresholds import limit_at, stateless
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 
 __all__ = ["adaptive_grad_clip", "relative_to_params"]
@@ -40,7 +41,7 @@ def relative_to_params(
     Example:
         >>> import optclip
         >>> rule = optclip.rules.relative_to_params(0.01)
-        >>> tx = optclip.clip(rule, scope=optclip.scopes.leaf())
+        >>> tx = optclip.clip_by_rule(rule, scope=optclip.scopes.leaf())
 
     Reference:
         Brock et al., High-Performance Large-Scale Image Recognition Without
@@ -58,13 +59,13 @@ def relative_to_params(
 
 def adaptive_grad_clip(
     clipping: jax.typing.ArrayLike = 0.01,
-    *,
     eps: jax.typing.ArrayLike = 1e-3,
     axis: Any = None,
-    ord: float | str = EUCLIDEAN,
-    nonfinite: str = "propagate",
+    *,
+    ord: Order = EUCLIDEAN,
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales down each output unit whose norm is large relative to its weights: AGC.
 
@@ -85,9 +86,9 @@ def adaptive_grad_clip(
             are zero can move.
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `optclip.clip_by_global_norm`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`, but not "auto".
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`, but not "auto".
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState` that needs ``params``.
@@ -111,7 +112,7 @@ def adaptive_grad_clip(
     validation.threshold(clipping=clipping)
     validation.non_negative(eps=eps)
     rule = relative_to_params(clipping, floor=eps)
-    return clip(
+    return clip_by_rule(
         rule._replace(name="adaptive_grad_clip"),
         scope=scopes.unit(axis),
         ord=ord,

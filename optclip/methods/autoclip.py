@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.rule import Rule
+from optclip._engine.types import DType, NonfinitePolicy, RecordedNorm
 from optclip._engine.validation import Static
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, hard
 from optclip.methods._history import (
     count_consecutive,
@@ -100,7 +101,7 @@ def window_percentile(
     window: Any = WINDOW,
     include_current: bool = True,
     by_rank: bool = False,
-    record: str = "raw",
+    record: RecordedNorm = "raw",
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
@@ -127,7 +128,7 @@ def window_percentile(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.window_percentile(10.0, window=100))
+        >>> tx = optclip.clip_by_rule(optclip.rules.window_percentile(10.0, window=100))
 
     Reference:
         Seetharaman et al., AutoClip: Adaptive Gradient Clipping for Source Separation
@@ -206,7 +207,7 @@ def log_histogram_percentile(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.log_histogram_percentile(10.0))
+        >>> tx = optclip.clip_by_rule(optclip.rules.log_histogram_percentile(10.0))
 
     Reference:
         Seetharaman et al., AutoClip, 2020, https://arxiv.org/abs/2007.14469
@@ -262,9 +263,9 @@ def autoclip(
     window: Any = WINDOW,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips to a percentile of the norms so far (AutoClip).
 
@@ -281,9 +282,9 @@ def autoclip(
         scope: Which entries share one norm, from `optclip.scopes`.
         original: As the original, record zero norms and divide by n + 1e-6, which
             scales down all norms that are not far above 1e-6.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -304,7 +305,7 @@ def autoclip(
         if window is None
         else window_percentile(percentile, window=window, record_zeros=original)
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="autoclip"),
         scope=scope,
         action=hard(1e-6) if original else actions.rescale,

@@ -6,7 +6,8 @@ from typing import Any
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold
 
 __all__ = ["clip_by_block_rms"]
@@ -15,9 +16,9 @@ __all__ = ["clip_by_block_rms"]
 def clip_by_block_rms(
     threshold: Threshold = 1.0,
     *,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales down each leaf whose root mean square is above ``threshold``.
 
@@ -29,9 +30,9 @@ def clip_by_block_rms(
         threshold: The largest root mean square, at least 0: a number, array (one entry
             per leaf) or schedule. 0 gives zeros, which stops training; inf switches the
             clip off.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -49,7 +50,7 @@ def clip_by_block_rms(
     Reference:
         Shazeer and Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235
     """
-    return clip(
+    return clip_by_rule(
         fixed(threshold, "threshold"),
         scope=scopes.leaf(),
         ord="rms",

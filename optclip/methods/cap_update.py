@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from optclip import scopes
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods.agc import relative_to_params
 
@@ -19,9 +20,9 @@ def cap_update(
     *,
     floor: jax.typing.ArrayLike = 1e-2,
     scope: scopes.Scope = scopes.tree(),
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Bounds the final update to a share of the norm of the parameters.
 
@@ -37,9 +38,9 @@ def cap_update(
         floor: The smallest root mean square that parameters count with, at least 0, in
             the unit of the parameters, so that parameters that are zero can move.
         scope: Which entries share one ratio, from `optclip.scopes`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`, whose norms are root mean squares; it needs
@@ -57,7 +58,7 @@ def cap_update(
         https://arxiv.org/abs/1708.03888 (LARS, whose ratio this bounds)
     """
     rule = relative_to_params(ratio, floor=floor)
-    return clip(
+    return clip_by_rule(
         rule._replace(name="cap_update"),
         scope=scope,
         ord="rms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment
 from optclip._engine.rule import Limit, Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, strict
 from optclip.methods._history import (
     RECORDS,
@@ -51,7 +52,7 @@ def dual_ema(
     *,
     fast_decay: jax.typing.ArrayLike = 0.9,
     slow_decay: jax.typing.ArrayLike = 0.99,
-    record: str = "clipped",
+    record: Literal["raw", "clipped", "target"] = "clipped",
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
@@ -81,7 +82,7 @@ def dual_ema(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.dual_ema())
+        >>> tx = optclip.clip_by_rule(optclip.rules.dual_ema())
     """
     validation.non_negative(trigger=trigger, target=target)
     validation.decay(fast_decay=fast_decay, slow_decay=slow_decay)
@@ -131,9 +132,9 @@ def dual_ema_clip(
     slow_decay: jax.typing.ArrayLike = 0.99,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips norms above twice a slow average to a little above a fast one.
 
@@ -151,9 +152,9 @@ def dual_ema_clip(
             by n + 1e-6, record ``target * f`` after a clip even if n is less, record
             zero norms, and never restart. If False, both averages restart after 50
             consecutive clipped steps.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -180,7 +181,7 @@ def dual_ema_clip(
     )
     if original:
         rule = _first_bounded(rule)
-    return clip(
+    return clip_by_rule(
         rule._replace(name="dual_ema_clip"),
         scope=scope,
         action=strict(1e-6) if original else actions.rescale,

@@ -11,7 +11,8 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment
 from optclip._engine.rule import Limit, Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, strict
 from optclip.methods._history import check_escape, count_consecutive, guard_statistics
 from optclip.methods.zclip import ROUNDING, ScoreState, first_score, followed
@@ -53,7 +54,7 @@ def ema_sigma(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.ema_sigma(3.0))
+        >>> tx = optclip.clip_by_rule(optclip.rules.ema_sigma(3.0))
 
     Reference:
         Lin et al., Open-Sora Plan: Open-Source Large Video Generation Model, 2024,
@@ -98,9 +99,9 @@ def ema_sigma_clip(
     decay: jax.typing.ArrayLike = 0.99,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips norms above their running mean plus three deviations (Open-Sora-Plan).
 
@@ -115,9 +116,9 @@ def ema_sigma_clip(
             and never restart: a run whose norms are above 1 is clipped to 1
             permanently. If False, the first mean is three times the first norm, and the
             statistics restart after 50 consecutive clipped steps.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -140,7 +141,7 @@ def ema_sigma_clip(
         escape_steps=None if original else 50,
         record_zeros=original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="ema_sigma_clip"),
         scope=scope,
         action=strict(1e-6) if original else actions.rescale,

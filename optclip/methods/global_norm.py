@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from optclip._engine.thresholds import fixed
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold, hard
 
 __all__ = ["clip_by_global_norm"]
@@ -17,11 +18,11 @@ __all__ = ["clip_by_global_norm"]
 def clip_by_global_norm(
     max_norm: Threshold,
     *,
-    ord: float | str = EUCLIDEAN,
+    ord: Order = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales all updates down together if their joint norm is above ``max_norm``.
 
@@ -36,9 +37,9 @@ def clip_by_global_norm(
         ord: The norm's order: a number of at least 1, inf or "rms".
         eps: Added to the norm, at least 0, in the unit of the norm: norms that are not
             far above it are scaled down as well.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -59,7 +60,7 @@ def clip_by_global_norm(
         Pascanu et al., On the difficulty of training recurrent neural
         networks, 2013, https://arxiv.org/abs/1211.5063
     """
-    return clip(
+    return clip_by_rule(
         fixed(max_norm, "max_norm"),
         ord=ord,
         action=hard(eps),

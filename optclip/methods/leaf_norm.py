@@ -8,8 +8,9 @@ import jax
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold, hard
 
 __all__ = ["clip_by_leaf_norm"]
@@ -18,11 +19,11 @@ __all__ = ["clip_by_leaf_norm"]
 def clip_by_leaf_norm(
     max_norm: Threshold,
     *,
-    ord: float | str = EUCLIDEAN,
+    ord: Order = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales down each leaf whose norm is above ``max_norm``.
 
@@ -36,9 +37,9 @@ def clip_by_leaf_norm(
             switches the clip off.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -54,7 +55,7 @@ def clip_by_leaf_norm(
         >>> updates["w"].tolist(), float(updates["b"])
         ([0.0, 1.0], 0.5)
     """
-    return clip(
+    return clip_by_rule(
         fixed(max_norm, "max_norm"),
         scope=scopes.leaf(),
         ord=ord,

@@ -9,7 +9,8 @@ import jax
 from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.rule import Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy, RecordedNorm
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods.adagc import level_rule
 
@@ -19,7 +20,7 @@ __all__ = ["norm_growth_limiter", "previous_norm"]
 def previous_norm(
     growth: jax.typing.ArrayLike = 1.01,
     *,
-    record: str = "clipped",
+    record: RecordedNorm = "clipped",
     eps: jax.typing.ArrayLike = 0.0,
     escape_steps: int | None = 200,
     record_zeros: bool = False,
@@ -45,7 +46,7 @@ def previous_norm(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.previous_norm(1.01))
+        >>> tx = optclip.clip_by_rule(optclip.rules.previous_norm(1.01))
 
     Reference:
         Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623
@@ -71,9 +72,9 @@ def norm_growth_limiter(
     *,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Lets a norm grow by at most a factor from one step to the next (Fira, APOLLO).
 
@@ -87,9 +88,9 @@ def norm_growth_limiter(
         original: Record zero norms and take gamma * (n0 + 1e-8), as the originals do:
             after one zero gradient a leaf starts again at about 1e-8. If False, n0 is
             set to the current norm after 200 consecutive clipped steps.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -112,7 +113,7 @@ def norm_growth_limiter(
         escape_steps=None if original else 200,
         record_zeros=original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="norm_growth_limiter"),
         scope=scope,
         nonfinite=nonfinite,

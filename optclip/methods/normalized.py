@@ -10,8 +10,9 @@ import jax
 from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.thresholds import fixed
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold
 
 __all__ = ["normalize_by_norm"]
@@ -19,13 +20,13 @@ __all__ = ["normalize_by_norm"]
 
 def normalize_by_norm(
     target: Threshold = 1.0,
-    *,
     eps: jax.typing.ArrayLike = 0.0,
+    *,
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = EUCLIDEAN,
-    nonfinite: str = "propagate",
+    ord: Order = EUCLIDEAN,
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales each group, up or down, to the norm ``target``: normalised gradients.
 
@@ -39,9 +40,9 @@ def normalize_by_norm(
         eps: Added to the norm, at least 0.
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -61,7 +62,7 @@ def normalize_by_norm(
         https://arxiv.org/abs/2002.03305
     """
     validation.non_negative(eps=eps)
-    return clip(
+    return clip_by_rule(
         fixed(target, "target"),
         scope=scope,
         ord=ord,

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from optclip import scopes
+from optclip._engine.types import DType, NonfinitePolicy
 from optclip._engine.validation import Static
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods.autoclip import window_percentile
 
@@ -24,9 +25,9 @@ def percentile_clip(
     window: Any = WINDOW,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips to a rank among the last hundred norms (bitsandbytes' percentile clipping).
 
@@ -40,9 +41,9 @@ def percentile_clip(
         window: How many norms are kept, at least 1.
         scope: Which entries share one norm, from `optclip.scopes`.
         original: Record zero norms, as the original does.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -61,7 +62,7 @@ def percentile_clip(
     rule = window_percentile(
         percentile, window=window, by_rank=True, record_zeros=original
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="percentile_clip"),
         scope=scope,
         nonfinite=nonfinite,

@@ -12,7 +12,8 @@ from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment
 from optclip._engine.rule import Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import guard_statistics, one
 
@@ -72,7 +73,7 @@ def geometric_quantile(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.geometric_quantile(0.1))
+        >>> tx = optclip.clip_by_rule(optclip.rules.geometric_quantile(0.1))
 
     Reference:
         Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
@@ -115,9 +116,9 @@ def quantile_clip(
     rate: jax.typing.ArrayLike = 0.05,
     warmup_steps: jax.typing.ArrayLike = 5,
     scope: scopes.Scope = scopes.tree(),
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips to twice a low quantile of the norm, which it follows: nothing to pick.
 
@@ -139,9 +140,9 @@ def quantile_clip(
             steps.
         warmup_steps: Steps in which q follows the smallest norm so far.
         scope: Which entries share one norm, from `optclip.scopes`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -160,7 +161,7 @@ def quantile_clip(
     rule = geometric_quantile(
         quantile, margin=margin, rate=rate, warmup_steps=warmup_steps
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="quantile_clip"),
         scope=scope,
         nonfinite=nonfinite,

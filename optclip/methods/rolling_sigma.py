@@ -11,8 +11,9 @@ from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.numerics import root_of, usable_unit
 from optclip._engine.rule import Rule
+from optclip._engine.types import DType, NonfinitePolicy, RecordedNorm
 from optclip._engine.validation import Static
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import guard_statistics, one, places, recorded_norm
 from optclip.methods.autoclip import ROUNDING, empty, put
@@ -29,7 +30,7 @@ def window_sigma(
     window: Any = WINDOW,
     floor: jax.typing.ArrayLike | None = None,
     unbiased: bool = False,
-    record: str = "raw",
+    record: RecordedNorm = "raw",
     record_zeros: bool = False,
 ) -> Rule:
     """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
@@ -59,7 +60,7 @@ def window_sigma(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.window_sigma(3.0))
+        >>> tx = optclip.clip_by_rule(optclip.rules.window_sigma(3.0))
     """
     validation.non_negative(sigmas=sigmas)
     if floor is not None:
@@ -100,9 +101,9 @@ def rolling_sigma_clip(
     window: Any = WINDOW,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips norms above the mean plus three deviations of the last 128 (Levanter).
 
@@ -116,9 +117,9 @@ def rolling_sigma_clip(
         window: How many norms are kept, at least 2.
         scope: Which entries share one norm, from `optclip.scopes`.
         original: As the original, record zero norms, and let s count for at least 1e-6.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -137,7 +138,7 @@ def rolling_sigma_clip(
     rule = window_sigma(
         sigmas, window=window, floor=1e-6 if original else None, record_zeros=original
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="rolling_sigma_clip"),
         scope=scope,
         nonfinite=nonfinite,

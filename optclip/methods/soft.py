@@ -6,8 +6,10 @@ from typing import Any
 
 from optclip import actions, scopes
 from optclip._engine.thresholds import fixed
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.actions import CurveName
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold
 
 __all__ = ["soft_clip"]
@@ -16,12 +18,12 @@ __all__ = ["soft_clip"]
 def soft_clip(
     max_norm: Threshold,
     *,
-    kind: str = "rational",
+    kind: CurveName = "rational",
     scope: scopes.Scope = scopes.tree(),
-    ord: float | str = EUCLIDEAN,
-    nonfinite: str = "propagate",
+    ord: Order = EUCLIDEAN,
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales every group down smoothly, so that no norm reaches ``max_norm``.
 
@@ -35,9 +37,9 @@ def soft_clip(
         kind: "rational", "tanh", "atan" or "sqrt".
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -52,7 +54,7 @@ def soft_clip(
         >>> tx.update(grads, tx.init(grads))[0].tolist()
         [0.0, 0.75]
     """
-    return clip(
+    return clip_by_rule(
         fixed(max_norm, "max_norm"),
         scope=scope,
         ord=ord,

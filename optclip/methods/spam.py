@@ -11,7 +11,8 @@ from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment
 from optclip._engine.rule import Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import (
     ema_weight_sum,
@@ -76,7 +77,7 @@ def second_moment(
     Example:
         >>> import optclip
         >>> rule = optclip.rules.second_moment(3.0, debias=True)
-        >>> tx = optclip.clip(rule, scope=optclip.scopes.element())
+        >>> tx = optclip.clip_by_rule(rule, scope=optclip.scopes.element())
 
     Reference:
         Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM
@@ -127,9 +128,9 @@ def spam_clip(
     warmup_steps: jax.typing.ArrayLike = 20,
     reset_every: jax.typing.ArrayLike | None = None,
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips each entry whose square is thousands of times its mean square (SPAM).
 
@@ -145,9 +146,9 @@ def spam_clip(
         reset_every: v and the warm-up restart after so many updates; SPAM's 500.
         original: Clip an entry whose v is 0 to 0, as the original does: an entry
             without gradient in the warm-up then stays at zero.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -172,7 +173,7 @@ def spam_clip(
         reset_every=reset_every,
         pass_unseen=not original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="spam_clip"),
         scope=scopes.element(),
         nonfinite=nonfinite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from optclip._engine import group_norms, grouping, pytrees, validation
 from optclip._engine import state as states
 from optclip._engine.numerics import increment
 from optclip._engine.state import ClipState
+from optclip._engine.types import NonfinitePolicy
 from optclip._engine.update import POLICIES
 from optclip.methods import _spectra
 
@@ -32,8 +33,8 @@ def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
 def spectral_clip(
     max_sigma: jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike],
     *,
-    method: str = "svd",
-    nonfinite: str = "propagate",
+    method: Literal["svd", "soft", "hardcap"] = "svd",
+    nonfinite: NonfinitePolicy = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the singular values of each matrix and keeps its singular vectors.
 
@@ -139,8 +140,8 @@ def spectral_clip(
             clipped=states.to_finite_f32(clipped),
             steps=steps,
             clipped_steps=clipped_steps,
-            seen=states.record_nonfinite(
-                state.seen, kinds, bad, state.steps, found.paths
+            nonfinite=states.record_nonfinite(
+                state.nonfinite, kinds, bad, state.steps, found.paths
             ),
             groups=None,
         )

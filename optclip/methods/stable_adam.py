@@ -63,7 +63,7 @@ def scale_by_stable_adam(
         weight_decay: Decoupled, at least 0; needs ``params`` if above 0.
         mask: Which leaves decay, as for `optax.add_decayed_weights`: a tree of booleans
             or a function of the parameters that makes one.
-        axis_name: As in `optclip.clip`.
+        axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `StableAdamState`. Follow it by

@@ -11,7 +11,8 @@ from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment, quotient
 from optclip._engine.rule import Limit, Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 from optclip.methods._history import ema_weight_sum, guard_statistics
 
@@ -51,7 +52,8 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.max_ema(), scope=optclip.scopes.element())
+        >>> entries = optclip.scopes.element()
+        >>> tx = optclip.clip_by_rule(optclip.rules.max_ema(), scope=entries)
 
     Reference:
         Huang et al., Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam,
@@ -83,9 +85,9 @@ def stable_spam_clip(
     theta: jax.typing.ArrayLike = 0.999,
     *,
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Brings entries above the running average of their leaf's maximum to it (AdaClip).
 
@@ -97,9 +99,9 @@ def stable_spam_clip(
     Args:
         theta: Decay of the average, at least 0 and below 1.
         original: Record leaves that are zero, as the official code does.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -118,7 +120,7 @@ def stable_spam_clip(
     """
     validation.decay(theta=theta)
     rule = max_ema(theta, record_zeros=original)
-    return clip(
+    return clip_by_rule(
         rule._replace(name="stable_spam_clip"),
         scope=scopes.element(),
         nonfinite=nonfinite,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from optclip import scopes
 from optclip._engine import validation
 from optclip._engine.rule import Limit, Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
 
 __all__ = ["trust_ratio_clip"]
@@ -20,9 +21,9 @@ def trust_ratio_clip(
     coefficient: jax.typing.ArrayLike = 1.0,
     *,
     scope: scopes.Scope = scopes.leaf(),
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales each leaf by its trust ratio, but never up: LAMBC, and LARC's clipping.
 
@@ -35,9 +36,9 @@ def trust_ratio_clip(
         coefficient: At least 0. 0 gives zeros, which stops training; inf switches the
             clip off.
         scope: Which entries share one ratio, from `optclip.scopes`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState` that needs ``params``.
@@ -62,7 +63,7 @@ def trust_ratio_clip(
         return Limit(limit, limit), state
 
     rule = Rule(lambda norm: (), update, "trust_ratio_clip")
-    return clip(
+    return clip_by_rule(
         rule,
         scope=scope,
         nonfinite=nonfinite,

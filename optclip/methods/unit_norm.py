@@ -8,8 +8,9 @@ import jax
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed
+from optclip._engine.types import DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
-from optclip.clipping import clip
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold, hard
 
 __all__ = ["clip_by_unit_norm"]
@@ -19,11 +20,11 @@ def clip_by_unit_norm(
     max_norm: Threshold,
     *,
     axis: Any = None,
-    ord: float | str = EUCLIDEAN,
+    ord: Order = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Scales down each output unit (neuron, filter) whose norm is above ``max_norm``.
 
@@ -38,9 +39,9 @@ def clip_by_unit_norm(
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`, but not "auto".
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`, but not "auto".
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -59,7 +60,7 @@ def clip_by_unit_norm(
         >>> tx.update(grads, tx.init(grads))[0]["embedding"].tolist()
         [[0.0, 0.5], [0.0, 1.0]]
     """
-    return clip(
+    return clip_by_rule(
         fixed(max_norm, "max_norm"),
         scope=scopes.unit(axis),
         ord=ord,

@@ -8,7 +8,8 @@ import jax
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed, interval
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold
 
 __all__ = ["clip_by_value"]
@@ -17,9 +18,9 @@ __all__ = ["clip_by_value"]
 def clip_by_value(
     max_value: Threshold | tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
     *,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
     record: bool = False,
 ) -> Clip:
     """Clips each entry to [-max_value, max_value], or to [low, high].
@@ -32,12 +33,12 @@ def clip_by_value(
         max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
             a pair (low, high) of numbers or arrays, for real updates. 0 gives zeros,
             which stops training; inf switches the clip off.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
-        record: Whether to keep figures for `metrics` and `culprits`, whose norms are
-            largest magnitudes. That takes one more pass over the updates; without
-            it XLA fuses the clamp into the optimizer update, at no cost.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
+        record: Whether to keep statistics for `metrics` and `nonfinite_leaves`, whose
+            norms are largest magnitudes. That takes one more pass over the updates;
+            without it XLA fuses the clamp into the optimizer update, at no cost.
 
     Returns:
         A transformation with `UnrecordedState`, or with ``record`` `ClipState`;
@@ -65,7 +66,7 @@ def clip_by_value(
         rule = interval(*max_value)
     else:
         rule = fixed(max_value, "max_value")
-    return clip(
+    return clip_by_rule(
         rule,
         scope=scopes.element(),
         nonfinite=nonfinite,

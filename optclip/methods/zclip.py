@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.numerics import increment, quotient, root_of
 from optclip._engine.rule import Limit, Rule
-from optclip.clipping import clip
+from optclip._engine.types import DType, NonfinitePolicy
+from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, strict
 from optclip.methods._history import (
     check_escape,
@@ -23,8 +24,8 @@ from optclip.methods._history import (
 
 __all__ = ["ScoreState", "ema_zscore", "zclip"]
 
-MODES = ("zscore", "percentile")
-OPTIONS = ("adaptive_scaling", "mean")
+Mode: TypeAlias = Literal["zscore", "percentile"]
+ClipOption: TypeAlias = Literal["adaptive_scaling", "mean"]
 # A norm above the mean by less than this share of it is above by rounding only: where
 # all norms were the same the deviation is 0, and says nothing.
 ROUNDING = 1e-6
@@ -73,8 +74,8 @@ def ema_zscore(
     alpha: jax.typing.ArrayLike = 0.97,
     warmup_steps: jax.typing.ArrayLike = 25,
     max_grad_norm: jax.typing.ArrayLike | None = None,
-    mode: str = "zscore",
-    clip_option: str = "adaptive_scaling",
+    mode: Mode = "zscore",
+    clip_option: ClipOption = "adaptive_scaling",
     clip_factor: jax.typing.ArrayLike = 1.0,
     skip_update_on_spike: bool = False,
     eps: jax.typing.ArrayLike | None = None,
@@ -127,7 +128,7 @@ def ema_zscore(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.ema_zscore(2.5))
+        >>> tx = optclip.clip_by_rule(optclip.rules.ema_zscore(2.5))
 
     Reference:
         Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
@@ -140,9 +141,9 @@ def ema_zscore(
         validation.non_negative(eps=eps)
     validation.decay(alpha=alpha)
     validation.steps(warmup_steps=warmup_steps)
-    validation.one_of("mode", mode, MODES)
+    validation.one_of("mode", mode, get_args(Mode))
     check_escape(escape_steps)
-    validation.one_of("clip_option", clip_option, OPTIONS)
+    validation.one_of("clip_option", clip_option, get_args(ClipOption))
     top = jnp.inf
     if max_grad_norm is not None:
         validation.non_negative(max_grad_norm=max_grad_norm)
@@ -215,15 +216,15 @@ def zclip(
     alpha: jax.typing.ArrayLike = 0.97,
     warmup_steps: jax.typing.ArrayLike = 25,
     max_grad_norm: jax.typing.ArrayLike | None = 1.0,
-    clip_option: str = "adaptive_scaling",
-    mode: str = "zscore",
+    clip_option: ClipOption = "adaptive_scaling",
+    mode: Mode = "zscore",
     clip_factor: jax.typing.ArrayLike = 1.0,
     skip_update_on_spike: bool = False,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
-    nonfinite: str = "propagate",
+    nonfinite: NonfinitePolicy = "propagate",
     axis_name: Any = None,
-    update_dtype: Any = None,
+    update_dtype: DType = None,
 ) -> Clip:
     """Clips spikes: norms many standard deviations above their running mean (ZClip).
 
@@ -249,9 +250,9 @@ def zclip(
         original: As the original, record zero norms, add 1e-6 to s and n, and never
             restart. If False, the statistics restart after 50 consecutive spikes, and
             1e-6 of m is added to s, so that the unit of the gradient does not matter.
-        nonfinite: As in `optclip.clip`.
-        axis_name: As in `optclip.clip`.
-        update_dtype: As in `optclip.clip`.
+        nonfinite: As in `optclip.clip_by_rule`.
+        axis_name: As in `optclip.clip_by_rule`.
+        update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `ClipState`; ``params`` is not used.
@@ -280,7 +281,7 @@ def zclip(
         escape_steps=None if original else 50,
         record_zeros=original,
     )
-    return clip(
+    return clip_by_rule(
         rule._replace(name="zclip"),
         scope=scope,
         action=strict(1e-6) if original else actions.rescale,

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend import core
 
 from optclip._engine import state as states
-from optclip._engine.jaxprs import carried_out
+from optclip._engine.jaxprs import carried_out, is_literal
 
 __all__ = ["update_unless"]
 
@@ -47,14 +46,14 @@ def _traced(flag, optimizer, updates, state, params, extra) -> tuple[Any, Any]:
         given = {*jaxpr.invars, *jaxpr.constvars}
         for var, before in zip(after, old, strict=True):
             alone = sum(other is var for other in after) == 1
-            if alone and not isinstance(var, core.Literal) and var not in given:
+            if alone and not is_literal(var) and var not in given:
                 selected[var] = before
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
     inputs = jax.tree.leaves((updates, state, params))
     values |= zip(jaxpr.invars, inputs, strict=True)
 
     def value_of(atom):
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        return atom.val if is_literal(atom) else values[atom]
 
     done = set()
     for eqn in jaxpr.eqns:
@@ -72,7 +71,7 @@ def _traced(flag, optimizer, updates, state, params, extra) -> tuple[Any, Any]:
         return out, new
     rest = jax.tree.leaves(states.tree_where(flag, state, new))
     kept = [
-        value if isinstance(var, core.Literal) or var not in done else values[var]
+        value if is_literal(var) or var not in done else values[var]
         for var, value in zip(after, rest, strict=True)
     ]
     return out, jax.tree.unflatten(jax.tree.structure(shapes[1]), kept)

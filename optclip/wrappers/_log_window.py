@@ -56,7 +56,7 @@ def log_window_sigma(
 
     Example:
         >>> import optclip
-        >>> tx = optclip.clip(optclip.rules.log_window_sigma(3.0))
+        >>> tx = optclip.clip_by_rule(optclip.rules.log_window_sigma(3.0))
     """
     validation.non_negative(sigmas=sigmas)
     validation.positive(min_ratio=min_ratio)

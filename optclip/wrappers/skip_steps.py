@@ -10,7 +10,8 @@ import optax
 
 from optclip._engine import group_norms, pytrees, sharding, validation
 from optclip._engine import state as states
-from optclip._engine.state import Seen
+from optclip._engine.state import NonfiniteStats
+from optclip._engine.types import Order
 from optclip._engine.validation import EUCLIDEAN, Static
 from optclip.wrappers import _holding, _masks, _spikes
 from optclip.wrappers._spikes import pushed
@@ -66,7 +67,7 @@ class SkipState(NamedTuple):
             where there was none; 0 at first.
         skip_loss_above: float32 scalar. The same of the loss; 0 where none was judged.
         last_bad: A `BadSteps`.
-        seen: A `Seen`: the non-finite entries.
+        nonfinite: A `NonfiniteStats`: the non-finite entries.
     """
 
     optimizer_state: Any
@@ -87,7 +88,7 @@ class SkipState(NamedTuple):
     skip_above: jax.Array
     skip_loss_above: jax.Array
     last_bad: BadSteps
-    seen: Seen
+    nonfinite: NonfiniteStats
 
 
 MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
@@ -128,7 +129,7 @@ def skip_steps(
     max_similar: Any = MAX_SIMILAR,
     keep_last: Any = KEPT,
     mask: Any = None,
-    ord: float | str = EUCLIDEAN,
+    ord: Order = EUCLIDEAN,
     axis_name: Any = None,
     loss_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -192,14 +193,14 @@ def skip_steps(
             that returns one. The others, such as those of frozen parameters, are not
             measured, and reach the optimizer as they are.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        axis_name: As in `optclip.clip`.
+        axis_name: As in `optclip.clip_by_rule`.
         loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
             the mesh axes along which each device has a loss of its own: their mean is
             judged, or devices would decide differently. Elsewhere types tell.
 
     Returns:
         A transformation with `SkipState`. Read it with `optclip.metrics`,
-        `optclip.step_taken` and `optclip.culprits`.
+        `optclip.step_taken` and `optclip.nonfinite_leaves`.
 
     Raises:
         TypeError: If ``optimizer`` is not a transformation, or ``mask`` holds something
@@ -209,7 +210,8 @@ def skip_steps(
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
-        >>> tx = optclip.skip_steps(optax.chain(optclip.clip(1.0), optax.adam(1e-3)))
+        >>> clip = optclip.clip_by_global_norm(1.0)
+        >>> tx = optclip.skip_steps(optax.chain(clip, optax.adam(1e-3)))
         >>> params = jnp.ones(2)
         >>> grads = jnp.array([jnp.nan, 1.0])
         >>> updates, state = tx.update(grads, tx.init(params), params, loss=0.5)
@@ -268,7 +270,7 @@ def skip_steps(
                 bad_leaf=jnp.zeros(keep_last, jnp.int32),
                 bad_kinds=jnp.zeros((keep_last, 3), jnp.int32),
             ),
-            seen=states.init_nonfinite(pytrees.leaves_of(judged).paths),
+            nonfinite=states.init_nonfinite(pytrees.leaves_of(judged).paths),
         )
 
     def init_fn(params) -> Any:
@@ -355,8 +357,8 @@ def skip_steps(
 
         worst = _worst(measured.norm[0], measured.kinds)
         kinds = measured.kinds[worst]
-        if paths and state.seen.leaf_code.size != len(paths):
-            worst = states.row_numbers(state.seen, paths)[worst]
+        if paths and state.nonfinite.leaf_code.size != len(paths):
+            worst = states.row_numbers(state.nonfinite, paths)[worst]
         worst = jnp.where(nonfinite | norm_said.spike, worst, -1)
         noted = BadSteps(step, norm, level, worst, kinds)
         last_bad = jax.tree.map(pushed, state.last_bad, noted)
@@ -376,8 +378,8 @@ def skip_steps(
             skip_above=states.to_finite_f32(norm_said.threshold),
             skip_loss_above=loss_above,
             last_bad=states.tree_where(skip, last_bad, state.last_bad),
-            seen=states.record_nonfinite(
-                state.seen, measured.kinds, nonfinite, step, paths
+            nonfinite=states.record_nonfinite(
+                state.nonfinite, measured.kinds, nonfinite, step, paths
             ),
             **states.tree_where(skip, runs, jax.tree.map(jnp.zeros_like, runs)),
             **_recent(state, skip),

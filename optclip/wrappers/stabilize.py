@@ -128,7 +128,7 @@ def stabilize(
             booleans, laid out as the updates or as their first levels, or a function of
             the updates that returns one. The others, such as those of frozen
             parameters, are not measured, and pass as they are.
-        axis_name: As in `optclip.clip`.
+        axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
         A transformation with `StabilizeState` that needs ``params``. It is the whole

@@ -48,7 +48,7 @@ def u_clip(
         inner_clip: Any clip, from here or from Optax.
         max_carry: The largest norm of the carry, above 0. Otherwise a spike of k
             thresholds is replayed for k steps. None for no bound, as published.
-        axis_name: As in `optclip.clip`; give it to the clip inside as well.
+        axis_name: As in `optclip.clip_by_rule`; give it to the clip inside as well.
 
     Returns:
         A transformation with `CarryState`, which takes as much memory as the parameters

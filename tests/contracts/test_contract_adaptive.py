@@ -173,8 +173,8 @@ def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
             chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, out))
         if policy in ("zero", "drop"):
             chex.assert_tree_all_finite(out)
-        assert int(after.seen.nonfinite_steps) == 1
-        assert optclip.culprits(after, PARAMS)[0].path == "kernel"
+        assert int(after.nonfinite.nonfinite_steps) == 1
+        assert optclip.nonfinite_leaves(after, PARAMS)[0].path == "kernel"
 
 
 @pytest.mark.parametrize("name", ["u_clip", "scale_by_stable_adam", "stabilize"])

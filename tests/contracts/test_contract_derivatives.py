@@ -204,7 +204,7 @@ def example_loss(params, x):
 def test_derivatives_through_per_example_clip(x64):
     """With respect to the parameters: as a step of a meta-optimizer takes it."""
     del x64
-    f = optclip.per_example_clip(example_loss, 1.0, microbatch_size=2)
+    f = optclip.clipped_grad(example_loss, 1.0, microbatch_size=2)
 
     @jax.jit
     @jax.value_and_grad

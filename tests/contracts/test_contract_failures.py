@@ -13,7 +13,7 @@ from optclip import rules, scopes
 
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 POLICIES = ("propagate", "zero", "drop", "skip")
-CLIPS = [name for name in registry.DISTINCT if name != "monitor"]
+CLIPS = [name for name in registry.DISTINCT if name != "record_norms"]
 # One of each scope, and the one action that lengthens; the others share their code.
 QUICK = {"clip", "clip-label", "clip_by_leaf_norm", "clip_per_layer", "clip_by_value",
          "adaptive_grad_clip", "normalize_by_norm"}  # fmt: skip
@@ -48,9 +48,9 @@ def test_each_policy_does_what_its_row_of_the_table_says(name, policy):
         column = list(BAD).index(kind)
         kinds = np.zeros(3)
         kinds[column] = 1
-        np.testing.assert_array_equal(state.seen.nonfinite_kinds.sum(0), kinds)
-        assert int(state.seen.nonfinite_steps) == 1
-        assert int(state.seen.last_nonfinite_step) == 0
+        np.testing.assert_array_equal(state.nonfinite.nonfinite_kinds.sum(0), kinds)
+        assert int(state.nonfinite.nonfinite_steps) == 1
+        assert int(state.nonfinite.last_nonfinite_step) == 0
         if policy == "skip":
             assert float(state.norm_after) == 0
         if policy in ("zero", "drop"):
@@ -67,16 +67,16 @@ def test_finite_updates_after_a_bad_step_are_clipped_as_ever(name):
     again, state = step(jnp.float32(1), good, state, params)
     fresh, _ = registry.run(name, good, 1.0, params)
     chex.assert_trees_all_equal(again, fresh)
-    assert int(state.seen.nonfinite_steps) == 1
+    assert int(state.nonfinite.nonfinite_steps) == 1
     assert int(state.steps) == 2
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_a_monitor_sees_non_finite_entries_and_passes_them_on(value):
-    out, state = registry.run("monitor", poisoned(value))
+def test_record_norms_sees_non_finite_entries_and_passes_them_on(value):
+    out, state = registry.run("record_norms", poisoned(value))
     chex.assert_trees_all_equal(out, poisoned(value))
-    assert int(state.seen.nonfinite_kinds.sum()) == 1
-    assert not np.isfinite(state.monitored_norm)
+    assert int(state.nonfinite.nonfinite_kinds.sum()) == 1
+    assert not np.isfinite(state.recorded_norm)
 
 
 def first_norm():
@@ -93,7 +93,7 @@ def first_norm():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
 def test_the_state_of_a_users_rule_is_not_poisoned(scope, policy):
-    tx = optclip.clip(first_norm(), scope=scope, nonfinite=policy)
+    tx = optclip.clip_by_rule(first_norm(), scope=scope, nonfinite=policy)
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
     step = jax.jit(tx.update)
     _, before = step(params, tx.init(params))
@@ -108,13 +108,13 @@ def test_the_state_of_a_users_rule_is_not_poisoned(scope, policy):
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_norm_that_overflows_is_not_called_an_infinite_gradient(name):
     _, state = registry.run(name, registry.full_tree("f32", 3e38), 1.0)
-    assert int(state.seen.nonfinite_steps) == 0
+    assert int(state.nonfinite.nonfinite_steps) == 0
     assert np.isfinite(state.norm_before)
 
 
 def test_float64_entries_beyond_float32_leave_finite_figures(x64):
     del x64
-    for name in ("clip", "clip-leaf", "clip-element", "monitor"):
+    for name in ("clip", "clip-leaf", "clip-element", "record_norms"):
         _, state = registry.run(name, registry.full_tree("f64", 1e200), 1.0)
         chex.assert_tree_all_finite(state)
-        assert int(state.seen.nonfinite_steps) == 0
+        assert int(state.nonfinite.nonfinite_steps) == 0

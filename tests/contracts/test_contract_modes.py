@@ -3,7 +3,7 @@
 The modes are strict dtype promotion, no rank promotion, `jax.transfer_guard`,
 `jax.debug_nans`, `jax.debug_infs` and `jax.checking_leaks`. Promised in all of them:
 ``init`` and ``update`` under `jax.jit`, at finite gradients of any size, and `metrics`,
-`leaf_metrics` and `culprits` of the state, outside of jit.
+`leaf_metrics` and `nonfinite_leaves` of the state, outside of jit.
 
 Two modes are not for an ``update`` outside of jit. A transfer guard refuses each
 constant there, those of Optax's optimizers too. `jax.debug_infs` checks each operation,
@@ -49,7 +49,7 @@ def switched_on(*modes):
 def read(state, params):
     """Returns all that is logged of a state; the names of leaves where it has them."""
     logged = optclip.metrics(state)
-    for reader in (optclip.leaf_metrics, optclip.culprits):
+    for reader in (optclip.leaf_metrics, optclip.nonfinite_leaves):
         try:
             found = reader(state, params)
         except ValueError as error:
@@ -108,7 +108,8 @@ def test_a_step_outside_of_jit_passes(name, mode):
 
 
 # Each is another part of the library, or holds a function that is called once.
-LEAKY = ("adaptive_grad_clip", "clip_by_value", "monitor", "skip_steps", "stabilize",
+LEAKY = ("adaptive_grad_clip", "clip_by_value", "record_norms", "skip_steps",
+         "stabilize",
          "scale_by_stable_adam", "spectral_clip-soft", "u_clip", "zclip")  # fmt: skip
 
 
@@ -158,10 +159,10 @@ FUNCTIONS = {
     "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0),
     "clip_grad_norm-inf": lambda g: optclip.clip_grad_norm(g, 1.0, float("inf")),
     "clip_grad_value": lambda g: optclip.clip_grad_value(g, 1.0),
-    "per_example_clip": lambda g: optclip.per_example_clip(loss_fn, 1.0)(
+    "clipped_grad": lambda g: optclip.clipped_grad(loss_fn, 1.0)(
         g, g["blocks"].reshape(-1)
     ),
-    "per_example_clip-microbatch": lambda g: optclip.per_example_clip(
+    "clipped_grad-microbatch": lambda g: optclip.clipped_grad(
         loss_fn, 1.0, microbatch_size=5
     )(g, g["blocks"].reshape(-1)),
     "global_norm": optclip.norms.global_norm,
@@ -194,7 +195,7 @@ def test_a_threshold_is_suggested_from_a_state_in_all_modes_at_once():
         state = jax.jit(tx.init)(params)
         for g in grads:
             _, state = update(g, state, params)
-        suggestion = optclip.suggest_threshold(state)
+        suggestion = optclip.diagnosis.suggest_threshold(state)
     assert suggestion.samples > 0
 
 
@@ -230,7 +231,7 @@ def explicit_fetches(monkeypatch):
         yield
 
 
-READ = ("clip-leaf", "clip-layer", "monitor", "skip_steps", "stabilize")
+READ = ("clip-leaf", "clip-layer", "record_norms", "skip_steps", "stabilize")
 
 
 @pytest.mark.parametrize("name", READ)
@@ -242,7 +243,7 @@ def test_what_reads_a_state_fetches_it_explicitly(name, monkeypatch):
         _, state = update(grads, state, params)
     with explicit_fetches(monkeypatch):
         read(state, params)
-        found = optclip.culprits(state, params)
+        found = optclip.nonfinite_leaves(state, params)
     assert [c.path for c in found] == ["kernel"]
 
 

@@ -140,7 +140,7 @@ POOLED = [
     "clip-label",
     "clip_by_block_rms",
     "soft_clip",
-    "monitor",
+    "record_norms",
 ]
 NAMES = {
     "auto": "auto",
@@ -205,7 +205,7 @@ def test_bad_entries_on_one_device_are_known_on_all():
             _with_metrics(got),
             _with_metrics(alone(make(1.0, nonfinite=policy), updates)),
         )
-        assert optclip.culprits(got[1], updates)[0].nan == 1
+        assert optclip.nonfinite_leaves(got[1], updates)[0].nan == 1
 
 
 @pytest.mark.usefixtures("eight")
@@ -224,7 +224,7 @@ def test_pmap_sums_over_its_axis():
 @pytest.mark.usefixtures("eight")
 def test_a_whole_sharded_step_agrees_with_one_device():
     tx = optax.chain(
-        optclip.monitor(), optclip.clip_by_leaf_norm(1.0), optax.adamw(1e-2)
+        optclip.record_norms(), optclip.clip_by_leaf_norm(1.0), optax.adamw(1e-2)
     )
     updates = gradients()
     sharded = placed(updates, mesh())

@@ -31,7 +31,7 @@ MODES = ("jit", "shard_map")
 def _with_order(scope):
     return {
         f"clip-{scope.name}-{order}": functools.partial(
-            optclip.clip, 1.0, scope=scope, ord=order
+            optclip.clip_by_rule, 1.0, scope=scope, ord=order
         )
         for order in ORDERS
     }
@@ -50,11 +50,17 @@ WITH_POLICY = {
     **_with_order(scopes.unit()),
     "clip-interval": functools.partial(optclip.clip_by_value, (-0.5, 1.0)),
     "clip-element-soft": functools.partial(
-        optclip.clip, 1.0, scope=scopes.element(), action=optclip.actions.soften()
+        optclip.clip_by_rule,
+        1.0,
+        scope=scopes.element(),
+        action=optclip.actions.soften(),
     ),
 }
 WITHOUT = {
-    **{f"monitor-{o}": functools.partial(optclip.monitor, ord=o) for o in ORDERS},
+    **{
+        f"record_norms-{o}": functools.partial(optclip.record_norms, ord=o)
+        for o in ORDERS
+    },
     **{
         f"skip_steps-{o}": functools.partial(
             optclip.skip_steps, optax.adam(1e-2), when=1e3, ord=o
@@ -76,7 +82,7 @@ QUICK = {
     ("clip-tree-inf", "zero", "jit"), ("clip-unit-inf", "propagate", "jit"),
     ("clip-leaf-inf", "drop", "shard_map"), ("clip-tree-3", "skip", "jit"),
     ("clip-interval", "drop", "jit"), ("stable_spam_clip", "skip", "shard_map"),
-    ("skip_steps-inf", None, "jit"), ("monitor-inf", None, "shard_map"),
+    ("skip_steps-inf", None, "jit"), ("record_norms-inf", None, "shard_map"),
     ("adamw_clip", "propagate", "jit"), ("stabilize", None, "jit"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import optclip
 
 PARAMS = {"blocks": np.ones((2, 3, 2), np.float32), "w": np.ones(3, np.float32)}
 NUMERIC = {
-    "clip": (optclip.clip, "rule"),
+    "clip": (optclip.clip_by_rule, "rule"),
     "clip_by_value": (optclip.clip_by_value, "max_value"),
     "clip_by_global_norm": (optclip.clip_by_global_norm, "max_norm"),
     "clip_by_leaf_norm": (optclip.clip_by_leaf_norm, "max_norm"),
@@ -204,13 +204,13 @@ def test_schedules_are_read_at_each_step_without_a_new_trace(name):
 
 
 def test_field_names_are_found_by_optax():
-    state = optax.chain(optclip.clip(1.0), optax.adam(1e-3)).init(PARAMS)
+    state = optax.chain(optclip.clip_by_rule(1.0), optax.adam(1e-3)).init(PARAMS)
     for field in ("norm_before", "norm_after", "clipped_steps", "nonfinite_steps"):
         assert optax.tree_utils.tree_get(state, field) is not None
 
 
 def test_updates_of_another_structure_than_init_are_an_error():
-    tx = optclip.clip(1.0)
+    tx = optclip.clip_by_rule(1.0)
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="`init` saw 2"):
         tx.update({"blocks": PARAMS["blocks"]}, state)

@@ -35,11 +35,11 @@ def test_leaves_that_are_no_gradients_pass_unmeasured(name):
     chex.assert_trees_all_equal(out["flag"], others["flag"])
     assert out["key"] == others["key"]
     assert out["nothing"].shape == (0, 3)
-    if name != "monitor" and "element" not in name and "value" not in name:
+    if name != "record_norms" and "element" not in name and "value" not in name:
         rms = name == "clip_by_block_rms"
         if not rms:
             assert float(state.norm_before) == 5.0
-        assert int(state.seen.nonfinite_steps) == 0
+        assert int(state.nonfinite.nonfinite_steps) == 0
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-leaf", "clip-unit", "clip-element"])
@@ -66,7 +66,7 @@ def test_scalars_and_empty_leaves_are_clipped(name):
     updates = {"blocks": jnp.zeros((0, 2)), "t": jnp.float32(5.0)}
     out, _ = update(name, updates, 0.5)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
-    wanted = {"monitor": 5.0, "adaptive_grad_clip": 2.5, "soft_clip": 5 / 11}
+    wanted = {"record_norms": 5.0, "adaptive_grad_clip": 2.5, "soft_clip": 5 / 11}
     np.testing.assert_allclose(out["t"], wanted.get(name, 0.5), rtol=1e-6)
 
 

@@ -138,7 +138,7 @@ def test_functions_keep_the_dtypes(dtype):
     assert (described(clipped), length.dtype) == (described(grads), norm)
     clipped = jax.eval_shape(lambda g: optclip.clip_grad_value(g, 1.0), grads)
     assert described(clipped) == described(grads)
-    f = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=2)
+    f = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=2)
     means, stats = jax.eval_shape(f, grads, np.ones(3, np.float32))
     assert described(means) == described(grads)
     assert kinds(stats) <= FIELDS

@@ -279,7 +279,7 @@ def test_agc_of_whole_leaves_of_heavyball(scale):
     weights = [np.full(g.shape, 0.1, np.float32) for g in grads]
     tensors = [[torch.tensor(x) for x in xs] for xs in (weights, grads)]
     peers = heavyball().adaptive_gradient_clipping_(*tensors, 0.5)
-    tx = optclip.clip(optclip.rules.relative_to_params(0.5), scope=LEAF)
+    tx = optclip.clip_by_rule(optclip.rules.relative_to_params(0.5), scope=LEAF)
     ours, _ = tx.update(grads, tx.init(weights), weights)
     all_close(ours, [p.numpy() for p in peers])
 

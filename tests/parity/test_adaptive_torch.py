@@ -108,7 +108,7 @@ def past_percentile(percentile, window, scope):
         percentile, window=window, include_current=False, record_zeros=True
     )
     action = functools.partial(optclip.actions.rescale, eps=1e-6)
-    return optclip.clip(rule, scope=scope, action=action)
+    return optclip.clip_by_rule(rule, scope=scope, action=action)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -51,7 +51,7 @@ def length(tree):
 def test_gradients_and_norms_are_theirs_in_float32(microbatch_size):
     batch = drawn()
     ours, stats = jax.jit(
-        optclip.per_example_clip(loss_fn, BOUND, microbatch_size=microbatch_size)
+        optclip.clipped_grad(loss_fn, BOUND, microbatch_size=microbatch_size)
     )(*batch)
     theirs, aux = their_gradients(
         16, microbatch_size=microbatch_size, return_grad_norms=True
@@ -64,7 +64,7 @@ def test_gradients_and_norms_are_theirs_in_float32(microbatch_size):
 
 def test_their_sum_is_our_mean_times_the_examples():
     batch = drawn()
-    ours, _ = jax.jit(optclip.per_example_clip(loss_fn, BOUND))(*batch)
+    ours, _ = jax.jit(optclip.clipped_grad(loss_fn, BOUND))(*batch)
     theirs = jax.jit(
         jax_privacy.clipped_grad(
             loss_fn, l2_clip_norm=BOUND, batch_argnums=(1, 2), keep_batch_dim=False
@@ -77,7 +77,7 @@ def test_their_sum_is_our_mean_times_the_examples():
 def test_bfloat16_gradients_stay_within_the_bound_where_theirs_do_not():
     theirs, ours = [], []
     peer_fn = their_gradients(1)
-    grad_fn = jax.jit(optclip.per_example_clip(loss_fn, BOUND))
+    grad_fn = jax.jit(optclip.clipped_grad(loss_fn, BOUND))
     for seed in range(20):
         params, x, y = drawn(jnp.bfloat16, seed)
         batch = params, x[-1:], y[-1:]  # one example, which is clipped

@@ -41,7 +41,7 @@ def oracle(x, y, max_norm):
 def test_the_mean_is_that_of_gradients_clipped_one_by_one(microbatch_size):
     x, y = batch()
     wanted, norms, losses = oracle(x, y, 1.0)
-    f = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=microbatch_size)
+    f = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=microbatch_size)
     grads, stats = jax.jit(f)(PARAMS, x, y)
     chex.assert_trees_all_close(grads, wanted, rtol=2e-5)
     np.testing.assert_allclose(stats.example_norms, norms, rtol=2e-5)
@@ -55,7 +55,7 @@ def test_a_bad_example_is_dropped_and_counted(value):
     x, y = batch()
     x[[2, 7]] = value
     kept = np.delete(x, [2, 7], axis=0), np.delete(y, [2, 7])
-    f = jax.jit(optclip.per_example_clip(loss_fn, 1.0, microbatch_size=4))
+    f = jax.jit(optclip.clipped_grad(loss_fn, 1.0, microbatch_size=4))
     wanted, _, _ = oracle(*kept, 1.0)
     grads, stats = f(PARAMS, x, y)
     chex.assert_trees_all_close(grads, wanted, rtol=2e-5)
@@ -79,7 +79,7 @@ def test_the_norm_never_exceeds_the_bound_in_any_dtype(dtype):
         wide = jnp.promote_types(dtype, jnp.bfloat16) if bits >= 16 else jnp.float32
         return sum(jnp.vdot(x.astype(wide), p.astype(wide)) for p in params.values())
 
-    f = jax.jit(optclip.per_example_clip(loss, 1.0))
+    f = jax.jit(optclip.clipped_grad(loss, 1.0))
     for seed in range(5):
         x = np.random.default_rng(seed).uniform(0.5, 1.5, (4, 100)).astype(np.float32)
         x[:] = x[0]  # all alike: their mean is as long as each
@@ -97,7 +97,7 @@ def test_shared_arguments_and_aux_are_handed_through():
         return loss, {"sum": jnp.sum(x)}
 
     x, y = batch(7)
-    f = optclip.per_example_clip(with_aux, 1e9, microbatch_size=2, has_aux=True)
+    f = optclip.clipped_grad(with_aux, 1e9, microbatch_size=2, has_aux=True)
     grads, stats = f(PARAMS, x, y, scale=2.0)
     np.testing.assert_allclose(stats.aux["sum"], x.sum(axis=1), rtol=1e-5)
     mean = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0, 0))(p, x, y)))
@@ -113,7 +113,7 @@ def test_memory_is_that_of_a_microbatch():
         return jnp.sum(jnp.tanh(params @ x))
 
     def temporaries(microbatch_size):
-        f = optclip.per_example_clip(loss, 1.0, microbatch_size=microbatch_size)
+        f = optclip.clipped_grad(loss, 1.0, microbatch_size=microbatch_size)
         compiled = jax.jit(f).lower(params, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -126,12 +126,12 @@ def test_on_eight_devices_as_on_one():
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     x, y = batch(32)
-    wanted = jax.jit(optclip.per_example_clip(loss_fn, 1.0))(PARAMS, x, y)
+    wanted = jax.jit(optclip.clipped_grad(loss_fn, 1.0))(PARAMS, x, y)
     mesh = Mesh(np.array(jax.devices()), ("x",))
-    auto = jax.jit(optclip.per_example_clip(loss_fn, 1.0, microbatch_size=8))
+    auto = jax.jit(optclip.clipped_grad(loss_fn, 1.0, microbatch_size=8))
     sharded = jax.device_put((x, y), NamedSharding(mesh, P("x")))
     chex.assert_trees_all_close(auto(PARAMS, *sharded), wanted, rtol=1e-5, atol=1e-6)
-    manual = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=2, axis_name="x")
+    manual = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=2, axis_name="x")
     out = (
         P(),
         wanted[1]._replace(
@@ -149,13 +149,13 @@ def test_on_eight_devices_as_on_one():
 
 def gathered(mesh, loss, before, check):
     """Returns the clipped gradients of parameters that are cut over eight devices."""
-    f = optclip.per_example_clip(loss, 1.0, axis_name="x")
+    f = optclip.clipped_grad(loss, 1.0, axis_name="x")
     mapped = jax.shard_map(
         lambda w, x: f(before(w), x)[0], mesh=mesh, in_specs=P("x"),
         out_specs=P(), check_vma=check,
     )  # fmt: skip
     x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-    wanted, _ = optclip.per_example_clip(lambda w, x: (w @ x) ** 2, 1.0)(
+    wanted, _ = optclip.clipped_grad(lambda w, x: (w @ x) ** 2, 1.0)(
         np.ones(8, np.float32), x
     )
     np.testing.assert_allclose(jax.jit(mapped)(np.ones(8), x), wanted, rtol=1e-5)
@@ -192,12 +192,12 @@ def test_a_flax_model_is_split_into_what_is_trained_and_the_rest():
         model = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))
         return jnp.sum(model.linear(model.dropout(x)) ** 2)
 
-    f = jax.jit(optclip.per_example_clip(loss, 0.5))
+    f = jax.jit(optclip.clipped_grad(loss, 0.5))
     grads, _ = f(params, batch()[0], rest=rest)
     norm = optclip.norms.global_norm(grads)
     assert 0.1 < float(norm) <= 0.5
     with pytest.raises(TypeError, match=r"got uint32 at `dropout/rngs/count`"):
-        optclip.per_example_clip(loss, 0.5)(nnx.state(model), batch()[0], rest=rest)
+        optclip.clipped_grad(loss, 0.5)(nnx.state(model), batch()[0], rest=rest)
 
 
 def test_trains_with_an_optimizer_behind_it():
@@ -206,7 +206,7 @@ def test_trains_with_an_optimizer_behind_it():
     target = np.array([1.0, 2.0, -1.0], np.float32)
     y = x @ target
     y[::16] = 1e4  # wrong labels: a mean of squares would follow them
-    f = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=16)
+    f = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=16)
     tx = optax.adam(0.05)
     params, state = PARAMS, tx.init(PARAMS)
 
@@ -223,33 +223,33 @@ def test_trains_with_an_optimizer_behind_it():
 
 def test_errors_say_what_to_do():
     x, y = batch()
-    f = optclip.per_example_clip(loss_fn, 1.0)
+    f = optclip.clipped_grad(loss_fn, 1.0)
     with pytest.raises(ValueError, match=r"`max_norm` must be >= 0, got -1\.0"):
-        optclip.per_example_clip(loss_fn, -1.0)
+        optclip.clipped_grad(loss_fn, -1.0)
     with pytest.raises(ValueError, match="`microbatch_size` must be an int >= 1"):
-        optclip.per_example_clip(loss_fn, 1.0, microbatch_size=0)
+        optclip.clipped_grad(loss_fn, 1.0, microbatch_size=0)
     with pytest.raises(TypeError, match="`loss_fn` must be a function"):
-        optclip.per_example_clip(3.0, 1.0)
+        optclip.clipped_grad(3.0, 1.0)
     with pytest.raises(ValueError, match="along the first axis of every array"):
         f(PARAMS, x, y[:3])
     with pytest.raises(ValueError, match="along the first axis of every array"):
         f(PARAMS, x, 1.0)
     with pytest.raises(TypeError, match="`loss_fn` must return the loss of one"):
-        optclip.per_example_clip(lambda p, x, y: (p["b"], x), 1.0)(PARAMS, x, y)
+        optclip.clipped_grad(lambda p, x, y: (p["b"], x), 1.0)(PARAMS, x, y)
     with pytest.raises(TypeError, match="`loss_fn` must return the loss of one"):
-        optclip.per_example_clip(lambda p, x, y: p["w"], 1.0)(PARAMS, x, y)
+        optclip.clipped_grad(lambda p, x, y: p["w"], 1.0)(PARAMS, x, y)
     with pytest.raises(ValueError, match="`batch` has no arrays"):
         f(PARAMS)
     with pytest.raises(ValueError, match="`batch` has no examples"):
         f(PARAMS, x[:0], y[:0])
     for empty in ({}, None):
         with pytest.raises(ValueError, match="`params` must hold arrays, got"):
-            optclip.per_example_clip(lambda p, x: jnp.sum(x), 1.0)(empty, x)
+            optclip.clipped_grad(lambda p, x: jnp.sum(x), 1.0)(empty, x)
     with pytest.raises(TypeError, match=r"got int(32|64) at `b`"):
         f({**PARAMS, "b": 1}, x, y)
     for bound in (optax.constant_schedule(1.0), optclip.rules.constant(1.0)):
-        with pytest.raises(TypeError, match="call `per_example_clip` within the step"):
-            optclip.per_example_clip(loss_fn, bound)
+        with pytest.raises(TypeError, match="call `clipped_grad` within the step"):
+            optclip.clipped_grad(loss_fn, bound)
     for name in ("auto", 3, P(("a", "b"))):
         with pytest.raises(ValueError, match="`axis_name` must name the mesh axes"):
-            optclip.per_example_clip(loss_fn, 1.0, axis_name=name)
+            optclip.clipped_grad(loss_fn, 1.0, axis_name=name)

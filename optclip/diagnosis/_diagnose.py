@@ -14,7 +14,7 @@ from optclip._engine import validation
 from optclip.diagnosis import _models, _probe, _rules, _signals
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
 from optclip.diagnosis._outside import norms_by_path
-from optclip.diagnosis.findings import Report
+from optclip.diagnosis.findings import Diagnosis
 from optclip.diagnosis.taps import scalar_loss
 
 __all__ = ["diagnose"]
@@ -112,7 +112,7 @@ def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> lis
 
 
 def diagnose(
-    loss_fn: Callable,
+    loss_fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
     *,
@@ -121,13 +121,13 @@ def diagnose(
     has_aux: bool = False,
     max_batches: int = MOST,
     progress: bool = True,
-) -> Report:
+) -> Diagnosis:
     """Finds out why gradients explode, where in the model, and what to do about it.
 
     It measures the gradients of the batches, the signals at each use of a parameter
-    (see `optclip.tap`), and what a few steps do. Then it tries remedies, without
-    changing anything of yours: the same program with smaller weights, with relu, in
-    float32, and with smaller steps. What helps most is named first.
+    (see `optclip.diagnosis.tap`), and what a few steps do. Then it tries remedies,
+    without changing anything of yours: the same program with smaller weights, with
+    relu, in float32, and with smaller steps. What helps most is named first.
 
     | cause            | what is measured                                        |
     | ---------------- | ------------------------------------------------------- |
@@ -164,7 +164,7 @@ def diagnose(
         progress: Whether each stage is announced on stderr.
 
     Returns:
-        A `Report`. Print it.
+        A `Diagnosis`. Print it.
 
     Raises:
         TypeError: If ``optimizer`` is no transformation, or ``batches`` are no batches.
@@ -202,4 +202,4 @@ def diagnose(
     probe.try_steps(params, opt_state, given[0])
     signals = _signals.measure(probe, params, opt_state, given, begun)
     words = _not_seen(probe, signals, more)
-    return Report(_rules.judge(signals), _listed(probe, signals), tuple(words))
+    return Diagnosis(_rules.judge(signals), _listed(probe, signals), tuple(words))

@@ -17,7 +17,7 @@ from optclip._engine.rule import Limit, Rule
 from optclip._engine.scaling import factors_of
 from optclip.methods.global_norm import clip_by_global_norm
 
-__all__ = ["ExampleStats", "per_example_clip"]
+__all__ = ["ExampleStats", "clipped_grad"]
 
 
 class ExampleStats(NamedTuple):
@@ -101,7 +101,7 @@ def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
                 yield from _collectives(inner, names)
 
 
-def _check_alone(loss_fn: Callable, names: tuple[str, ...]) -> None:
+def _check_alone(loss_fn: Callable[..., Any], names: tuple[str, ...]) -> None:
     """Raises if a loss mixes examples of several devices, or their derivatives."""
     program = jax.make_jaxpr(loss_fn)()
     mixing = set(_collectives(program.jaxpr, names)) - {"axis_index", "pvary", "pcast"}
@@ -128,14 +128,14 @@ def _rounded_within(tree: Any, like: Any, max_norm: Any) -> Any:
     return jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), tree, like)
 
 
-def per_example_clip(
-    loss_fn: Callable,
+def clipped_grad(
+    loss_fn: Callable[..., Any],
     max_norm: jax.typing.ArrayLike,
     *,
     microbatch_size: int | None = None,
     has_aux: bool = False,
     axis_name: Any = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Differentiates a loss with each example's gradient clipped before the mean.
 
     With the gradient g_i of example i, u = mean of g_i * min(1, max_norm / |g_i|) over
@@ -182,7 +182,7 @@ def per_example_clip(
         >>> import jax.numpy as jnp, optclip
         >>> def loss_fn(w, x, y):
         ...     return (w @ x - y) ** 2
-        >>> grad_fn = optclip.per_example_clip(loss_fn, 1.0, microbatch_size=2)
+        >>> grad_fn = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=2)
         >>> x = jnp.array([[3.0, 4.0], [1e30, 0.0], [jnp.nan, 0.0]])
         >>> grads, stats = grad_fn(jnp.zeros(2), x, jnp.ones(3))
         >>> [round(float(g), 3) for g in grads], int(stats.dropped_examples)
@@ -197,7 +197,7 @@ def per_example_clip(
     if callable(max_norm) or isinstance(max_norm, Rule):
         raise TypeError(
             f"`max_norm` must be a number >= 0 or an array, got {max_norm!r}. For one "
-            "that changes, call `per_example_clip` within the step, with its value."
+            "that changes, call `clipped_grad` within the step, with its value."
         )
     validation.non_negative(max_norm=max_norm)
     if microbatch_size is not None:

@@ -1,0 +1,24 @@
+"""The states of all transformations, which hold what `optclip.metrics` reads.
+
+They are named tuples of arrays. `optax.tree.get` finds a field in any optimizer state,
+as in ``optax.tree.get(opt_state, "norm_before")``.
+"""
+
+from optclip._engine.state import ClipState, GroupStats, UnrecordedState
+from optclip.methods.stable_adam import StableAdamState
+from optclip.telemetry import RecordNormsState
+from optclip.wrappers.skip_steps import BadSteps, SkipState
+from optclip.wrappers.stabilize import StabilizeState
+from optclip.wrappers.u_clip import CarryState
+
+__all__ = [
+    "BadSteps",
+    "CarryState",
+    "ClipState",
+    "GroupStats",
+    "RecordNormsState",
+    "SkipState",
+    "StabilizeState",
+    "StableAdamState",
+    "UnrecordedState",
+]
