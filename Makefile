@@ -1,13 +1,13 @@
-# Each target does all its own set-up: bare Python 3.11 or newer is enough.
+# Each target does its own set-up: you only need Python 3.11 or newer.
 #   make test                     with python3
-#   make test PYTHON=python3.13   with another interpreter, in an environment of its own
+#   make test PYTHON=python3.13   with another interpreter, in a separate environment
 #   make demo ARGS="--steps 200"  options for the program
 
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
 
-# One environment for each version of Python; python3's own is called .venv.
+# One environment per version of Python; that of python3 is called .venv.
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 default := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv$(if $(filter $(version),$(default)),,-$(version))
@@ -22,8 +22,8 @@ help:  ## Show this list
 
 # --- environments ---------------------------------------------------------------------
 
-# A stamp is named after what it stands for, so that a change of Python, of the
-# requirements or of the groups makes a new one.
+# A stamp's name includes the Python version and a checksum of the requirements, so that
+# a change of either installs again.
 key := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(version)
 stamp = $(VENV)/.$(1)-$(key)
 
@@ -55,36 +55,37 @@ $(call stamp,notebooks): $(VENV)/.uv-$(version)
 	@$(uv) -e . --group notebooks
 	@touch $@
 
-# --- what to run ----------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------
 
-demo: $(call stamp,demo)  ## Train on real text with and without a clip; table and picture
+demo: $(call stamp,demo)  ## Train on real text with and without clipping; table and figure
 	@$(bin)/python -m optclip.demo $(ARGS)
 
-test: lint unit  ## Lint, types, docstring examples, docs examples and tests
+test: lint unit  ## Lint, type checks, tests, and the examples in docstrings and docs
 
-lint: $(call stamp,test)  ## Ruff and pyright only
+lint: $(call stamp,test)  ## Ruff, pyright and codespell only
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/pyright --pythonpath $(bin)/python
+	@$(bin)/codespell -D - -D tools/words.txt README.md CHANGELOG.md CONTRIBUTING.md benchmarks docs examples notebooks optclip tests tools
 
 unit: $(call stamp,test)  ## Tests and examples only, without lint
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-test-all: $(call stamp,test)  ## All tests, with the variants that `make test` leaves out
+test-all: $(call stamp,test)  ## All tests, including the variants that `make test` skips
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m "not exhaustive" $(ARGS)
 
-test-exhaustive: $(call stamp,test)  ## The widest products of layouts, modes and options: hours
+test-exhaustive: $(call stamp,test)  ## All combinations of shardings, modes and options; takes hours
 	@$(bin)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive $(ARGS)
 
-# Every contract, and what checks numbers and states of each method.
+# All contracts, and the tests of each method's values and states.
 x64_tests := $(wildcard tests/contracts/test_*.py) $(patsubst %,tests/test_%.py, \
   actions adaptive_rules checkpoints laws mechanisms methods norms clipped_grad rules \
   scopes skipping telemetry)
 
-test-x64: $(call stamp,test)  ## The contracts again, with float64 on
+test-x64: $(call stamp,test)  ## The contracts again, with float64 enabled
 	@OPTCLIP_TEST_X64=1 $(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(x64_tests) $(ARGS)
 
-fuzz: $(call stamp,test)  ## Any tree, rule and value: 20,000 examples
+fuzz: $(call stamp,test)  ## Fuzz pytrees, rules and values: 20,000 examples
 	@OPTCLIP_FUZZ_EXAMPLES=20000 $(bin)/python -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 docs: $(call stamp,docs)  ## Build the site; any warning is an error
@@ -94,14 +95,14 @@ docs: $(call stamp,docs)  ## Build the site; any warning is an error
 notebooks: $(call stamp,notebooks)  ## Run the notebooks and store their outputs
 	@$(bin)/python tools/build_notebooks.py
 
-notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail where they differ
+notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail if they differ from their sources
 	@$(bin)/python tools/build_notebooks.py --check
 
-bench: $(call stamp,test)  ## Measure what a clip costs in a training step
+bench: $(call stamp,test)  ## Measure what clipping costs in a training step
 	@$(bin)/python benchmarks/step_cost.py $(ARGS)
 
-# An environment of its own: JAX looks for a GPU wherever its plugin is installed. The
-# plugin must be of JAX's own version.
+# A separate environment: JAX looks for a GPU wherever its plugin is installed. The
+# plugin must have the same version as JAX.
 accelerators := $(VENV)-accelerators
 $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 	@echo "Installing what compiling for accelerators needs"
@@ -112,16 +113,16 @@ $(accelerators)/.stamp-$(key): $(VENV)/.uv-$(version)
 	  --group gpu jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
 	@touch $@
 
-compiled: $(accelerators)/.stamp-$(key)  ## What clips cost on GPU and TPU, by compiling for them
+compiled: $(accelerators)/.stamp-$(key)  ## Count what clipping costs on GPU and TPU, by compiling for them
 	@cd benchmarks && ../$(accelerators)/bin/python compiled.py $(ARGS)
 
 accelerators: $(accelerators)/.stamp-$(key)
 
-test-accelerators: $(accelerators)/.stamp-$(key)  ## Hold what clips cost on GPU and TPU, by compiling for them
+test-accelerators: $(accelerators)/.stamp-$(key)  ## Test what clipping costs on GPU and TPU, by compiling for them
 	@JAX_PLATFORMS=cpu $(accelerators)/bin/python -m pytest tests/accelerators $(ARGS)
 
-constraints: $(VENV)/.uv-$(version)  ## Look for newer versions and write constraints.txt
-	@echo '# The versions that `make` installs, for every Python; remade by `make constraints`.' > constraints.new
+constraints: $(VENV)/.uv-$(version)  ## Upgrade the pinned versions in constraints.txt
+	@echo '# The versions that `make` installs, for every Python; generated by `make constraints`.' > constraints.new
 	@$(bin)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate --all-extras --group test --group lint --group notebooks \
 	  --group docs pyproject.toml >> constraints.new

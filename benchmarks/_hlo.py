@@ -1,4 +1,4 @@
-"""What a compiled program does, counted from its text."""
+"""What a compiled program does, counted from its HLO text."""
 
 import re
 
@@ -7,12 +7,12 @@ import numpy as np
 SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2,
          "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
 SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
-# The fast memory of a TPU, which arrays are brought to in time: no main memory.
+# The memory space of a TPU's fast memory, into which arrays are prefetched.
 FAST = re.compile(r"S\([1-9]")
 COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?$"
 )
-# What is not a kernel of its own.
+# Instructions that are not kernels of their own.
 NO_KERNEL = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all",
     "partition-id", "iota", "conditional",
@@ -20,7 +20,7 @@ NO_KERNEL = {
 
 
 def arrays_of(shape):
-    """Returns (bytes, whether it lies in main memory) of each array of a shape."""
+    """Returns (bytes, whether it is in main memory) for each array of a shape."""
     return [
         (
             SIZES[kind]
@@ -37,7 +37,7 @@ def bytes_of(shape):
 
 
 def copied(shape):
-    """Returns the bytes of main memory that a copy reads and writes, of its result."""
+    """Returns the bytes of main memory that a copy reads and writes."""
     source, result = arrays_of(shape)[:2]
     return min(source[0], result[0]) * (source[1] + result[1])
 
@@ -57,13 +57,13 @@ def computations(text):
 
 
 def collectives(instructions):
-    """Returns the kind and the shape of each collective, without the ends of pairs."""
+    """Returns the kind and shape of each collective; a start/done pair counts once."""
     pairs = ((COLLECTIVE.match(op), shape) for _, shape, op, _ in instructions)
     return [(found[1], shape) for found, shape in pairs if found]
 
 
 def written_in_place(called):
-    """Returns the bytes that a fusion writes into an array it is given, or None."""
+    """Returns the bytes that a fusion writes in place into an operand, or None."""
     if not called or called[-1][2] != "dynamic-update-slice":
         return None
     shapes = {name: shape for name, shape, _, _ in called}
@@ -74,9 +74,9 @@ def written_in_place(called):
 def kernels(program, name="ENTRY"):
     """Returns how many kernels a computation has, and the bytes they read and write.
 
-    Bytes are those of main memory. A copy to fast memory that runs beside the kernels
-    is no kernel, but it reads what it copies. Of an array that is written to in place,
-    what is written counts.
+    Bytes are those of main memory. A copy to fast memory that overlaps with the kernels
+    is not a kernel, but the bytes that it reads count. For an array that is updated in
+    place, only what is written counts.
     """
     instructions = program[name]
     sizes, count, moved = {}, 0, 0

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the name of the machine, and where results go."""
+"""Shared by the benchmarks: the name of the machine, and where results are written."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import optclip
 
 
 def machine():
-    """Names what the figures were measured on."""
+    """Describes the machine and the versions that were measured."""
     device = jax.devices()[0]
     processor = platform.processor() or platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists():
@@ -27,14 +27,14 @@ def machine():
 
 
 def parser(doc):
-    """Returns a parser of the command line that knows ``--output``."""
+    """Returns a command-line parser with the option ``--output``."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--output", type=pathlib.Path, help="folder to write to")
     return made
 
 
 def write(folder, name, lines):
-    """Writes the results where ``--output`` said, if it did."""
+    """Writes the results into the folder ``--output``, if it was given."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""GPUs and TPUs to compile for on a machine that has none, and what a program costs.
+"""GPUs and TPUs to compile for without having one, and what a compiled program costs.
 
-XLA compiles for a device that it is only told of: the bytes that a step moves, its
-kernels, conditions, collectives and temporaries can be counted, and the time that
-compiling takes. How fast the step is can't be seen without the device.
+XLA can compile for a device that it only has a description of. From the compiled
+program we count the bytes that a step moves, its kernels, conditions, collectives and
+temporaries, and we measure the time to compile. How fast a step is can't be known
+without the device.
 """
 
 import collections
@@ -24,7 +25,7 @@ from jax.experimental import topologies
 
 
 class Gpu(NamedTuple):
-    """The published specifications of a GPU, as far as XLA asks for them."""
+    """The published specifications of a GPU that XLA asks for."""
 
     name: str
     major: int
@@ -36,7 +37,7 @@ class Gpu(NamedTuple):
     memory: int
 
     def __str__(self):
-        """Returns them in the form in which XLA takes them."""
+        """Returns the specifications in the format that XLA reads."""
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -91,17 +92,17 @@ def devices(target, count):
 
 
 class Program(NamedTuple):
-    """What was counted of a compiled program.
+    """The costs counted from a compiled program.
 
     Attributes:
         bytes: What its kernels read from main memory and write to it.
-        accessed: The same by XLA's own count, that of fast memory included; on a TPU
+        accessed: The same by XLA's own count, which includes fast memory; on a TPU
             only, else None.
         kernels: How many kernels are launched, without those of conditions.
-        conditions: How many times the host may wait to learn what to launch.
+        conditions: How many times the host may have to wait to learn what to launch.
         collectives: How many collectives there are, by kind.
         temporaries: Bytes of memory in addition to arguments and results.
-        seconds: CPU seconds of tracing and compiling, with child processes.
+        seconds: CPU seconds of tracing and compiling, including child processes.
     """
 
     bytes: float

@@ -1,8 +1,9 @@
-"""What a clip sends between devices: the collectives in the compiled program.
+"""What clipping sends between devices: the collectives in the compiled program.
 
-Eight CPU devices, a transformer's 81 leaves cut along their first axis (FSDP), or whole
-on each device. XLA's partitioner places the collectives; counts and bytes are read from
-the program that it compiled, the rare branch for overflowing sums apart.
+Eight CPU devices; the 81 leaves of a transformer are either sharded over their first
+axis (FSDP) or replicated on each device. XLA's partitioner inserts the collectives;
+counts and bytes are read from the compiled program, separately for the rare branch that
+handles sums that overflow.
 
 Usage: python benchmarks/collectives.py [--output benchmarks/results]
 """
@@ -37,7 +38,7 @@ CLIPS = {
 
 
 def collectives(text):
-    """Returns (how many, bytes) in the entry, and how many in branches."""
+    """Returns (how many, bytes) in the entry computation, and how many in branches."""
     found = {
         name: _hlo.collectives(own) for name, own in _hlo.computations(text).items()
     }
@@ -68,7 +69,7 @@ def main():
             count, size, rare = collectives(text)
             lines.append(f"| {name} | {layout} | {count} | {size:,} | {rare} |")
             print(lines[-1], flush=True)
-    lines += ["", f"Read by `benchmarks/collectives.py` on {machine()}."]
+    lines += ["", f"Counted by `benchmarks/collectives.py` on {machine()}."]
     write(options.output, "collectives.md", lines)
 
 

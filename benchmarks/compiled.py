@@ -1,4 +1,4 @@
-"""What a clip costs on a GPU or TPU: one AdamW step, compiled for it and not run.
+"""What clipping costs on a GPU or TPU: one AdamW step, compiled for it but not run.
 
 Usage:
 
@@ -6,14 +6,14 @@ Usage:
                                   [--dtype bfloat16] [--only TEXT]
     python benchmarks/compiled.py --all --output benchmarks/results
 
-It needs JAX's plugins (the dependency groups `gpu` and `tpu`) and no device. Each row
-is a donated step with the clip, compared with AdamW alone. With 8 devices, matrices are
+It needs JAX's plugins (the dependency groups `gpu` and `tpu`) but no device. Each row
+is a donated step with clipping, compared with AdamW alone. With 8 devices, matrices are
 sharded over both axes of a 4 x 2 mesh.
 """
 
 import functools
 
-# First: it sets the environment that JAX reads.
+# Must come first: it sets environment variables that JAX reads.
 from _targets import TARGETS, compiled, devices
 
 # isort: split
@@ -42,7 +42,7 @@ SKIPPING = functools.partial(optax.apply_if_finite, max_consecutive_errors=10)
 
 
 def clips(dtype):
-    """Returns the clips and wrappers to compare, by name; None is AdamW alone."""
+    """Returns what to compare, by name: transformations, wrappers, None for AdamW."""
     wide = {} if dtype == "float32" else {"update_dtype": jnp.float32}
     return {
         "AdamW alone": None,
@@ -77,7 +77,7 @@ CORE = (
 UNITS = ("optax.adaptive_grad_clip", "optclip.adaptive_grad_clip")
 WRAPPERS = ("optax.apply_if_finite", "optclip.skip_steps")
 FIRST, MANY, POLICY, SCANNED = TREES
-# `optax.apply_if_finite` takes no gradients of another dtype than the parameters.
+# `optax.apply_if_finite` needs gradients of the same dtype as the parameters.
 HALF = tuple(name for name in clips("bfloat16") if name != "optax.apply_if_finite")
 # What `--all` writes: tree, dtype of the gradients, target, devices, rows (all if ()).
 ALL = [
@@ -99,7 +99,7 @@ ALL = [
 
 
 def shapes_of(tree, target, count):
-    """Returns the parameters of a tree as shapes on devices, and a placement."""
+    """Returns the parameters of a tree as shapes on devices, and their sharding."""
     found = devices(target, count)
     if count == 1:
         place = lambda shape: SingleDeviceSharding(found[0])  # noqa: E731
@@ -116,7 +116,7 @@ def shapes_of(tree, target, count):
 
 
 def measure(clip, tree, target, count, dtype="float32"):
-    """Returns what a step with the clip costs; ``dtype`` is that of the gradients."""
+    """Returns the costs of a step with clipping; ``dtype`` is that of the gradients."""
     params, place = shapes_of(tree, target, count)
     inner = optax.adamw(1e-3)
     if clip is None:
@@ -152,7 +152,7 @@ def table(tree, dtype, target, count, rows):
         "conditions | collectives | temporaries, MB | CPU s to compile |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    measure(None, "policy network of 8 leaves", target, 1)  # what is paid once
+    measure(None, "policy network of 8 leaves", target, 1)  # costs that are paid once
     bare = None
     for name, clip in clips(dtype).items():
         if bare is not None and rows and name not in rows:
@@ -181,23 +181,23 @@ def table(tree, dtype, target, count, rows):
 def main():
     """Measures what the command line asks for."""
     options = parser(__doc__)
-    options.add_argument("--all", action="store_true", help="what the docs show")
+    options.add_argument("--all", action="store_true", help="all tables of the docs")
     options.add_argument("--target", choices=TARGETS, default="H100")
     options.add_argument("--devices", type=int, choices=(1, 8), default=1)
     options.add_argument("--tree", choices=TREES, default=FIRST)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options.add_argument("--only", help="rows whose name holds this text", default="")
+    options.add_argument("--only", help="rows whose name contains this", default="")
     chosen = options.parse_args()
     lines = [
         "# What a clip costs on accelerators",
         "",
-        "These programs were compiled and not run: no GPU or TPU was there, so the "
+        "These programs were compiled but not run: no GPU or TPU was available, so the "
         "time of a step is not known. Rows are compared with the first, AdamW alone: "
         "bytes that kernels move from and to main memory, in passes over the "
         "gradients, kernels, and CPU seconds of tracing and compiling. A condition "
         "makes the host wait. *Accessed* is XLA's own count on a TPU, which counts "
-        "what lies in fast memory like the rest. Parameters are float32; where "
-        "gradients are bfloat16, optclip hands its updates on in float32 "
+        "accesses to fast memory too. Parameters are float32; where "
+        "gradients are bfloat16, optclip returns its updates in float32 "
         "(`update_dtype`).",
         "",
         f"Compiled on {machine()}.",

@@ -1,8 +1,9 @@
-"""Training on digits of which one batch in twenty is poisoned: who gets through?
+"""Trains on digits of which one batch in twenty is corrupted: which variants survive?
 
-A small network learns scikit-learn's handwritten digits. In the poisoned runs every
-twentieth batch, at random, has pixels that are NaN, infinite or 1e20, or labels drawn
-by lot. All variants see the same batches. Accuracy is that on unseen, clean digits.
+A small network learns scikit-learn's handwritten digits. In the corrupted runs every
+twentieth batch on average, chosen at random, has pixels that are NaN, infinite or 1e20,
+or random labels. All variants see the same batches. Accuracy is measured on unseen,
+clean digits.
 
 Usage: python benchmarks/poisoned_digits.py [--output benchmarks/results]
 
@@ -23,7 +24,7 @@ KINDS = ("NaN", "inf", "1e20", "labels")
 
 
 def data():
-    """Returns (train, test), each images and labels."""
+    """Returns (train, test), each of them images and labels."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     x = (images[order] / 16).astype(np.float32)
@@ -32,7 +33,7 @@ def data():
 
 
 def schedule(seed, poisoned):
-    """Returns the examples of each step, and what is wrong with it: 0 is nothing."""
+    """Returns the examples of each step, and how it is corrupted (0: not at all)."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 1347, (STEPS, BATCH))
     wrong = np.where(rng.random(STEPS) < SHARE, rng.integers(1, 5, STEPS), 0)
@@ -60,7 +61,7 @@ def loss_fn(params, x, y):
 
 
 def train(optimizer, seeds, poisoned):
-    """Returns the accuracy of each seed, and how many steps were left out."""
+    """Returns the accuracy for each seed, and how many steps were skipped."""
     (x, y), (x_test, y_test) = data()
     plans = [schedule(seed, poisoned) for seed in seeds]
     rows, wrong, lots = (jnp.asarray(np.stack(p)) for p in zip(*plans, strict=True))
@@ -91,7 +92,7 @@ def train(optimizer, seeds, poisoned):
 
 
 def variants():
-    """Returns (name, whether the data are poisoned, optimizer)."""
+    """Returns (name, whether the data are corrupted, optimizer)."""
     ours = optax.chain(optclip.clip_by_global_norm(1.0), optax.adam(3e-3))
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
     plain = optax.with_extra_args_support
@@ -112,7 +113,7 @@ def variants():
 def main():
     options = parser(__doc__).parse_args()
     lines = [
-        "| training | batches | accuracy, mean | worst seed | steps left out |",
+        "| training | batches | accuracy, mean | worst seed | steps skipped |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, poisoned, optimizer in variants():

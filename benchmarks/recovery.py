@@ -1,11 +1,12 @@
-"""How long each adaptive clip needs to recover, and what it keeps: a table.
+"""How long each adaptive method needs to recover, and how much state it keeps: a table.
 
-Every clip sees the same log-normal norms, at tree scope (entry clips: two entries). Its
-threshold is compared with that of the same clip on norms without the event:
+Every method sees the same log-normal norms, at tree scope (per-entry methods: two
+entries). Its threshold is compared with that of the same method on norms without the
+event:
 
-- spike: one norm a thousand times as long, at step 500;
-- up, down: from step 500 on all norms are a hundred times as long, or as short; the
-  comparison is a clip that never saw the first 500.
+- spike: one norm a thousand times as large, at step 500;
+- up, down: from step 500 on all norms are a hundred times as large, or as small; the
+  reference never saw the first 500 norms.
 
 Usage: python benchmarks/recovery.py [--output benchmarks/results]
 """
@@ -34,18 +35,18 @@ CLIPS = {
     "adamw_clip": optclip.adamw_clip,
     "stable_spam_clip": optclip.stable_spam_clip,
 }
-# Those that have a safety which the original lacks, and so recover otherwise.
+# Methods with a safeguard that the original lacks, which therefore recover differently.
 SAFER = ("zclip", "adagc", "ema_sigma_clip", "dual_ema_clip", "norm_growth_limiter",
          "adagn")  # fmt: skip
 
 
 def lengths(tx, norms):
-    """Returns what a clip lets pass of a probe ten times as long as usual, by step."""
+    """Returns, by step, what remains of a probe ten times as large as typical norms."""
     grads = jnp.asarray(norms, jnp.float32)[:, None] * jnp.array([0.6, 0.8])
 
     def step(state, grad):
         _, after = tx.update(grad, state)
-        # The threshold as an outsider sees it: what is left of a long gradient.
+        # The threshold as seen from outside: what remains of a large gradient.
         probe, _ = tx.update(10 * grad, state)
         return after, jnp.linalg.norm(probe)
 

@@ -1,8 +1,8 @@
 """What each remedy does against each cause of exploding gradients, on one small net.
 
-A net of relu layers learns scikit-learn's digits with plain SGD. For each cause one
-thing is made wrong; then one remedy at a time is added, and nothing else is changed.
-The figures are medians over the seeds.
+A relu network learns scikit-learn's digits with plain SGD. For each cause, one thing is
+made wrong; then one remedy at a time is added, and nothing else is changed. The results
+are medians over the seeds.
 
 Usage: python -m benchmarks.remedies [--seeds 5] [--steps 400]
        [--output benchmarks/results]
@@ -26,7 +26,7 @@ ACTS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "square": jnp.square}
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A net and how it is trained; the defaults train.
+    """A network and how it is trained; with the defaults, it trains.
 
     Attributes:
         depth: Hidden layers.
@@ -37,7 +37,7 @@ class Net:
         residual: Whether each layer is added to its input.
         rate: Learning rate.
         slower: Factor of the learning rate.
-        adaptive: Whether AdamW stands in for SGD, at 0.001 for the usual rate.
+        adaptive: Whether AdamW replaces SGD, with 0.001 for the default rate.
         clip: A transformation before the optimizer.
         l1: Weight of the sum of absolute weights in the loss.
         l2: Weight of half the sum of squared weights in the loss.
@@ -84,9 +84,9 @@ REMEDIES = {
 
 
 def weights_of(net, key):
-    """Returns hidden layers and a last one."""
+    """Returns the hidden layers and a last one."""
     first, last = jax.random.split(key)
-    power = 2.0 if net.init == "he" else 1.0  # Xavier's, with as many in as out
+    power = 2.0 if net.init == "he" else 1.0  # Xavier; fan_in equals fan_out
     size = net.gain * (power / WIDTH) ** 0.5
     return {
         "hidden": size * jax.random.normal(first, (net.depth, WIDTH, WIDTH)),
@@ -95,7 +95,7 @@ def weights_of(net, key):
 
 
 def scores_of(net, params, x):
-    """Returns the scores of the classes."""
+    """Returns the logits."""
     axis = {"layer": -1, "batch": 0}.get(net.norm)
 
     def layer(x, weights):
@@ -131,7 +131,7 @@ def digits():
 
 
 def train(net, data, seed, steps):
-    """Returns the first gradient's norm, and the share of test digits read rightly."""
+    """Returns the norm of the first gradient, and the test accuracy."""
     x, y, test_x, test_y = data
     rate = net.slower * net.rate
     usual = Net().rate
@@ -158,7 +158,7 @@ def train(net, data, seed, steps):
 
 
 def measure(net, data, seeds, steps):
-    """Returns the median norm and accuracy; NaN if most seeds end not finite."""
+    """Returns the median norm and accuracy; NaN if most seeds end non-finite."""
     run = jax.jit(jax.vmap(lambda seed: train(net, data, seed, steps)))
     firsts, rights = (np.asarray(x) for x in run(jnp.arange(seeds)))
     lost = np.isnan(rights)
@@ -167,7 +167,7 @@ def measure(net, data, seeds, steps):
 
 
 def cell(first, right):
-    """Returns what the table shows."""
+    """Returns the text of one cell of the table."""
     norm = f"{first:.2g}" if np.isfinite(first) else "not finite"
     return f"{norm}: " + ("NaN" if np.isnan(right) else f"**{right:.0%}**")
 
@@ -202,9 +202,9 @@ def main():
     lines += [row(*item, columns, data, options) for item in REMEDIES.items()]
     lines += [
         "",
-        f"Norm of the first gradient, and the share of test digits read rightly after "
+        f"Norm of the first gradient, and the test accuracy after "
         f"{options.steps} steps of {BATCH} digits: medians of {options.seeds} seeds. "
-        "NaN: most seeds ended with numbers that are not finite. 10% is guessing.",
+        "NaN: most seeds ended non-finite. 10% is guessing.",
         "",
         f"Measured by `benchmarks/remedies.py` on {machine()}.",
     ]

@@ -1,17 +1,17 @@
-"""Which steps `skip_steps` leaves out of simulated runs, and which other stacks do.
+"""Which steps of simulated runs `skip_steps` skips, and which other libraries skip.
 
 All runs have 5,000 steps whose norms are log-normal, exp(sigma * z):
 
-- a new source: from step 500 on, a share of the batches, drawn by lot, has norms a
-  number of times as large;
+- a new source: from step 500 on, a random fraction of the batches has norms that are
+  larger by a factor;
 - isolated spikes: single norms ten times as large;
-- a shift: from step 1,000 on all norms are a number of times as large;
+- a shift: from step 1,000 on, all norms are larger by a factor;
 - growth: the norms grow exponentially over the whole run;
-- nothing at all.
+- no event at all.
 
-`skip_steps` is the real transformation; one jitted `lax.scan` runs all cells. The
-rules of OLMo-core, MaxText and Levanter are NumPy copies, for the norm alone; unlike
-`skip_steps` they keep skipped norms in their history. That of optclip 0.1.0 is
+`skip_steps` is the real transformation; one jitted `lax.scan` runs all cells. The rules
+of OLMo-core, MaxText and Levanter are NumPy copies, for the norm alone; unlike
+`skip_steps`, they keep skipped norms in their history. The rule of optclip 0.1.0 is
 `skip_steps` with OLMo-core's threshold, a history of the steps taken, and no count of
 similar norms.
 
@@ -68,7 +68,7 @@ def olmo_core(norms, window=128, sigmas=6.0):
 
 
 def maxtext(norms, window=128, sigmas=6.0):
-    """The same, this norm's slot in a ring of ones included until it is full."""
+    """The same, but the ring buffer starts as ones and already includes this norm."""
     ring, skipped = np.ones((window, norms.shape[1])), np.zeros(norms.shape, bool)
     for t, norm in enumerate(norms):
         known = ring[: max(min(t, window), 2)]
@@ -141,7 +141,7 @@ def of_new_source(skip):
 
 
 def of_rest(skip):
-    """Returns what a rule does with isolated spikes, shifts, growth, and nothing."""
+    """Returns how a rule handles isolated spikes, shifts, growth, and no event."""
     rng = np.random.default_rng(1)
     runs, out = 20, {"spikes": {}, "shift": {}, "growth": {}, "nothing": {}}
     at = np.arange(STEPS)[:, None]
@@ -166,7 +166,7 @@ def of_rest(skip):
 
 
 def by_cell(runs):
-    """Yields one entry for the runs of each cell: lists of what was lost."""
+    """Yields one entry for the runs of each cell: lists of the batches lost."""
     key = operator.itemgetter("share", "size", "sigma")
     for cell, members in itertools.groupby(runs, key):
         several = list(members)
@@ -218,7 +218,7 @@ def table(results):
         )
     for sigma in SIGMAS:
         yield line(
-            f"nothing happens, sigma {sigma}: steps lost",
+            f"no event, sigma {sigma}: steps lost",
             lambda r, k=sigma: percent(r["rest"]["nothing"][k]),
         )
 

@@ -1,8 +1,8 @@
-"""A hundred thousand steps of random faults: nothing leaks, grows or is traced again.
+"""A hundred thousand steps of random faults: no leaks, no growth, no retracing.
 
-Every transformation with memory sees gradients of which one in five is bad: NaN, inf,
-zeros, 1e30, 1e-30, or a lasting shift. After each thousand steps its memory must be
-finite and its updates those of finite gradients; at the end the process must hold no
+Every transformation with state sees gradients of which one in five is bad: NaN, inf,
+zeros, 1e30, 1e-30, or a lasting shift. After every thousand steps its state must be
+finite, as must its updates for finite gradients; at the end the process must hold no
 more arrays, and not much more memory, than after the first thousand.
 
 Usage: python benchmarks/soak.py [--steps 100000] [--output benchmarks/results]
@@ -49,7 +49,7 @@ traces = 0
 def gradients(key, step):
     """Returns gradients, and whether they are finite."""
     keys = jax.random.split(key, 3)
-    # The level moves by a factor of ten thousand, and back, every few hundred steps.
+    # The scale moves by a factor of ten thousand, and back, every few hundred steps.
     level = 10.0 ** (2 * jnp.sign(jnp.sin(step / 300.0)))
     size = level * jnp.exp(0.3 * jax.random.normal(keys[0]))
     kind = jax.random.randint(keys[1], (), 0, 25)
@@ -60,7 +60,7 @@ def gradients(key, step):
 
 
 def remembered(state):
-    """Returns what a transformation must keep finite: all but its figures."""
+    """Returns the part of the state that must stay finite: all but the metrics."""
     if isinstance(state, optclip.states.ClipState):
         return state.rule_state
     if isinstance(state, optclip.states.SkipState):
@@ -84,7 +84,7 @@ def finite(tree):
 
 @jax.jit
 def chunk(key, first, states):
-    """Returns the states after a thousand steps, and whether all was finite."""
+    """Returns the states after a thousand steps, and whether everything was finite."""
     global traces
     traces += 1
 
@@ -93,7 +93,8 @@ def chunk(key, first, states):
         after, sound = {}, []
         for name, tx in CLIPS.items():
             updates, after[name] = tx.update(grads, states[name], PARAMS)
-            # u_clip without a policy hands NaN on, like the clip inside it.
+            # u_clip without a policy passes NaN through, like the transformation inside
+            # it.
             sound.append(finite(remembered(after[name])) & (finite(updates) | ~fine))
         return after, jnp.stack(sound)
 
@@ -102,7 +103,7 @@ def chunk(key, first, states):
 
 
 def held():
-    """Returns how many arrays are alive, and the largest memory so far in MB."""
+    """Returns how many arrays are alive, and the peak memory so far in MB."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return len(jax.live_arrays()), memory
 
@@ -126,10 +127,10 @@ def main():
     if traces != 1:
         raise SystemExit(f"Traced {traces} times.")
     if end[0] > start[0]:
-        raise SystemExit(f"{end[0] - start[0]} more arrays are alive than at first.")
+        raise SystemExit(f"{end[0] - start[0]} more arrays are alive than before.")
     text = (
         f"{len(CLIPS)} transformations, {options.steps:,} steps each, one in five of "
-        f"them bad: every memory and every update of finite gradients was finite, one "
+        f"them bad: every state and every update of finite gradients was finite, one "
         f"trace, {end[0]} arrays alive after the second thousand steps and at the end, "
         f"the largest memory {start[1]:.0f} MB and {end[1]:.0f} MB. It took "
         f"{seconds:.0f} s."

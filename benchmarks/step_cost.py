@@ -1,12 +1,13 @@
-"""What a clip costs: one jitted, donated AdamW step with it, beside one without.
+"""What clipping costs: one jitted, donated AdamW step with it and one without.
 
-All variants run in turns in one process, so that their ratios are comparable even on a
+All variants take turns in one process, so that their ratios are comparable even on a
 machine whose speed drifts. Usage:
 
     python benchmarks/step_cost.py [--quick] [--output benchmarks/results]
 
 It prints a Markdown table for each setting and writes them to ``step_cost.md``, with
-the machine named. Times are medians over rounds; the spread is the interquartile range.
+the name of the machine. Times are medians over rounds; the spread is the interquartile
+range.
 """
 
 import time
@@ -41,7 +42,7 @@ TREES = {
 
 
 def variants(dtype):
-    """Returns the clips to compare by name; None is the bare optimizer."""
+    """Returns the transformations to compare by name; None is the bare optimizer."""
     wide = {"update_dtype": jnp.float32} if dtype != jnp.float32 else {}
     stacked = {"stack_axes": 0, **wide}
     return {
@@ -78,7 +79,7 @@ def variants(dtype):
 
 
 def adaptive(dtype):
-    """Returns the clips that find their threshold, beside the constant one."""
+    """Returns the adaptive transformations, and the constant one for comparison."""
     del dtype
     return {
         "AdamW alone": None,
@@ -116,7 +117,7 @@ def random_tree(shapes, dtype, seed):
 
 
 class Step(NamedTuple):
-    """One compiled step, and what its compilation told."""
+    """One compiled step, and the costs known from its compilation."""
 
     run: object
     state: list
@@ -128,7 +129,7 @@ class Step(NamedTuple):
 
 
 def build(clip, params, grads):
-    """Compiles one step, and by itself the clip alone, from empty caches."""
+    """Compiles one step, and separately the transformation alone, with empty caches."""
     inner = optax.adamw(1e-3)
     if callable(clip):  # a wrapper of the optimizer
         tx = clip = clip(inner)
@@ -168,7 +169,7 @@ def build(clip, params, grads):
 
 
 def measure(steps, grads, rounds):
-    """Runs all steps in turns; returns seconds by name."""
+    """Runs all steps in turn; returns seconds by name."""
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -213,8 +214,9 @@ def table(name, dtype, rounds, chosen, clips=variants):
 NOTE = """Times are ratios to AdamW alone, medians over rounds in which all variants
 take turns; the spread is the interquartile range. "Bytes accessed" is XLA's own
 estimate: it counts in full the branch of optclip that runs only on steps whose sums
-overflow, underflow or are not finite. bf16 gradients go with f32 parameters; there
-optclip hands its updates on in float32 (`update_dtype`), unless "rounded" is said."""
+overflow, underflow or are not finite. bf16 gradients are used with f32 parameters;
+there optclip returns its updates in float32 (`update_dtype`), except in rows named
+"rounded"."""
 
 
 def main():

@@ -1,7 +1,7 @@
-"""What a wrapper that can leave a step out costs, beside the optimizer it wraps.
+"""The cost of a wrapper that can skip a step, relative to the optimizer that it wraps.
 
-Until it is known whether a step is kept, its old and its new state must both be there:
-that is what these rows show. Usage:
+Until it is known whether a step is taken, the old state and the new one must both be
+kept: these rows show what that costs. Usage:
 
     python benchmarks/wrapper_cost.py [--output benchmarks/results]
 """

@@ -10,6 +10,10 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import methods_table  # noqa: E402
+from docutils import nodes  # noqa: E402
+from sphinx import addnodes  # noqa: E402
+from sphinx.transforms.post_transforms import SphinxPostTransform  # noqa: E402
+from sphinx.util.nodes import make_refnode  # noqa: E402
 
 import optclip  # noqa: E402
 
@@ -18,7 +22,18 @@ author = "The optclip authors"
 copyright = author
 version = release = optclip.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "myst_nb",
+]
+templates_path = ["_templates"]
+# A page per function, in api/, from the tables of api.md.
+autosummary_generate = True
+autosummary_ignore_module_all = False
 exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 nitpicky = False
 default_role = "py:obj"
@@ -27,6 +42,7 @@ html_theme = "sphinx_book_theme"
 html_title = "optclip"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_css_files = ["style.css"]
+html_favicon = "_static/favicon.svg"
 html_show_copyright = False
 html_show_sphinx = False
 html_theme_options = {
@@ -35,7 +51,19 @@ html_theme_options = {
     "navbar_persistent": [],
 }
 
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+# Types are shown by the names that the code gives them.
+NAMED = {
+    "Clip": "GradientTransformationExtraArgs",
+    "jax.typing.ArrayLike": "ArrayLike",
+    "optax.GradientTransformationExtraArgs": "GradientTransformationExtraArgs",
+}
+NAMES = ("ClipOption", "CurveName", "DType", "Mode", "NonfinitePolicy", "Order")
+NAMES += ("RecordedNorm", "Threshold")
+autodoc_type_aliases = {name: name for name in NAMES} | NAMED
+copybutton_prompt_text = r"\$ |>>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
@@ -66,7 +94,7 @@ def write_tables(app, config):
 
 
 def copy_notebooks(app, config):
-    """Copies the notebooks beside the pages, where Sphinx finds them."""
+    """Copies the notebooks next to the pages, where Sphinx finds them."""
     target = HERE / "notebooks"
     target.mkdir(exist_ok=True)
     sources = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
@@ -115,8 +143,54 @@ def translate_docstring(app, what, name, obj, options, lines):
     lines[:] = out
 
 
+def tidy_signature(app, what, name, obj, options, signature, returns):
+    """Shows types by their names, and default values as a user would write them."""
+
+    def tidy(text):
+        text = re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text)
+        constants = getattr(obj, "__globals__", {})
+        known = lambda m: m[1] + repr(constants.get(m[2], m[2]))  # noqa: E731
+        return re.sub(r"(= ?)([A-Z][A-Z_]+)\b", known, text)
+
+    return signature and tidy(signature), returns and tidy(returns)
+
+
+class LinkCode(SphinxPostTransform):
+    """Makes the name of a function or class in prose a link to its page."""
+
+    default_priority = 5
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        """Replaces each literal that names a public object."""
+        objects = self.env.domains["py"].objects
+        for node in list(self.document.findall(nodes.literal)):
+            if isinstance(node.parent, (nodes.reference, addnodes.pending_xref)):
+                continue
+            found = re.match(r"^([A-Za-z][\w.]*)(?:\(.*\))?$", node.astext())
+            name = found and found[1]
+            places = ("", "optclip.", "optclip.states.", "optclip.diagnosis.")
+            name = next(
+                (p + name for p in places if name and p + name in objects), None
+            )
+            if name is None or objects[name].docname == self.env.docname:
+                continue
+            entry = objects[name]
+            link = make_refnode(
+                self.app.builder,
+                self.env.docname,
+                entry.docname,
+                entry.node_id,
+                node.deepcopy(),
+                name,
+            )
+            node.replace_self(link)
+
+
 def setup(app):
     """Registers the steps above; docstrings are translated before napoleon."""
+    app.add_post_transform(LinkCode)
     app.connect("config-inited", write_tables)
     app.connect("config-inited", copy_notebooks)
+    app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", translate_docstring, priority=400)

@@ -1,19 +1,19 @@
-"""Training over many processes, with a clip that agrees on all of them.
+"""Trains on many processes, with clipping by the norm over all of them.
 
-On one machine, two processes of four devices each (CPU devices, if there is no other):
+On one machine, two processes of four devices each (CPU devices if there are no others):
 
     python examples/multihost.py --processes 2 --devices 4
 
-On a cluster, one command for each process. JAX finds the variables of SLURM and
-Kubernetes by itself; elsewhere give --coordinator, --processes and --process:
+On a cluster, run one command per process. JAX detects SLURM and Kubernetes from their
+environment variables; elsewhere pass --coordinator, --processes and --process:
 
     srun python examples/multihost.py
     python examples/multihost.py --coordinator host0:1234 --processes 2 --process 0
 
-Every process runs the same program. `jax.distributed` connects them, `jax.jit` places
-the collectives, and the optimizer is the one that a single device would have: nothing
-here is about clipping, which is the point. With --checkpoint, which needs Orbax, the
-run saves itself, and goes on where it was if it is started again.
+Every process runs the same program. `jax.distributed` connects the processes, `jax.jit`
+inserts the collectives, and the optimizer is the one you would use on a single device:
+no code here is specific to clipping, which is the point. With --checkpoint, which needs
+Orbax, the run saves checkpoints and resumes from the latest one when it is restarted.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WIDTH, BATCH = 64, 64
 
 
 def positive(text):
-    """Returns a whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -37,22 +37,22 @@ def positive(text):
 
 
 def parse():
-    """Returns the options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--layout", choices=("fsdp", "data"), default="fsdp")
-    parser.add_argument("--processes", type=positive, help="how many there are")
-    parser.add_argument("--process", type=int, help="which this is; none starts all")
+    parser.add_argument("--processes", type=positive, help="number of processes")
+    parser.add_argument("--process", type=int, help="its index; default: start all")
     parser.add_argument("--devices", type=positive, help="CPU devices in each process")
     parser.add_argument("--coordinator", help="host:port of process 0")
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder to save in")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="checkpoint folder")
     parser.add_argument("--save-every", type=positive, default=5)
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds after a step")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     return parser.parse_args()
 
 
 def end(number, frame):
-    """Ends this process on a signal, and by `finally` those that it started."""
+    """Exits on a signal; `finally` blocks then end the processes that were started."""
     del frame
     sys.exit(128 + number)
 
@@ -89,24 +89,24 @@ def start_all(options):
 
 
 def connect(options):
-    """Joins the other processes, before JAX looks for devices."""
+    """Connects to the other processes, before JAX initializes its devices."""
     if options.devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(options.devices)
     import jax
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own prints a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's prints a traceback
     others = f"{options.processes} processes" if options.processes else "the cluster"
     print(f"Waiting for {others}.", flush=True)
     given = options.coordinator, options.processes, options.process
     try:
-        jax.distributed.initialize(*given)  # what is None, SLURM or Kubernetes says
+        jax.distributed.initialize(*given)  # SLURM or Kubernetes provides what is None
     except ValueError as error:
         if given != (None, None, None):
             sys.exit(
-                f"No other process was found: {error} Outside of a cluster give each "
+                f"No other process was found: {error} Outside a cluster give each "
                 "process --coordinator HOST:PORT, --processes and --process; or give "
-                "--processes alone, which starts all on this machine."
+                "--processes alone, which starts all of them on this machine."
             )
         print("There is no cluster: this is the only process.", flush=True)
 
@@ -135,7 +135,7 @@ def train(options):
         return params, optimizer.init(params)
 
     def batch(step):
-        """The same numbers, however many devices make them."""
+        """Returns the same numbers however many devices compute them."""
         key = jax.random.fold_in(jax.random.key(1), step)
         x = jax.random.normal(key, (BATCH, WIDTH))
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
@@ -148,7 +148,7 @@ def train(options):
     shapes = jax.eval_shape(init)
 
     def spec_of(x):
-        """Under FSDP parameters, and so their moments, are sharded along axis 0."""
+        """Under FSDP, parameters and their moments are sharded along axis 0."""
         sharded = options.layout == "fsdp" and x.shape[0] % mesh.size == 0
         return P("data") if sharded else P()
 
@@ -181,13 +181,13 @@ def train(options):
             )
     main = jax.process_index() == 0
     for step in range(first, options.steps):
-        params, state, loss, figures = update(step, params, state)
-        figures = jax.device_get(figures)
+        params, state, loss, metrics = update(step, params, state)
+        metrics = jax.device_get(metrics)
         if main:
             print(
                 f"step {step:3d}  loss {float(loss):8.5f}  "
-                f"norm {figures['skip/norm']:8.5f}  "
-                f"skipped {figures['skip/skipped_steps']}",
+                f"norm {metrics['skip/norm']:8.5f}  "
+                f"skipped {metrics['skip/skipped_steps']}",
                 flush=True,
             )
         done = step + 1

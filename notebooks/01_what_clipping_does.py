@@ -13,13 +13,12 @@
 # %% [markdown]
 # # What does clipping do?
 #
-# *What happens to a gradient that is clipped, and why should training be better for
-# it?*
+# *What happens to a gradient when it is clipped, and why does that help training?*
 #
-# A clip by norm makes a long gradient short and keeps its direction. A loss can have
-# cliffs, where the gradient is so long that one step throws the parameters out of the
-# region where training works. With a clip the same step is short, and the run goes on
-# along the foot of the cliff.
+# Clipping by norm shortens a large gradient and keeps its direction. A loss surface can
+# have cliffs, where the gradient is so large that a single step throws the parameters
+# out of the region where training works. With clipping, that step is small, and the run
+# continues along the foot of the cliff.
 
 # %%
 import jax
@@ -41,14 +40,15 @@ plt.rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-BLUE, ORANGE, GREY = "#006BA4", "#FF800E", "#8C8C8C"
+BLUE, ORANGE, GRAY = "#006BA4", "#FF800E", "#8C8C8C"
 
 # %% [markdown]
 # ## One gradient
 #
-# The *norm* of a gradient is its length. `clip_by_global_norm(1.0)` brings each
-# gradient that is longer than 1, the *threshold*, to length 1. `clip_by_value(1.0)`
-# bounds each entry by itself. Here are six gradients of two entries under both.
+# The *norm* of a gradient is its length. `clip_by_global_norm(1.0)` scales every
+# gradient whose norm exceeds 1, the *threshold*, down to norm 1. `clip_by_value(1.0)`
+# bounds each entry separately. Here are six gradients with two entries each, clipped in
+# both ways.
 
 # %%
 GRADIENTS = jnp.array(
@@ -61,7 +61,7 @@ def clipped(clip, gradients):
 
 
 def turned(before, after):
-    """Returns by how many degrees each vector was turned."""
+    """Returns the angle in degrees between each vector before and after."""
     lengths = jnp.linalg.norm(before, axis=1) * jnp.linalg.norm(after, axis=1)
     cosine = jnp.sum(before * after, axis=1) / lengths
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
@@ -86,7 +86,7 @@ for axes, after, color, title in (
     (left, by_norm, BLUE, "by norm: same direction"),
     (right, by_value, ORANGE, "by value: direction changed"),
 ):
-    arrows(axes, GRADIENTS, color=GREY, width=0.005, zorder=2, label="before")
+    arrows(axes, GRADIENTS, color=GRAY, width=0.005, zorder=2, label="before")
     arrows(axes, after, color=color, width=0.011, zorder=3, label="after")
     axes.set(title=title, xlabel="first entry", xlim=(-3, 3), ylim=(-2.6, 2.9))
     axes.set_aspect("equal")
@@ -98,21 +98,22 @@ lines = []
 for name, after in (("norm", by_norm), ("value", by_value)):
     degrees = ", ".join(f"{x:.0f}" for x in turned(GRADIENTS, after))
     longest = np.linalg.norm(after, axis=1).max()
-    lines.append(f"by {name:6} longest {longest:.2f}; turned by {degrees} degrees")
+    lines.append(f"by {name:6} max norm {longest:.2f}; rotated by {degrees} degrees")
 print("\n".join(lines))
 
 # %% [markdown]
-# The short gradient, inside the circle and the square, is left alone by both. By norm,
-# no gradient is turned. By value, five of the six are turned, by up to 17 degrees, and
-# one keeps a length of 1.41: the corner of the square.
+# Both leave the small gradient, which is inside the circle and the square, unchanged.
+# Clipping by norm does not change the direction of any gradient. Clipping by value
+# rotates five of the six, by up to 17 degrees, and one keeps a norm of 1.41: it ends at
+# the corner of the square.
 #
 # ## A loss with a cliff
 #
-# [Pascanu, Mikolov and Bengio](https://arxiv.org/abs/1211.5063) drew the loss of a
-# recurrent network with one unit, `h = w * sigmoid(h) + b`, which is applied 50 times.
-# The last state is to be 0.7 after a sigmoid. There are two parameters, `w` and `b`, so
-# the loss is a landscape that can be seen. Two runs of gradient descent start at the
-# same point. They differ in the clip only.
+# [Pascanu, Mikolov and Bengio](https://arxiv.org/abs/1211.5063) plotted the loss of a
+# recurrent network with one unit, `h = w * sigmoid(h) + b`, applied 50 times. The
+# target is 0.7 for the sigmoid of the last state. There are only two parameters, `w`
+# and `b`, so the loss surface can be drawn. Two runs of gradient descent start at the
+# same point. They differ only in the clipping.
 
 # %%
 LEARNING_RATE, MAX_NORM, STEPS = 0.5, 0.3, 400
@@ -147,7 +148,7 @@ plain, kept = jax.device_get(
 # %%
 losses = jax.jit(jnp.vectorize(lambda w, b: loss_fn({"w": w, "b": b})))
 
-# For the view from the side, the grid follows the wall: the steepest b for each w.
+# For the side view, the grid follows the wall: the steepest b for each w.
 column = np.linspace(3.8, 6.1, 90)[:, None]
 row = np.linspace(-3.4, -1.5, 1500)
 wall = row[np.argmin(np.diff(losses(column, row), axis=1), axis=1)]
@@ -188,24 +189,24 @@ above.grid(False)
 plt.show()
 
 # %% [markdown]
-# On the left the landscape from the side, on the right the same from above; dark is
-# low. Both runs walk down into the valley at the foot of the wall, cross it, and step
-# onto the wall. There the gradient is more than a hundred times as long as the
-# threshold. Without a clip (orange) the step is as long as that: the run lands more
-# than ten units away, on ground so flat that it never moves again. With the clip
-# (white) the step is 0.15 long. The run is pushed back a little, comes again, and so
-# follows the wall down to where the loss is below 0.002.
+# The left plot shows the loss surface from the side, the right plot shows it from
+# above; dark is low. Both runs descend into the valley at the foot of the wall, cross
+# it, and step onto the wall. There the norm of the gradient is more than a hundred
+# times the threshold. Without clipping (orange), the step is proportionally large: the
+# run lands more than ten units away, in a region so flat that it never moves again.
+# With clipping (white), the step has length 0.15. The run is pushed back a little,
+# returns, and so follows the wall down to a loss below 0.002.
 #
-# ## What the clip recorded
+# ## What the transformation recorded
 #
-# A clip keeps figures in its state. `optclip.metrics` reads them, also inside of
-# `lax.scan`, so the run above has them for each step.
+# optclip's transformations keep statistics in their state. `optclip.metrics` reads
+# them, also inside `lax.scan`, so the run above has them for every step.
 
 # %%
 shown = slice(0, 120)
 figure, axes = plt.subplots(figsize=(7.2, 3.1), layout="constrained")
 axes.semilogy(
-    kept["clip/norm_before"][shown], color=GREY, lw=1.5, label="before the clip"
+    kept["clip/norm_before"][shown], color=GRAY, lw=1.5, label="before the clip"
 )
 axes.semilogy(
     kept["clip/norm_after"][shown], color=BLUE, lw=2.2, label="after the clip"
@@ -216,15 +217,15 @@ axes.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-# The first long gradient is that of the throw. All that was above the dashed line came
-# out on it, and all that was below came out unchanged: most steps do not notice the
-# clip.
+# The first large gradient is the one that throws the unclipped run away. Every norm
+# above the dashed line was reduced to it, and every norm below it is unchanged:
+# clipping has no effect on most steps.
 #
 # ## Was it luck?
 #
-# The same from 900 starts around the wall. A run *arrives* if its last 50 losses are
-# all below 0.01. A third experiment does without a clip, has a tenth of the learning
-# rate and takes ten times as many steps.
+# The same experiment, from 900 starting points around the wall. A run *converges* if
+# its last 50 losses are all below 0.01. A third variant uses no clipping, a tenth of
+# the learning rate, and ten times as many steps.
 
 # %%
 side = 30
@@ -232,7 +233,7 @@ W, B = np.meshgrid(np.linspace(4.5, 6.2, side), np.linspace(-3.1, -2.0, side))
 
 
 def arrived(optimizer, steps=STEPS):
-    """Returns for each start whether the last 50 losses are below 0.01."""
+    """Returns, for each starting point, whether the last 50 losses are below 0.01."""
 
     def worst(w, b):
         return train(optimizer, w, b, steps)["loss"][-50:].max()
@@ -253,21 +254,21 @@ figure, every = plt.subplots(
 for axes, (name, good) in zip(every, outcomes.items(), strict=True):
     colors = ListedColormap([ORANGE, BLUE])
     axes.pcolormesh(W, B, good, cmap=colors, vmin=0, vmax=1)
-    axes.set_title(f"{name}\n{good.mean():.0%} arrive", fontsize=12)
+    axes.set_title(f"{name}\n{good.mean():.0%} converge", fontsize=12)
     axes.set_xlabel("w at the start")
     axes.grid(False)
 every[0].set_ylabel("b at the start")
-handles = [Patch(color=BLUE, label="arrives"), Patch(color=ORANGE, label="does not")]
+handles = [Patch(color=BLUE, label="converges"), Patch(color=ORANGE, label="does not")]
 figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
 plt.show()
 
 # %% [markdown]
-# Without a clip about four runs in ten arrive, and the picture shows no order: it
-# depends on where exactly a step meets the wall. The lower learning rate is no help,
-# about one in four arrives. The wall is so steep that a tenth of a step is still far
-# too long. With the clip all arrive.
+# Without clipping, about four runs in ten converge, and the plot shows no pattern: the
+# outcome depends on exactly where a step meets the wall. The lower learning rate does
+# not help: about one run in four converges. The wall is so steep that a tenth of the
+# step is still far too large. With clipping, all of them converge.
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 assert turned(GRADIENTS, by_norm).max() < 0.1
@@ -293,15 +294,14 @@ assert 0.15 < share["no clip, learning rate / 10"] < 0.36
 assert share["with a clip"] > 0.98
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# - A clip by norm makes a long gradient short and keeps its direction. A clip by value
-#   bends it. Take the norm unless a paper asks for the other.
-# - It does nothing to gradients below the threshold.
-# - It is for steps where the gradient cannot be trusted: at a wall the gradient tells
-#   where down is, but not how far. A lower learning rate does not replace it.
-# - `optclip.metrics` tells what the clip did. Plot it.
+# - Clipping by norm shortens a large gradient and keeps its direction. Clipping by
+#   value changes the direction. Clip by norm unless a paper asks for the other.
+# - Clipping does not change gradients below the threshold.
+# - Clipping is for steps where the gradient cannot be trusted: at a wall, the gradient
+#   tells which way is down, but not how far. A lower learning rate is not a substitute.
+# - `optclip.metrics` tells what the clipping did. Plot it.
 #
-# [Which clip?](../choosing.md) helps to choose, all are in
-# [Methods](../methods.md), and the words are in
-# [Concepts](../concepts.md).
+# [Which clip?](../choosing.md) helps you choose, [Methods](../methods.md) lists every
+# method, and [Concepts](../concepts.md) defines the terms.

@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Which threshold?
 #
-# *A clip by norm needs one number, `max_norm`. Does it matter which, and where does it
-# come from?*
+# *Clipping by norm needs one number, `max_norm`. Does its value matter, and how do you
+# choose it?*
 #
-# It depends on the model. For a network with tame gradients any number above the usual
-# norm will do. Under AdamW the number hardly matters. For a recurrent
-# network that explodes the right number is the difference between learning and not.
-# Record the norm first: it tells where to begin.
+# It depends on the model. For a network with well-behaved gradients, any number above
+# the typical norm works. With AdamW, the number hardly matters. For a recurrent network
+# whose gradients explode, the right number makes the difference between learning and
+# not learning. Record the norm first: it tells you where to start.
 
 # %%
 import jax
@@ -46,10 +46,10 @@ DARK = "#404040"
 # %% [markdown]
 # ## Three models
 #
-# All three learn the 8 by 8 digits of scikit-learn, each with an optimizer that is
-# usual for it. The recurrent net reads an image in 16 steps of 4 pixels. It begins with
-# the identity as its recurrent weights and has relu as its activation, so nothing
-# bounds its state: it is known to explode.
+# All three learn scikit-learn's 8 by 8 digits, each with an optimizer that is typical
+# for it. The recurrent network reads an image in 16 steps of 4 pixels. Its recurrent
+# weights are initialized to the identity and its activation is relu, so nothing bounds
+# its state: such networks are known to explode.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -97,7 +97,7 @@ def new_transformer(rng):
 
 
 def transformer(params, x):
-    """One block; a token is a row of the image."""
+    """One block; each token is a row of the image."""
     norm = jax.nn.standardize
     x = x.reshape(-1, 8, 8) @ params["in"] + params["place"]
     qkv = (norm(x) @ params["qkv"]).reshape(-1, 8, 3, 4, 8)
@@ -119,13 +119,14 @@ MODELS = {
 }
 
 # %% [markdown]
-# ## All clips at once
+# ## All variants at once
 #
-# 13 numbers from 0.001 to 1000, four clips that find their threshold themselves, one of
-# these behind a generous number, and no clip at all: 19 runs for each model, side by
-# side. All begin with the same weights and see the same batches. The parameters of a
-# run are one vector, a row of a matrix, so `jax.vmap` does all gradients together.
-# `optclip.record_norms()` changes nothing and records the norm.
+# For each model we compare 19 runs: 13 thresholds from 0.001 to 1000, four methods that
+# choose their threshold themselves, one of these behind a generous fixed threshold, and
+# no clipping. All runs start from the same weights and see the same batches. The
+# parameters of a run are one vector, stored as a row of a matrix, so that `jax.vmap`
+# computes all gradients together. `optclip.record_norms()` records the norm and changes
+# nothing.
 
 # %%
 THRESHOLDS = 10.0 ** jnp.arange(-3, 3.1, 0.5)
@@ -148,7 +149,7 @@ def new_clips(start):
 
 
 def clip_rows(grads, states):
-    """Clips the gradients of all runs, one a row, each in its own way."""
+    """Clips the gradients of all runs, one run per row, each with its own method."""
     fixed, *others = states
     by_number = jax.vmap(lambda t, g, s: optclip.clip_by_global_norm(t).update(g, s))
     first, fixed = by_number(THRESHOLDS, grads[:FIXED], fixed)
@@ -175,8 +176,8 @@ def train(new, apply, optimizer, size, seed=0):
         losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (0, None))(params, batch)
         grads, clips = clip_rows(grads, clips)
         updates, state = optimizer.update(grads, state, params)
-        figures = [optclip.metrics(clip) for clip in clips]
-        return (optax.apply_updates(params, updates), clips, state), (losses, figures)
+        metrics = [optclip.metrics(clip) for clip in clips]
+        return (optax.apply_updates(params, updates), clips, state), (losses, metrics)
 
     @jax.jit
     def run(start, batches):
@@ -184,20 +185,20 @@ def train(new, apply, optimizer, size, seed=0):
         carry = (params, new_clips(start), optimizer.init(params))
         return jax.lax.scan(step, carry, batches)[1]
 
-    losses, figures = jax.device_get(run(start, batches))
-    return losses, dict(zip(["numbers", *OTHERS], figures, strict=True))
+    losses, metrics = jax.device_get(run(start, batches))
+    return losses, dict(zip(["numbers", *OTHERS], metrics, strict=True))
 
 
 results = {name: train(*model) for name, model in MODELS.items()}
 
 # %% [markdown]
-# ## Loss by threshold
+# ## Loss against threshold
 #
-# Above, the loss at the end (mean of the last 50 batches) for each number, and the
-# clips that find theirs, at the median of their thresholds. Below, the norms of the run
-# without a clip. The grey band is the rule of thumb, 0.5 to 5. The dashed line is what
-# `optclip.diagnosis.suggest_threshold` makes of the recorded norms: their median,
-# outliers left out.
+# The top row shows the final loss (mean of the last 50 batches) for each threshold. The
+# adaptive methods are plotted at the median of their thresholds. The bottom row shows
+# the norms of the run without clipping. The gray band is the rule of thumb, 0.5 to 5.
+# The dashed line is what `optclip.diagnosis.suggest_threshold` computes from the
+# recorded norms: their median, without outliers.
 
 # %%
 STYLES = {
@@ -218,9 +219,9 @@ figure, panels = plt.subplots(
     layout="constrained",
     height_ratios=(3, 1.2),
 )
-for (name, (losses, figures)), pair in zip(results.items(), panels.T, strict=True):
+for (name, (losses, metrics)), pair in zip(results.items(), panels.T, strict=True):
     top, bottom = pair
-    norms = figures["no clip"]["norms/global_norm"]
+    norms = metrics["no clip"]["norms/global_norm"]
     suggested[name] = optclip.diagnosis.suggest_threshold(norms).max_norm
     end = losses[-50:].mean(axis=0)
     final[name] = dict(zip(OTHERS, end[FIXED:], strict=True)) | {"numbers": end[:FIXED]}
@@ -228,7 +229,7 @@ for (name, (losses, figures)), pair in zip(results.items(), panels.T, strict=Tru
     top.loglog(THRESHOLDS, end[:FIXED], "o-", color=DARK, ms=4, label="max_norm")
     top.axhline(final[name]["no clip"], color=DARK, ls=":", lw=1.8, label="no clip")
     for clip, (color, mark, _) in STYLES.items():
-        middle = np.median(figures[clip]["clip/threshold"])
+        middle = np.median(metrics[clip]["clip/threshold"])
         style = {"color": color, "ms": 8, "mec": "white", "label": clip}
         top.plot(middle, final[name][clip], mark, **style)
     bottom.hist(norms, np.logspace(-3, 3, 49), color="#ABABAB")
@@ -238,8 +239,8 @@ for (name, (losses, figures)), pair in zip(results.items(), panels.T, strict=Tru
         axes.axvline(suggested[name], **line)
     top.set_title(name.replace(", ", "\n"), fontsize=12)
     top.set_xlabel("max_norm")
-    bottom.set_xlabel("norm without a clip")
-panels[0, 0].set_ylabel("loss at the end")
+    bottom.set_xlabel("norm without clipping")
+panels[0, 0].set_ylabel("final loss")
 panels[1, 0].set_ylabel("steps")
 figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=4, **BELOW)
 plt.show()
@@ -247,10 +248,10 @@ plt.show()
 # %%
 best = {name: int(np.argmin(ends["numbers"])) for name, ends in final.items()}
 clipped = {
-    name: figures["numbers"]["clip/clipped_fraction"][-1, best[name]]
-    for name, (_, figures) in results.items()
+    name: metrics["numbers"]["clip/clipped_fraction"][-1, best[name]]
+    for name, (_, metrics) in results.items()
 }
-ends = {"best of the 13 numbers": [final[m]["numbers"][best[m]] for m in MODELS]}
+ends = {"best of 13 thresholds": [final[m]["numbers"][best[m]] for m in MODELS]}
 ends |= {clip: [final[m][clip] for m in MODELS] for clip in OTHERS}
 
 
@@ -258,28 +259,28 @@ def line(name, values, form):
     return f"{name:24}" + "".join(f"{value:>12{form}}" for value in values)
 
 
-table = [line("loss at the end", ("MLP", "recurrent", "transformer"), "")]
+table = [line("final loss", ("MLP", "recurrent", "transformer"), "")]
 table += [line(name, values, ".3f") for name, values in ends.items()]
-table += ["", line("best number", [THRESHOLDS[best[m]] for m in MODELS], ".2f")]
+table += ["", line("best threshold", [THRESHOLDS[best[m]] for m in MODELS], ".2f")]
 table += [line("share of steps it clips", clipped.values(), ".0%")]
-table += [line("suggested number", suggested.values(), ".2f")]
+table += [line("suggested threshold", suggested.values(), ".2f")]
 print("\n".join(table))
 
 # %% [markdown]
-# ## What the clips picked
+# ## The thresholds that the methods chose
 #
-# The thresholds over the steps. Grey is the norm in the run of `quantile_clip`.
-# (`zclip` bounds nothing in its first 25 steps. `adagc` is made for a threshold a leaf;
-# here all parameters are one leaf.)
+# The plots show the thresholds over the steps. The gray line is the norm in the run
+# with `quantile_clip`. (`zclip` clips nothing in its first 25 steps. `adagc` is
+# designed for one threshold per leaf; here all parameters are a single leaf.)
 
 # %%
 figure, every = plt.subplots(1, 3, figsize=(9, 3.7), sharey=True, layout="constrained")
-for (name, (_, figures)), axes in zip(results.items(), every, strict=True):
-    norms = figures["quantile_clip"]["clip/norm_before"]
+for (name, (_, metrics)), axes in zip(results.items(), every, strict=True):
+    norms = metrics["quantile_clip"]["clip/norm_before"]
     axes.semilogy(norms, color="0.8", lw=1, label="norm")
     for clip, (color, _, line) in STYLES.items():
         style = {"color": color, "ls": line, "lw": 2, "label": clip}
-        level = figures[clip]["clip/threshold"]
+        level = metrics[clip]["clip/threshold"]
         axes.semilogy(np.where(level < 1e38, level, np.nan), **style)
     axes.set_title(name.replace(", ", "\n"), fontsize=12)
     axes.set_xlabel("step")
@@ -288,27 +289,29 @@ figure.legend(*every[0].get_legend_handles_labels(), ncols=5, **BELOW)
 plt.show()
 
 # %% [markdown]
-# **The MLP** does not need a clip. Any number of 3 or more gives the same loss as none.
-# A number far below the usual norm is a brake: it makes all steps short, as a learning
-# rate that is far too low would. The four clips stay near the usual norm, and are
-# within a factor of two of no clip.
+# **The MLP** does not need clipping. Any threshold of 3 or more gives the same loss as
+# no clipping. A threshold far below the typical norm slows training: it makes every
+# step small, as a learning rate that is far too low would. The four adaptive methods
+# stay near the typical norm, and their losses are within a factor of two of the loss
+# without clipping.
 #
-# **The transformer** hardly notices. Over a million-fold range of `max_norm` the loss
-# changes by less than a half. Adam divides the gradient by its usual size, so a clip
-# that shortens all steps alike cancels out. It can still keep a rare bad batch out of
-# Adam's moments, but here there is none.
+# **The transformer** is hardly affected. Over a million-fold range of `max_norm`, the
+# loss changes by less than half. Adam divides the gradient by its typical magnitude, so
+# scaling every step by the same factor cancels out. Clipping can still keep a rare bad
+# batch out of Adam's moments, but there is no bad batch here.
 #
-# **The recurrent net** needs a clip, and the number matters. The best is 1; without a
-# clip the loss is more than twice as high. The best number clips nearly all steps: here
-# the clip sets the length of the step. The clips that follow the norm help less than a
-# good number. The first norms are those of the explosion, and they take them for usual:
-# `quantile_clip` begins at twice the first norm, `zclip` waits. A generous number in
-# front of `quantile_clip` helps. `adagc` was good for 299 steps, at about 1. Then its
-# way out of a lock, meant for gradients that have grown for good, set the threshold to
-# the norm as it was, and the loss rose.
+# **The recurrent network** needs clipping, and the threshold matters. The best
+# threshold is 1; without clipping, the loss is more than twice as high. The best
+# threshold clips nearly all steps: here it sets the size of the step. The methods that
+# follow the norm help less than a good fixed threshold. The first norms are those of
+# the explosion, and these methods treat them as typical: `quantile_clip` starts at
+# twice the first norm, and `zclip` waits. A generous fixed threshold in front of
+# `quantile_clip` helps. `adagc` worked well for 299 steps, with a threshold of about 1.
+# Then its recovery mechanism, which is meant for gradients that have grown permanently,
+# set the threshold to the current norm, and the loss rose.
 #
-# All this is one seed each, and small models. The same as assertions, so that this
-# notebook is a test as well:
+# All of this is one seed per run, with small models. The same claims as assertions, so
+# that this notebook is also a test:
 
 # %%
 plain, recurring, adaptive = (final[name] for name in MODELS)
@@ -318,8 +321,8 @@ assert np.allclose(plain["numbers"][7:], plain["no clip"], rtol=0.15)
 for clip in STYLES:
     assert 0.5 < plain[clip] / plain["no clip"] < 2
     assert recurring["numbers"].min() < recurring[clip]
-# Without a clip, and where `adagc` has let go, the net explodes, and rounding decides
-# how high the loss ends: these numbers differ between processors.
+# Without clipping, and where `adagc` has raised its threshold, the network explodes,
+# and rounding decides how high the loss ends: these numbers differ between processors.
 for clip in ("quantile_clip", "zclip", "autoclip"):
     assert recurring[clip] < recurring["no clip"]
 assert recurring["10, then quantile_clip"] < recurring["quantile_clip"]
@@ -332,32 +335,32 @@ assert recurring["no clip"] > 1.5 * recurring["numbers"][near_one].max()
 assert recurring["numbers"][0] > 2 * recurring["numbers"][near_one].max()
 assert clipped["recurrent net, SGD with momentum"] > 0.9
 
-losses, figures = results["recurrent net, SGD with momentum"]
-first = figures["quantile_clip"]
+losses, metrics = results["recurrent net, SGD with momentum"]
+first = metrics["quantile_clip"]
 assert np.isclose(first["clip/threshold"][0], 2 * first["clip/norm_before"][0])
 assert first["clip/norm_before"][0] > 3 * np.median(first["clip/norm_before"])
-assert (figures["zclip"]["clip/threshold"][:24] > 1e38).all()
+assert (metrics["zclip"]["clip/threshold"][:24] > 1e38).all()
 row = FIXED + list(OTHERS).index("adagc")
-assert figures["adagc"]["clip/threshold"][:299].max() < 1.5
-assert figures["adagc"]["clip/threshold"][299] > 2
+assert metrics["adagc"]["clip/threshold"][:299].max() < 1.5
+assert metrics["adagc"]["clip/threshold"][299] > 2
 assert losses[-50:, row].mean() > losses[249:299, row].mean()
 for name, ends in final.items():
     at = np.interp(np.log(suggested[name]), np.log(THRESHOLDS), ends["numbers"])
     assert at < 2 * ends["numbers"].min()
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# - Record the norm with `optclip.record_norms()`, and begin at what
-#   `optclip.diagnosis.suggest_threshold` says: the median, so about half of the steps
-#   are clipped. For all three models it was a good number. `quantile=0.95` gives one
-#   that touches only the rare steps.
-# - The rule of thumb, 0.5 to 5, is right where the usual norm is about 1, as here. A
-#   threshold is in the unit of the gradient: a loss that is 100 times as large needs a
-#   number 100 times as large.
-# - With SGD, if the network explodes, try numbers below the usual norm too. With Adam
-#   do not spend time on it.
-# - A clip that follows the norm spares the search, but it believes its first steps. If
-#   these are wild, put a generous number in front.
+# - Record the norm with `optclip.record_norms()`, and start at what
+#   `optclip.diagnosis.suggest_threshold` returns: the median, which clips about half of
+#   the steps. It was a good threshold for all three models. `quantile=0.95` gives a
+#   threshold that clips only rare steps.
+# - The rule of thumb, 0.5 to 5, applies where the typical norm is about 1, as it is
+#   here. A threshold is in the units of the gradient: if the loss is multiplied by 100,
+#   the threshold must be too.
+# - With SGD, if the network explodes, also try thresholds below the typical norm. With
+#   Adam, do not spend time on tuning the threshold.
+# - An adaptive method saves you the search, but it trusts its first steps. If these are
+#   unstable, put a generous fixed threshold in front.
 #
-# More in [Which clip?](../choosing.md) and [Methods](../methods.md).
+# For more, see [Which clip?](../choosing.md) and [Methods](../methods.md).

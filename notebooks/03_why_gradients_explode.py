@@ -13,11 +13,12 @@
 # %% [markdown]
 # # Why do gradients explode?
 #
-# On its way back from the loss to the first layer, the signal of the derivative is
-# multiplied by each layer. If each makes it a little larger, many make it huge. Weights
-# that begin too large do that, too many layers, and activations that grow faster than
-# their input; a learning rate that is too high leads there within a few steps. Each is
-# shown here on one small network, then remedies are measured on the same network.
+# During backpropagation, each layer multiplies the gradient signal on its way from the
+# loss to the first layer. If each layer makes it a little larger, many layers make it
+# huge. Four causes are shown here on one small network: initial weights that are too
+# large, too many layers, activations that grow faster than their input, and a learning
+# rate that is too high, which leads to the same result within a few steps. Then the
+# remedies are measured on the same network.
 
 # %%
 import dataclasses
@@ -34,7 +35,7 @@ from sklearn.datasets import load_digits
 
 import optclip
 
-# These programs are small and run once: compile them quickly.
+# These programs are small and run once, so compile time matters more than run time.
 jax.config.update("jax_disable_most_optimizations", True)
 plt.style.use("tableau-colorblind10")
 plt.rcParams.update({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3})
@@ -44,9 +45,9 @@ BLUE, ORANGE = "#006BA4", "#FF800E"
 # %% [markdown]
 # ## One network
 #
-# Eight layers of 64 units read scikit-learn's handwritten digits. `Net()` is a network
-# that trains; what is changed of it stands in its arguments. The layers lie in one
-# array, and `jax.lax.scan` runs over them, which compiles quickly.
+# Eight layers of 64 units classify scikit-learn's handwritten digits. `Net()` is a
+# network that trains; its arguments say what is changed. The weights of all layers are
+# stacked in one array, and `jax.lax.scan` runs over them, which compiles quickly.
 
 
 # %%
@@ -90,7 +91,7 @@ def scores(net, params, x):
 
 
 def apart(params):
-    """Returns the same with one array a layer: `diagnose` then sees each activation."""
+    """Returns one array per layer, so that `diagnose` sees each activation."""
     return {**params, "hidden": list(params["hidden"])}
 
 
@@ -104,14 +105,14 @@ def loss_of(net):
 
 
 def optimizer_of(net, rate):
-    adam = optax.adamw(0.05 * rate)  # 0.001 for the usual rate
+    adam = optax.adamw(0.05 * rate)  # 0.001 for the default rate
     last = adam if net.adaptive else optax.sgd(rate)
     return optax.chain(optclip.clip_by_global_norm(1.0), last) if net.clip else last
 
 
 @functools.cache
 def program(net, steps=150):
-    """Returns the compiled training, for any weights and rate."""
+    """Returns the compiled training function, for any weights and learning rate."""
     loss_fn = loss_of(net)
 
     def step(optimizer, carry, start):
@@ -134,7 +135,7 @@ def program(net, steps=150):
 
 
 def train(net):
-    """Returns the norms of the gradients, and the share of test digits read rightly."""
+    """Returns the gradient norms and the test accuracy."""
     run = program(dataclasses.replace(net, gain=1.0, rate=1.0))
     norms, right = run(weights(net), net.rate)
     return np.asarray(norms), float(right)
@@ -143,10 +144,10 @@ def train(net):
 # %% [markdown]
 # ## Four causes
 #
-# In each column below one thing is wrong. `optclip.diagnosis.tap` measures the
-# *backward signal* at each layer: the norm of the derivative of the loss for what the
-# layer puts out. For the learning rate, which says nothing before the first step, it is
-# the norm of the gradient over the steps.
+# In each column below, one thing is wrong. `optclip.diagnosis.tap` measures the
+# *backward signal* at each layer: the norm of the gradient of the loss with respect to
+# the layer's output. The learning rate has no effect before the first step, so its
+# column shows the norm of the gradient over the steps instead.
 
 # %%
 HEALTHY = Net()
@@ -182,7 +183,7 @@ for axes, title, (name, (bad, good)) in zip(every, titles, pairs.items(), strict
     places = np.arange(len(bad), 0, -1) if back else np.arange(len(bad))
     bad, good = (v[::-1] if back else v for v in (bad, good))
     axes.semilogy(places, bad, color=ORANGE, lw=2.2, label="faulty")
-    axes.semilogy(places, good, color=BLUE, lw=2.2, ls="--", label="usual")
+    axes.semilogy(places, good, color=BLUE, lw=2.2, ls="--", label="healthy")
     axes.set_title(title, fontsize=12)
     axes.set_xlabel("layer, from the\nlast to the first" if back else "training step")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -196,16 +197,16 @@ figure.tight_layout(rect=(0, 0, 1, 0.93))
 plt.show()
 
 # %% [markdown]
-# The usual network, dashed, keeps its signal level. With weights three times as large
-# each layer makes it about three times as large, thirty layers at 1.25 do the same more
-# gently, and `x * x` does it at once, for its slope grows with its input. Under the
-# high learning rate the first gradient is the usual one. A few steps later it is not
-# finite, and nothing is drawn.
+# In the healthy network (dashed), the signal stays level. With weights three times as
+# large, each layer multiplies the signal by about three. Thirty layers at 1.25 do the
+# same more gradually. `x * x` does it immediately, because its slope grows with its
+# input. With the high learning rate, the first gradient is the same as in the healthy
+# network. A few steps later it is not finite, and nothing is drawn.
 #
 # ## Which is it?
 #
-# In a model of your own you don't know what is wrong. `optclip.diagnose` measures this
-# signal and tries the remedies on copies.
+# In your own model, you do not know what is wrong. `optclip.diagnose` measures this
+# signal and tries the remedies on copies of the parameters.
 
 # %%
 batches = [(train_x[i : i + 64], train_y[i : i + 64]) for i in range(0, 256, 64)]
@@ -221,9 +222,9 @@ for name, net in {"nothing": HEALTHY, **CAUSES}.items():
 # %% [markdown]
 # ## Remedies, measured
 #
-# Each remedy is added to each network, with nothing else changed. The number is the
-# share of test digits that is read rightly after 150 steps. Guessing gives 10%; NaN
-# means that the weights were not finite at the end.
+# Each remedy is added to each network, and nothing else is changed. The number is the
+# test accuracy after 150 steps. Guessing gives 10%; NaN means that the weights were not
+# finite at the end.
 
 # %%
 REMEDIES = {
@@ -258,23 +259,23 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Each cause has a remedy of its own, such as He initialization for weights that are too
-# large, which does nothing about the activation and the learning rate. Normalization
-# together with residual connections helps in every column: the signal is set back to
-# its size at each layer, and has a way around it. AdamW, which divides each entry of
-# the gradient by its usual size, makes up for each only in part; its rate is 40 times
-# as high in the last column, as that of SGD is.
+# Each cause has a specific remedy. For example, He initialization fixes weights that
+# are too large, but it does nothing about the activation or the learning rate.
+# Normalization together with residual connections helps in every column: each layer
+# rescales the signal, and the signal can also bypass the layer. AdamW, which divides
+# each entry of the gradient by its typical magnitude, only partly compensates for each
+# cause; in the last column its learning rate is 40 times as high, like that of SGD.
 #
-# The clip turns each NaN into a run that goes on. For the learning rate that is enough.
-# For the others it is not: all steps are bounded, and the network that they start from
-# is still a bad one. In the first column it even costs accuracy: the usual norm is
-# above 1 here, so it shortens nearly all steps. A clip guards a training that works; it
-# does not mend one that does not. More remedies, among them tanh, L1 and L2, fewer
-# layers and a lower learning rate, are in the table of [Exploding
-# gradients](../exploding-gradients.md), and each cause is explained in
-# [Diagnosis](../diagnosis.md).
+# Clipping turns every NaN into a run that continues. For the learning rate, that is
+# enough. For the other causes it is not: every step is bounded, but the network that
+# the steps start from is still a bad one. In the first column clipping even reduces
+# accuracy: the typical norm there is above 1, so nearly all steps are scaled down.
+# Clipping protects a training run that works; it does not fix one that does not.
+# [Exploding gradients](../exploding-gradients.md) has a table of more remedies, among
+# them tanh, L1 and L2 penalties, fewer layers and a lower learning rate, and
+# [Diagnosis](../diagnosis.md) explains each cause.
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 right = dict(zip(REMEDIES, table[:, 1:], strict=True))

@@ -13,12 +13,12 @@
 # %% [markdown]
 # # RNN, LSTM, transformer: where do they explode?
 #
-# A recurrent network explodes over the time steps, a transformer over its layers. With
-# recurrent weights 1.5 times too large, the signal on its way back grows 43-fold over
-# 48 characters in an RNN, and 2.6-fold in an LSTM. Over twelve layers of a transformer
-# it grows 400-fold without normalization, and twofold with it. In training this shows
-# when the learning rate is too high, and there each of six clips keeps all three
-# learning.
+# A recurrent network explodes over its time steps, a transformer over its layers. With
+# recurrent weights that are 1.5 times too large, the backward signal grows 43-fold over
+# 48 characters in an RNN, and 2.6-fold in an LSTM. Over twelve layers of a transformer,
+# it grows 400-fold without normalization and twofold with it. In training, this shows
+# when the learning rate is too high, and in that case each of six clipping methods
+# keeps all three networks learning.
 
 # %%
 import functools
@@ -45,15 +45,16 @@ plt.rcParams.update({
 BLUE, ORANGE = "#006BA4", "#C85200"
 HEALTHY = {"color": BLUE, "linestyle": "--", "linewidth": 2}
 FAULTY = {"color": ORANGE, "linestyle": "-", "linewidth": 2}
-QUICK = {"xla_backend_optimization_level": 1}  # short runs: compile fast
+QUICK = {"xla_backend_optimization_level": 1}  # short runs: favor compile time
 
 # %% [markdown]
 # ## One text, three networks
 #
-# All three read Python's own documentation and predict the next character. The RNN is
-# the simplest there is: `h = tanh(x + h W)`. The LSTM carries a cell along beside the
-# state, and gates say how much of it is kept. The transformer has two layers, and in
-# each an attention and a small network side by side, behind a normalization.
+# All three networks read Python's own documentation and predict the next character. The
+# RNN is the simplest possible one: `h = tanh(x + h W)`. The LSTM carries a cell in
+# addition to its state, and its gates control how much of the cell is kept. The
+# transformer has two layers, each with an attention block and an MLP in parallel after
+# a normalization.
 
 # %%
 SYMBOLS, WIDTH, LENGTH, BATCH, STEPS = 48, 24, 48, 8, 200
@@ -67,7 +68,7 @@ def windows(count):
 
 
 def normal(*shape):
-    """Draws weights that keep the size of what comes in."""
+    """Draws weights that preserve the scale of the input."""
     return jnp.asarray(rng.normal(0, shape[-2] ** -0.5, shape), jnp.float32)
 
 
@@ -109,7 +110,7 @@ def rms_norm(x):
 
 
 def transformer(params, codes, norm=rms_norm):
-    """Attention and the small network of each block stand side by side, as in PaLM."""
+    """The attention and the MLP of each block run in parallel, as in PaLM."""
     past = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
 
     def block(x, weights):
@@ -151,12 +152,12 @@ NETWORKS = {
 # %% [markdown]
 # ## Where the signal grows
 #
-# The *backward signal* is the derivative of the loss on its way back through the
-# network. Each time step, and each layer, multiplies it. `optclip.diagnosis.tap` reads
-# its norm at every use of a parameter: at each step of a `jax.lax.scan`, be it over
-# time or over layers. The loss here is that of the last character alone, so that all of
-# the signal comes from there. Each network is looked at twice before it is trained: as
-# it should be, and with a fault.
+# The *backward signal* is the gradient of the loss as it propagates backward through
+# the network. Each time step, and each layer, multiplies it. `optclip.diagnosis.tap`
+# measures its norm at every use of a parameter, and at every step of a `jax.lax.scan`,
+# whether over time or over layers. The loss here is that of the last character alone,
+# so that the whole signal starts there. Each network is measured twice before training:
+# once healthy, and once with a fault.
 
 
 # %%
@@ -164,7 +165,7 @@ BATCHES = windows(STEPS)
 
 
 def for_each(function, names):
-    """Returns what the function gives for each name; they are compiled side by side."""
+    """Returns the function's result for each name; the compilations run in parallel."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(function, names), strict=True))
 
@@ -230,24 +231,25 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Read the curves from right to left, as the signal runs. The faulty ones grow by some
-# factor a step, which is a slope on this scale. The gates of the LSTM dampen the
-# growth, and normalization nearly removes that of the transformer. In the healthy RNN
-# and LSTM the signal does the opposite: it dies out.
+# Read the curves from right to left, in the direction of backpropagation. The faulty
+# ones grow by a constant factor per step, which is a straight line on this scale. The
+# gates of the LSTM dampen the growth, and normalization nearly removes that of the
+# transformer. In the healthy RNN and LSTM the opposite happens: the signal vanishes.
 #
 # ## Seven ways to train, at two learning rates
 #
-# Now the three are trained for 200 steps of plain SGD, where a long gradient is a long
-# step. (Adam divides the length out again, so a clip of gradients does less there.) The
-# *usual* rate is one at which the network trains well without a clip; the *high* one is
-# four times that. All thresholds are the same for the three networks. *Adaptive* is
-# `adaptive_grad_clip`: the norm of a unit's gradient is at most 5% of that of its
-# weights. Losses are in nats, the natural unit of the cross-entropy.
+# Now the three networks are trained for 200 steps of plain SGD, where the size of a
+# step is proportional to the norm of the gradient. (Adam normalizes the gradient's
+# scale away, so clipping does less there.) The *typical* rate is one at which the
+# network trains well without clipping; the *high* rate is four times that. The
+# thresholds are the same for all three networks. *Adaptive* is `adaptive_grad_clip`:
+# the norm of a unit's gradient is at most 5% of the norm of its weights. Losses are in
+# nats, the natural unit of the cross-entropy.
 
 
 # %%
 def layers(path):
-    """Returns how many axes of a leaf count layers: the blocks are stacked."""
+    """Returns how many leading axes of a leaf index layers: the blocks are stacked."""
     return int(path.startswith("blocks/"))
 
 
@@ -269,7 +271,7 @@ def optimizers(rate):
 
 
 def train(network, params, rate, batches):
-    """Trains one copy of the network for each optimizer, all side by side."""
+    """Trains one copy of the network per optimizer, all in parallel."""
     chosen = optimizers(rate)
 
     def loss_fn(params, codes):
@@ -284,8 +286,8 @@ def train(network, params, rate, batches):
             grad = jax.tree.map(lambda x, i=i: x[i], grads)
             updates, state = optimizer.update(grad, state, copy)
             after.append((optax.apply_updates(copy, updates), state))
-            figures = optclip.metrics(state)
-            records[name] = {k: figures[k] for k in RECORDED if k in figures}
+            metrics = optclip.metrics(state)
+            records[name] = {k: metrics[k] for k in RECORDED if k in metrics}
             records[name]["loss"] = losses[i]
         return after, records
 
@@ -306,7 +308,7 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
 for axis, (name, runs) in zip(axes, RUNS.items(), strict=True):
     for run, rate, look in zip(runs, RATES[name], (HEALTHY, FAULTY), strict=True):
         norms = run["no clip"]["norms/global_norm"]
-        print(f"{name:12} rate {rate:<5g} longest gradient {norms.max():.2g}")
+        print(f"{name:12} rate {rate:<5g} largest gradient norm {norms.max():.2g}")
         axis.semilogy(norms, label=f"rate {rate:g}", **look)
     axis.set(title=name, xlabel="step")
     axis.legend(loc="upper right", frameon=False)
@@ -323,13 +325,13 @@ FINAL = {
 
 
 def clipped(run, key="clip/clipped"):
-    """Returns the share of steps in which something was clipped."""
+    """Returns the fraction of steps in which something was clipped."""
     return float(np.mean(run.get(key, np.zeros(1)) > 0))
 
 
 print(f"{'':16}{'final loss':>12}{'steps clipped':>20}")
 for name, runs in RUNS.items():
-    print(f"{name:16}{'usual':>6}{'high':>6}{'usual':>12}{'high':>8}")
+    print(f"{name:15}{'typical':>7}{'high':>6}{'typical':>12}{'high':>8}")
     for clip, (usual, high) in FINAL[name].items():
         shares = "{:12.0%}{:8.0%}".format(*(clipped(run[clip]) for run in runs))
         print(f"  {clip:14}{usual:6.2f}{high:6.2f}{shares}")
@@ -342,9 +344,9 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), sharey=True, sharex=True)
 for axis, (name, losses) in zip(axes, FINAL.items(), strict=True):
     usual, high = np.array(list(losses.values())).T
     places = np.arange(len(losses))
-    axis.axvline(TEXT.entropy, label="only counts characters", **COUNTING)
+    axis.axvline(TEXT.entropy, label="character frequencies only", **COUNTING)
     axis.hlines(places, usual, high, color="0.8", linewidth=2, zorder=1)
-    axis.scatter(usual, places, s=55, color=BLUE, label="usual rate")
+    axis.scatter(usual, places, s=55, color=BLUE, label="typical rate")
     axis.scatter(high, places, s=55, color=ORANGE, marker="^", label="4 times as high")
     axis.set(title=name, xscale="log", xlabel="final loss (nats)")
     axis.set_xticks([2, 3, 4, 6, 8], labels=["2", "3", "4", "6", "8"])
@@ -356,27 +358,28 @@ figure.tight_layout(rect=(0, 0.08, 1, 1))
 plt.show()
 
 # %% [markdown]
-# Without a clip, all three end at the high rate above the dotted line: they know less
-# than someone who only counts how often each character comes. The recurrent networks
-# get there by rare spikes, of up to 370,000 in the RNN and 92 million in the LSTM,
-# whose gates help only while they are half open. The longest gradient of the
-# transformer is 24.
+# Without clipping, all three networks end above the dotted line at the high rate: they
+# predict worse than a model that only knows how often each character occurs. In the
+# recurrent networks the cause is rare spikes, of up to 370,000 in the RNN and 92
+# million in the LSTM, whose gates help only while they are half open. The largest
+# gradient norm of the transformer is 24.
 #
-# With a clip, whichever it is, all three learn at both rates.
+# With any of the clipping methods, all three networks learn at both rates.
 #
-# - **Bounds that do not follow the norm**, the first four, are best here. At the high
-#   rate the RNN and the LSTM then end lower than at the usual rate without a clip: the
-#   clip makes the higher rate usable. In the RNN and the transformer they act on nearly
-#   all steps, and so are a part of the learning rate. In the LSTM, at the high rate,
-#   all but the clip by value act on 6% to 10% of the steps.
+# - **Methods whose threshold does not follow the norm**, the first four, work best
+#   here. At the high rate, the RNN and the LSTM then reach a lower loss than at the
+#   typical rate without clipping: clipping makes the higher rate usable. In the RNN and
+#   the transformer they clip nearly all steps, and so act as part of the learning rate.
+#   In the LSTM, at the high rate, all except clipping by value act on 6% to 10% of the
+#   steps.
 # - **`quantile_clip`** needs no threshold and acts on 7% to 14% of the steps at the
-#   high rate. It helps the transformer least, whose norm rises for many steps at once:
-#   the threshold follows it.
-# - **`stabilize`** ends at nearly the same loss whatever the rate: where the rate is
-#   too high its cap sets the length of the step. The price is speed: in 200 steps RNN
-#   and LSTM come less far.
+#   high rate. It helps the transformer least, because there the norm rises for many
+#   steps in a row and the threshold follows it.
+# - **`stabilize`** ends at nearly the same loss at both rates: where the rate is too
+#   high, its cap sets the size of the step. The price is speed: in 200 steps, the RNN
+#   and the LSTM make less progress.
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 FIXED = ("global norm", "per leaf", "adaptive", "by value")
@@ -407,14 +410,14 @@ assert GROWTH["transformer"][0] < 4
 assert GROWTH["transformer"][1] > 100
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# - A recurrent network needs a clip, and a fixed one will do: some of its gradients are
-#   [very long](https://arxiv.org/abs/1211.5063). Gates alone
-#   do not save an LSTM from a rate that is too high.
-# - What a transformer needs first is normalization. A clip is for what is left.
-# - A fixed threshold near the usual norm lets you take a higher learning rate. If you
-#   know neither a rate nor a threshold, `optclip.stabilize` is safe, and slower.
+# - A recurrent network needs clipping, and a fixed threshold is enough: some of its
+#   gradients are [very large](https://arxiv.org/abs/1211.5063). Gates alone do not
+#   protect an LSTM from a learning rate that is too high.
+# - A transformer needs normalization first. Clipping handles what remains.
+# - A fixed threshold near the typical norm lets you use a higher learning rate. If you
+#   know neither a good rate nor a threshold, `optclip.stabilize` is safe, but slower.
 #
-# [Which clip?](../choosing.md) starts from your question.
-# [Diagnosis](../diagnosis.md) finds the cause where a signal grows.
+# [Which clip?](../choosing.md) starts from your question. [Diagnosis](../diagnosis.md)
+# finds the cause of a signal that grows.

@@ -13,11 +13,11 @@
 # %% [markdown]
 # # How do I write my own rule in ten lines?
 #
-# A *rule* says how the threshold of a clip is found. It is two pure functions on one
-# array of norms. The one below takes nine lines, and works as it is in tree, leaf and
-# unit scope and as the judge of `optclip.skip_steps`. NaN, trees, state and telemetry
-# are the engine's business. What stays with you are norms of zero and the shape of the
-# rule's memory.
+# A *rule* computes the threshold for clipping. It is a pair of pure functions on one
+# array of norms. The one below takes nine lines, and it works unchanged in tree, leaf
+# and unit scope, and as the criterion of `optclip.skip_steps`. optclip's engine handles
+# NaN, pytrees, state and telemetry. You only have to handle norms of zero and the shape
+# of the rule's state.
 
 # %%
 import functools
@@ -36,19 +36,20 @@ plt.rcParams.update({
     "font.size": 12, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.35,
     "axes.spines.top": False, "axes.spines.right": False,
 })  # fmt: skip
-BLUE, ORANGE, GREY, BROWN = "#006BA4", "#FF800E", "#8C8C8C", "#C85200"
+BLUE, ORANGE, GRAY, BROWN = "#006BA4", "#FF800E", "#8C8C8C", "#C85200"
 
 # %% [markdown]
 # ## The rule
 #
 # optclip has no rule that clips at a multiple of the *median* of the last few norms. A
-# median hardly moves when one of nine numbers is wild, so it looks like a good guess of
-# the usual norm.
+# median hardly moves when one of nine numbers is an outlier, so it should be a good
+# estimate of the typical norm.
 #
-# `init` gets the norms as zeros, for their shape and dtype. It returns the memory: here
-# a row of the last `window` norms for each group. `update` gets the norms, the memory
-# and a context (the step number and more). It returns the limit and the new memory. A
-# threshold of `inf` clips nothing, which is right while most of the memory is empty.
+# `init` receives the norms as zeros, for their shape and dtype. It returns the rule's
+# state: here, the last `window` norms of each group. `update` receives the norms, the
+# state and a context (the step number and more). It returns the limit and the new
+# state. A threshold of `inf` clips nothing, which is what we want while most of the
+# state is still empty.
 
 
 # %%
@@ -66,13 +67,14 @@ def times_median(factor, window=9):
 
 
 # %% [markdown]
-# ## A run that is made up
+# ## A synthetic run
 #
-# The clip sees one parameter whose gradient has the norm that we choose: about 1 with
-# some noise, a spike at step 70, a NaN at step 100 (drawn near the top, for it has no
-# norm), and from step 150 on eight times as much. That last one is a lasting shift, as
-# after a change of data. Two clips of the library see the same: a fixed threshold, and
-# [ZClip](https://arxiv.org/abs/2504.02507), which follows the mean and the deviation.
+# The transformation sees one parameter whose gradient has a norm that we choose: about
+# 1 with some noise, a spike at step 70, a NaN at step 100 (drawn near the top, because
+# it has no norm), and eight times as much from step 150 on. The last change is a
+# lasting shift, as after a change of data. Two of the library's transformations see the
+# same gradients: a fixed threshold, and [ZClip](https://arxiv.org/abs/2504.02507),
+# which follows the mean and the standard deviation.
 
 
 # %%
@@ -105,7 +107,7 @@ looks = [(BLUE, "-"), (ORANGE, "--"), ("k", ":")]
 figure, (top, bottom) = plt.subplots(
     2, 1, figsize=(8.5, 5.6), sharex=True, height_ratios=[3.2, 1]
 )
-top.semilogy(norms, ".", color=GREY, markersize=5, label="norm of the gradients")
+top.semilogy(norms, ".", color=GRAY, markersize=5, label="norm of the gradients")
 for (name, record), (color, line) in zip(records.items(), looks, strict=True):
     # Where there is no threshold, the metrics have the largest float32.
     level = np.where(record["clip/threshold"] < 1e38, record["clip/threshold"], np.nan)
@@ -114,7 +116,7 @@ top.plot(100, 60, "x", color="k", markersize=8)
 top.annotate("spike", (70, norms[70]), (65, norms[70]), va="center", ha="right")
 top.annotate("NaN", (100, 60), (105, 60), va="center")
 top.annotate("lasting shift", (150, 60), (154, 60), va="center")
-top.axvline(150, color=GREY, linewidth=1)
+top.axvline(150, color=GRAY, linewidth=1)
 top.set(ylabel="norm and thresholds", ylim=(0.4, 120))
 top.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 for row, (record, (color, _)) in enumerate(zip(records.values(), looks, strict=True)):
@@ -122,7 +124,7 @@ for row, (record, (color, _)) in enumerate(zip(records.values(), looks, strict=T
     bottom.broken_barh(spans, (row - 0.35, 0.7), color=color)
 bottom.set(xlabel="step", yticks=range(3), ylim=(2.6, -0.6))
 bottom.set(yticklabels=[name.split("(")[0] for name in records])
-bottom.set_title("steps that were clipped", fontsize=12, loc="left")
+bottom.set_title("clipped steps", fontsize=12, loc="left")
 bottom.grid(axis="y", visible=False)
 figure.tight_layout()
 plt.show()
@@ -136,22 +138,23 @@ for name, state in states.items():
 optclip.nonfinite_leaves(states["times_median(3.0)"], {"w": jnp.zeros(1)})
 
 # %% [markdown]
-# The state of a clip tells what it did, whatever its rule. All three catch the spike.
-# All count the NaN, name the leaf that held it and hand it on, for no clip mends one
-# (`nonfinite="skip"` makes zeros of it; see [Bad steps](../bad-steps.md)). After the
-# shift the median is at the new level within five steps, more than half of nine. The
-# fixed threshold clips every step from then on. ZClip takes the shift for a run of
-# spikes for 50 steps, then begins anew, and has no threshold for about 25 more.
+# The state records what the transformation did, whatever its rule. All three clip the
+# spike. All three count the NaN, name the leaf that held it and pass it through,
+# because clipping does not fix a NaN by default (`nonfinite="skip"` replaces the update
+# with zeros; see [Bad steps](../bad-steps.md)). After the shift, the median reaches the
+# new level within five steps, more than half of nine. The fixed threshold clips every
+# step from then on. ZClip treats the shift as a run of spikes for 50 steps, then
+# restarts, and has no threshold for about 25 more.
 #
-# Quick is not the same as good. A burst of ten bad steps looks just like a shift at
-# first: the median rule clips five of them, the other two all ten. How long to wait is
-# a choice, and here it is yours: `window=`.
+# Faster is not always better. At first, a burst of ten bad steps looks just like a
+# shift: the median rule clips five of them, the other two clip all ten. How long to
+# wait is a trade-off, and here you choose it: `window=`.
 #
-# ## Other scopes, the same rule
+# ## Other scopes, same rule
 #
-# A *scope* says which entries share one norm. The rule sees norms only, as a number, a
-# vector or a matrix, and works along the last axis of its memory, so nothing changes.
-# Here twelve usual gradients come first; in the thirteenth, one column of `w` (one
+# A *scope* says which entries share one norm. The rule only sees norms, as a scalar, a
+# vector or a matrix, and works along the last axis of its state, so nothing changes.
+# Here, twelve typical gradients come first; in the thirteenth, one column of `w` (one
 # unit) is 200 times too large.
 
 # %%
@@ -201,22 +204,24 @@ figure.colorbar(mesh, ax=axes, label="factor of each entry")
 plt.show()
 
 for name, shapes in memories.items():
-    print(f"{name}: the rule's memory has the shape", *shapes)
+    print(f"{name}: the rule's state has the shape", *shapes)
 
 # %% [markdown]
-# In tree scope the whole update pays for the one unit. In leaf scope `b` is spared, and
-# in unit scope all but the unit itself. The price is memory: nine numbers a group. (In
-# unit scope there is one array for each shape of leaf: `b` is one unit, `w` has eight.)
+# In tree scope, the whole update is scaled down because of one unit. In leaf scope, `b`
+# is not affected, and in unit scope only the unit itself is. The price is memory: nine
+# numbers per group. (In unit scope there is one array for each leaf shape: `b` is one
+# unit, `w` has eight.)
 #
 # ## What can go wrong, and a test
 #
-# - **Zeros.** In the first steps the memory is empty, and a frozen layer has a norm of
-#   zero for as long as it is frozen. Without the line `jnp.where(median > 0, ...)` the
-#   threshold is 0 then, and a good gradient is clipped to nothing.
-# - **NaN.** Nothing to do. A group that is not finite is handed to the rule as 0, and
-#   what the rule returns for it is not kept.
-# - **Shapes.** Each array in the memory begins with the shape of the norms. A memory of
-#   one number for all groups works in tree scope and nowhere else; the engine says so.
+# - **Zeros.** In the first steps the state is empty, and a frozen layer has a norm of
+#   zero for as long as it is frozen. Without the line `jnp.where(median > 0, ...)`, the
+#   threshold is 0 in these cases, and a good gradient is clipped to zero.
+# - **NaN.** You do not have to do anything. The rule receives 0 for a group that is not
+#   finite, and what the rule returns for that group is discarded.
+# - **Shapes.** The shape of each array in the state must begin with the shape of the
+#   norms. A single number for all groups works in tree scope and nowhere else; the
+#   engine raises an error that says so.
 
 
 # %%
@@ -240,10 +245,10 @@ def one_average_for_all(factor):
 usual, wild = jnp.ones(10), jnp.ones(10).at[9].set(100.0)
 
 _, careless = play(optclip.clip_by_rule(without_the_line_for_zero(3.0)), usual)
-print("norm after the careless clip:", *careless["clip/norm_after"].astype(int))
+print("norm without the check for zero:", *careless["clip/norm_after"].astype(int))
 
 state, _ = play(clips["times_median(3.0)"], usual.at[5].set(jnp.nan))
-print("memory of times_median after a NaN:", *state.rule_state[0].astype(int))
+print("state of times_median after a NaN:", *state.rule_state[0].astype(int))
 
 clip = optclip.clip_by_rule(one_average_for_all(3.0), scope=optclip.scopes.leaf())
 params = {"w": jnp.zeros((6, 8)), "b": jnp.zeros(8)}
@@ -252,16 +257,17 @@ try:
 except ValueError as error:
     print(error)
 
-# A test of the rule in three lines: nine usual norms, then one that is far too long.
+# A test of the rule in three lines: nine typical norms, then one that is far too large.
 _, record = play(clips["times_median(3.0)"], wild)
 assert (record["clip/clipped"][:9] == 0).all()
 assert jnp.isclose(record["clip/norm_after"][9], 3.0)
 
 # %% [markdown]
-# ## The same rule decides which steps to leave out
+# ## The same rule decides which steps to skip
 #
-# `optclip.skip_steps` wraps an optimizer and leaves a bad step out whole, so that the
-# optimizer never sees it. `when=` is the rule that says what is bad. It takes ours too.
+# `optclip.skip_steps` wraps an optimizer and skips bad steps entirely, so that the
+# optimizer never sees them. `when=` is the rule that decides what is bad. It accepts
+# our rule too.
 
 # %%
 skipping = optclip.skip_steps(optax.sgd(1.0), when=times_median(3.0))
@@ -273,31 +279,31 @@ figure, axis = plt.subplots(figsize=(8.5, 3.8))
 level = np.where(kept["skip/threshold"] < 1e38, kept["skip/threshold"], np.nan)
 axis.semilogy(level, color=BLUE, linewidth=2, label="threshold")
 axis.semilogy(
-    np.where(left_out, np.nan, norms), ".", color=GREY, markersize=5, label="taken"
+    np.where(left_out, np.nan, norms), ".", color=GRAY, markersize=5, label="taken"
 )
 axis.semilogy(
     np.where(left_out, crosses, np.nan), "x", color=BROWN, markersize=7,
-    label="left out",
+    label="skipped",
 )  # fmt: skip
 axis.annotate("spike", (70, norms[70]), (65, norms[70]), va="center", ha="right")
 axis.annotate("NaN", (100, 60), (105, 60), va="center")
 axis.annotate("lasting shift", (150, 60), (154, 60), va="center")
-axis.axvline(150, color=GREY, linewidth=1)
+axis.axvline(150, color=GRAY, linewidth=1)
 axis.set(xlabel="step", ylabel="norm", ylim=(0.4, 120))
 axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 figure.tight_layout()
 plt.show()
-print("left out:", *np.flatnonzero(left_out))
+print("skipped:", *np.flatnonzero(left_out))
 
 # %% [markdown]
-# Now the NaN is left out too. There is one difference: `skip_steps` does not tell the
-# rule about a step that it leaves out, so after the shift the median alone would never
-# move. Its way out is the same for every rule with a memory: a spike is rare. If ten of
-# the last 512 norms (`max_similar=10`) were at least half as large, the step is taken,
-# and the rule records it. Here the spike at step 70 is one of the ten, so the shift
-# costs nine steps.
+# Now the NaN is skipped too. There is one difference: `skip_steps` does not update the
+# rule on a step that it skips, so after the shift the median alone would never move.
+# The recovery mechanism is the same for every rule with state, and relies on spikes
+# being rare. If ten of the last 512 norms (`max_similar=10`) were at least half as
+# large, the step is taken, and the rule records it. Here the spike at step 70 is one of
+# the ten, so the shift costs nine steps.
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 mine, fixed, zclip = (np.flatnonzero(r["clip/clipped"]) for r in records.values())
@@ -334,14 +340,16 @@ assert careless["clip/norm_after"].tolist() == [0] * 5 + [1] * 5
 assert np.flatnonzero(left_out).tolist() == [70, 100, *range(150, 159)]
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# - A rule is two functions on one array of norms: `jnp.where` instead of `if`, a memory
-#   that begins with the shape of the norms, and `inf` as long as nothing is known.
-# - What you get for it: every scope, any tree, NaN kept out, `optclip.metrics` and
-#   `optclip.nonfinite_leaves`, and the judge of `optclip.skip_steps`.
-# - Look at a rule on a made-up run before you train with it: a spike, a burst, a
-#   lasting shift, a NaN, and zeros.
+# - A rule is two functions on one array of norms: use `jnp.where` instead of `if`, a
+#   state whose shape begins with the shape of the norms, and `inf` until the rule has
+#   seen enough norms.
+# - In return, you get every scope, support for any pytree, NaN kept out of the state,
+#   `optclip.metrics` and `optclip.nonfinite_leaves`, and a criterion for
+#   `optclip.skip_steps`.
+# - Test a rule on a synthetic run before you train with it: a spike, a burst, a lasting
+#   shift, a NaN, and zeros.
 #
-# More: [Writing a rule](../writing-a-rule.md), and the words used here in
-# [Concepts](../concepts.md).
+# For more, see [Writing a rule](../writing-a-rule.md), and [Concepts](../concepts.md)
+# for the terms used here.

@@ -11,12 +11,13 @@
 # ---
 
 # %% [markdown]
-# # What does a clip do on many devices?
+# # How does clipping work on many devices?
 #
-# It must bound the norm of the whole gradient, wherever its parts lie. Under `jax.jit`
-# it does so by itself: the norms on eight devices are those on one, up to the rounding
-# of float32. Inside `jax.shard_map` a clip sees one part only, and must be told so by
-# `axis_name="auto"`. To agree costs one all-reduce of a few bytes.
+# Clipping must bound the norm of the whole gradient, however it is sharded. Under
+# `jax.jit` this is automatic: the norms on eight devices equal those on one, up to
+# float32 rounding. Inside `jax.shard_map`, a transformation sees only its local shard,
+# and must be told so with `axis_name="auto"`. Agreeing on the norm costs one all-reduce
+# of a few bytes.
 
 # %%
 import os
@@ -41,18 +42,18 @@ plt.rcParams.update({
     "font.size": 12, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.35,
     "axes.spines.top": False, "axes.spines.right": False,
 })  # fmt: skip
-BLUE, ORANGE, GREY = "#006BA4", "#FF800E", "#8C8C8C"
+BLUE, ORANGE, GRAY = "#006BA4", "#FF800E", "#8C8C8C"
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 # %% [markdown]
-# ## Two ways to spread a training step
+# ## Two ways to parallelize a training step
 #
-# A *sharding* says which device holds which part of an array. Here eight CPU devices,
-# made up by the flag above, form one mesh axis called `"data"`. Both ways cut the
-# batch. *Data parallel* keeps all weights on every device. *FSDP* (fully sharded data
-# parallel) cuts the weights and the optimizer's moments too.
+# A *sharding* says which device holds which part of an array. Here, eight CPU devices,
+# simulated by the flag above, form one mesh axis called `"data"`. Both ways split the
+# batch. *Data parallelism* replicates the weights on every device. *FSDP* (fully
+# sharded data parallelism) also shards the weights and the optimizer's moments.
 #
-# The network has one hidden layer. Its inputs differ in size, as raw data do, and in
+# The network has one hidden layer. Its inputs differ in scale, as raw data does, and in
 # every eighth batch the targets are a hundred times too large.
 
 
@@ -92,8 +93,9 @@ state = optimizer.init(params)
 
 alone = SingleDeviceSharding(jax.devices()[0])
 whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-batch_cut = NamedSharding(mesh, P(None, "data"))  # the first axis counts steps
-# For each: where parameters and moments lie, where the rest of the state, the batches.
+batch_cut = NamedSharding(mesh, P(None, "data"))  # the first axis is over steps
+# The shardings of the parameters and moments, of the rest of the state, and of the
+# batches.
 PLACES = {
     "one device": (alone, alone, alone),
     "data parallel": (whole, whole, batch_cut),
@@ -142,14 +144,15 @@ for axis, title in zip(grid[0], titles, strict=True):
 plt.show()
 
 # %% [markdown]
-# The numbers are those of the devices. All is read from the arrays themselves. Under
-# FSDP the gradients lie as the weights do, so no device can take their norm alone. The
-# clip's state is a few numbers, which every device has.
+# The numbers are device indices. Everything is read from the arrays themselves. Under
+# FSDP the gradients are sharded like the weights, so no device can compute the global
+# norm alone. The transformation's state is a few numbers, which are replicated on every
+# device.
 #
 # ## Under `jax.jit` there is nothing to do
 #
-# The same jitted program runs on all three layouts. It is written as if there were one
-# device; XLA's partitioner puts in what the devices must tell each other.
+# The same jitted program runs with all three shardings. It is written as if there were
+# one device; XLA's partitioner inserts the communication between devices.
 
 
 # %%
@@ -190,15 +193,17 @@ print("hidden weights on a device:", trained["FSDP"]["hidden"]["kernel"].shardin
       .shard_shape((32, 64)), "of (32, 64)")  # fmt: skip
 
 # %% [markdown]
-# All three see the same norms: they differ by 2e-7 of their size at most, which is what
-# float32 leaves to the order of a sum. The three bad batches are there on all devices.
+# All three see the same norms: they differ by at most 2e-7 in relative terms, which is
+# the rounding error of summing float32 numbers in a different order. The three bad
+# batches appear in all three runs.
 #
-# ## Inside `jax.shard_map` a clip must be told
+# ## Inside `jax.shard_map`, pass `axis_name`
 #
-# In `jax.shard_map` you write the program of *one* device, and a clip sees the part of
-# the gradient that this device holds. Below is the first FSDP step by hand: each device
-# gathers the weights, takes the loss of its part of the batch, and gets its part of the
-# gradient. Three clips with a bound of 1 see that part.
+# In `jax.shard_map` you write the program of *one* device, and a transformation sees
+# the shard of the gradient that this device holds. Below, the first FSDP step is
+# written by hand: each device gathers the weights, computes the loss on its part of the
+# batch, and gets its shard of the gradient. Three transformations with a bound of 1 see
+# that shard.
 
 # %%
 CLIPS = {
@@ -225,7 +230,7 @@ def on_one_device(params, whole_params, x, y):
         clipped[name], state = clip.update(grads, clip.init(grads))
         if name != "optax":
             seen[name] = optclip.metrics(state)["clip/norm_before"]
-    seen["not cut"] = optax.global_norm(jax.grad(mean_loss)(whole_params, x, y))
+    seen["replicated"] = optax.global_norm(jax.grad(mean_loss)(whole_params, x, y))
     return clipped, jax.tree.map(lambda norm: norm[None], seen)
 
 
@@ -247,14 +252,14 @@ figure, (left, side) = plt.subplots(
     1, 2, figsize=(8.5, 4.2), width_ratios=[2.6, 1], layout="constrained"
 )
 at = np.arange(8)
-left.bar(at - 0.2, seen["optax"], 0.38, color=ORANGE, label="optax: its own part")
+left.bar(at - 0.2, seen["optax"], 0.38, color=ORANGE, label="optax: local shard")
 left.bar(
     at + 0.2, seen["optclip, auto"], 0.38, color=BLUE, hatch="//", edgecolor="w",
     label='optclip, axis_name="auto"',
 )  # fmt: skip
 left.axhline(right, color="k", linestyle="--", linewidth=1.5)
 left.text(-0.4, 1.03 * right, "norm of the whole gradient")
-left.set(xlabel="device", ylabel="norm that the clip sees", xticks=at)
+left.set(xlabel="device", ylabel="norm seen by the transformation", xticks=at)
 left.set(title="before the clip", ylim=(0, 1.15 * right))
 left.grid(axis="x", visible=False)
 figure.legend(*left.get_legend_handles_labels(), ncols=2, loc="outside upper center",
@@ -269,25 +274,27 @@ side.set(title="after it (bound: 1)", ylabel="norm of the whole update", ylim=(0
 side.grid(axis="x", visible=False)
 plt.show()
 
-for name in ("optclip", "not cut"):
+for name in ("optclip", "replicated"):
     print(f"{name}:", *(f"{norm:.3f}" for norm in seen[name]))
 
 # %% [markdown]
-# Each device that clips by its own part takes it for the whole. None of the eight norms
-# is the right one. All parts are brought to a norm of 1, so the update has the norm
-# 2.83, the square root of 8, where 1 was asked for. The more devices, the weaker the
-# bound. `optclip` without `axis_name` does the same (first line above): nobody told it
-# that there are other parts. With `axis_name="auto"` each leaf's own type says along
-# which mesh axes it is cut, and all eight devices find 4.635, the norm of one device.
+# Optax's transformation treats each device's shard as the whole gradient. None of the
+# eight norms is the right one. Every shard is scaled to a norm of 1, so the norm of the
+# update is 2.83, the square root of 8, instead of the requested 1. The more devices
+# there are, the weaker the bound. `optclip` without `axis_name` does the same (first
+# line above), because it does not know about the other shards. With `axis_name="auto"`,
+# the type of each leaf says which mesh axes it is sharded over, and all eight devices
+# compute 4.635, the norm on one device.
 #
-# The trap is there only where the gradient is cut. The gradient of weights that all
-# devices share is whole on each of them: JAX has added it up already (second line).
+# This mistake is only possible where the gradient is sharded. The gradient of
+# replicated weights is replicated too: JAX has already summed it over the devices
+# (second line).
 #
 # ## What does it cost to agree?
 #
-# An *all-reduce* adds up one array over all devices. How many does a clip need, and how
-# many bytes go through them? That can be read from the program that XLA compiled, here
-# for the gradients of two layers of 1024 units.
+# An *all-reduce* sums one array over all devices. How many all-reduces does clipping
+# need, and how many bytes do they transfer? Both can be read from the program that XLA
+# compiles, here for the gradients of two layers of 1024 units.
 
 # %%
 LAYERS = [(1024, 1024), (1024,), (1024, 1024), (1024,)]
@@ -298,7 +305,7 @@ def collectives(clip, sharding):
     grads = [jax.ShapeDtypeStruct(x, jnp.float32, sharding=sharding) for x in LAYERS]
     state = jax.eval_shape(clip.init, grads)
     text = jax.jit(clip.update).lower(grads, state).compile().as_text()
-    usual_path = text.split("\nENTRY")[1].split("\n}")[0]  # the rare branch is apart
+    usual_path = text.split("\nENTRY")[1].split("\n}")[0]  # without the rare branch
     found = re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", usual_path)
     shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(kind for kind, _ in found))
     entries = sum(np.prod([int(n) for n in x.split(",") if n]) for x in shapes)
@@ -319,7 +326,7 @@ figure, axis = plt.subplots(figsize=(8.5, 3.2))
 for row, (name, (ops, size)) in enumerate(costs.items()):
     axis.plot(size, row, "o", color=ORANGE if "Optax" in name else BLUE, markersize=9)
     axis.text(size * 1.5, row, f"{len(ops)} {ops[0]}, {size:,} bytes", va="center")
-axis.plot(all_bytes, 4, "s", color=GREY, markersize=9)
+axis.plot(all_bytes, 4, "s", color=GRAY, markersize=9)
 axis.text(all_bytes / 1.5, 4, f"{all_bytes:,} bytes", va="center", ha="right")
 axis.set(xscale="log", xlim=(5, 3e7), ylim=(4.5, -0.5), yticks=range(5))
 axis.set(yticklabels=[*costs, "the gradients themselves"], xlabel="bytes")
@@ -328,12 +335,13 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# One all-reduce, whatever the scope. Tree and leaf scope send one number a leaf, unit
-# scope one a unit: half a million times less than the gradients, or a thousand times.
-# Where nothing is cut, as in data parallel, nothing is sent. (One branch of the program
-# sends more. It is taken where a sum of squares overflows, by all devices together.)
+# There is one all-reduce, whatever the scope. Tree and leaf scope transfer one number
+# per leaf, and unit scope one per unit: half a million times less than the gradients,
+# or a thousand times less. If nothing is sharded, as in data parallelism, nothing is
+# transferred. (One branch of the program transfers more. All devices take it together
+# when a sum of squares overflows.)
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 for name in ("data parallel", "FSDP"):
@@ -352,7 +360,7 @@ assert (seen["optax"] < 0.7 * right).all()
 assert (seen["optax"] > 1.0).all()
 assert np.isclose(np.linalg.norm(seen["optax"]), right)
 assert np.allclose(seen["optclip"], seen["optax"])
-for name in ("optclip, auto", "not cut"):
+for name in ("optclip, auto", "replicated"):
     assert np.allclose(seen[name], right, rtol=1e-5)
 assert np.isclose(after["optax"], np.sqrt(8), rtol=1e-4)
 assert np.isclose(after["optclip"], np.sqrt(8), rtol=1e-4)
@@ -363,14 +371,15 @@ assert [size for _, size in costs.values()] == [16, 16, 16, 8200]
 assert all(cost == ([], 0) for cost in costs_not_cut)
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# - Under `jax.jit`, automatic sharding gives the right norm. Write the step as for one
-#   device.
-# - Inside `jax.shard_map`, pass `axis_name="auto"` to each clip, or the tree of
-#   PartitionSpecs; unit and layer scope need the latter. A clip that was not told
-#   bounds each part, not the whole.
-# - To agree on the norm costs one small all-reduce. It is no reason to leave it out.
+# - Under `jax.jit`, automatic sharding computes the right norm. Write the step as for
+#   one device.
+# - Inside `jax.shard_map`, pass `axis_name="auto"` or the tree of PartitionSpecs to
+#   each clipping transformation; unit and layer scope need the latter. Without it, each
+#   shard is bounded separately instead of the whole gradient.
+# - Agreeing on the norm costs one small all-reduce. That cost is no reason to go
+#   without clipping.
 #
-# More: [Many devices](../scaling.md), with `jax.pmap`, several processes and the
-# collectives of more clips.
+# For more, see [Many devices](../scaling.md), which covers `jax.pmap`, several
+# processes and the collectives of more methods.

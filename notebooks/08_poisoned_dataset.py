@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # What if the data is poisoned?
+# # What if the data is corrupted?
 #
-# One batch with a NaN ends a run for good, and a clip does not mend a NaN unless it is
-# told to. `nonfinite="skip"` does, and so does `optclip.skip_steps`, which also leaves
-# out spikes and tells which steps those were. Where every batch has a few bad examples,
-# only `optclip.clipped_grad` keeps the good ones. Wrong labels among right ones
-# slip past all of them.
+# One batch with a NaN ruins a run permanently, and by default clipping does not fix it.
+# `nonfinite="skip"` does, and so does `optclip.skip_steps`, which also skips spikes and
+# tells which steps they were. If every batch has a few bad examples, only
+# `optclip.clipped_grad` keeps the good ones. Wrong labels among correct ones get past
+# all of them.
 
 # %%
 import functools
@@ -36,21 +36,21 @@ plt.rcParams.update({
     "font.size": 12, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.35,
     "axes.spines.top": False, "axes.spines.right": False,
 })  # fmt: skip
-BLUE, ORANGE, GREY, BROWN = "#006BA4", "#FF800E", "#8C8C8C", "#C85200"
+BLUE, ORANGE, GRAY, BROWN = "#006BA4", "#FF800E", "#8C8C8C", "#C85200"
 
 # %% [markdown]
-# ## The data, and the poison
+# ## The data, and how it is corrupted
 #
-# A small network learns scikit-learn's handwritten digits, 64 to a batch. The poison
-# comes in four kinds: the first eight pixels of a picture become NaN, or infinite, or
-# 1e20, or its label is drawn by lot. It comes in two ways. In the first experiment one
-# batch in twenty is poisoned as a whole. In the second, in every batch, one example in
-# twenty is. The accuracy is that on 450 other digits, which are clean.
+# A small network learns scikit-learn's handwritten digits, with a batch size of 64. An
+# example is corrupted in one of four ways: the first eight pixels become NaN, or
+# infinite, or 1e20, or the label is random. In the first experiment, one batch in
+# twenty is corrupted as a whole. In the second experiment, one example in twenty is
+# corrupted, in every batch. Accuracy is measured on 450 other digits, which are clean.
 
 # %%
 STEPS, BATCH, TRAIN = 600, 64, 1347
 GOOD, NAN, INF, HUGE, LABELS = range(5)
-KINDS = ["good", "NaN", "inf", "1e20", "labels by lot"]
+KINDS = ["good", "NaN", "inf", "1e20", "random labels"]
 
 images, labels = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(labels))
@@ -68,18 +68,18 @@ bad_examples = np.where(bad_examples, rng.integers(1, 5, (STEPS, BATCH)), GOOD)
 
 def load(row, lot, kind):
     value = jnp.array([0.0, jnp.nan, jnp.inf, 1e20, 0.0])[kind][:, None]
-    spoiled = (value != 0) & (jnp.arange(64) < 8)  # the first row of the picture
+    spoiled = (value != 0) & (jnp.arange(64) < 8)  # the first row of the image
     x = jnp.where(spoiled, value, images[row])
     return x, jnp.where(kind == LABELS, lot, labels[row])
 
 
 # %% [markdown]
-# ## The loop
+# ## The training loop
 #
-# All optimizers see the same batches. The loss is handed on as `value=`, for
-# `optclip.skip_steps` looks at it too. The gradient is either that of the mean loss, or
+# All optimizers see the same batches. The loss is passed as `value=`, because
+# `optclip.skip_steps` uses it too. The gradient is either that of the mean loss, or
 # comes from `optclip.clipped_grad`, which clips the gradient of each example before
-# it takes the mean, and leaves out examples whose gradient is not finite.
+# averaging, and drops examples whose gradient is not finite.
 
 
 # %%
@@ -150,7 +150,7 @@ OPTIMIZERS = {
 ALONE, OPTAX, CLIP, SKIP = OPTIMIZERS
 
 # %% [markdown]
-# ## One batch in twenty is poisoned
+# ## One batch in twenty is corrupted
 
 # %%
 whole_batches = np.repeat(bad_batches[:, None], BATCH, axis=1)
@@ -177,7 +177,7 @@ bottom.eventplot(
     lineoffsets=range(4), linelengths=0.7, linewidths=2.5, colors=BROWN,
 )  # fmt: skip
 bottom.set(xlabel="step", yticks=range(4), yticklabels=KINDS[1:], ylim=(3.6, -0.6))
-bottom.set_title("poisoned batches", fontsize=12, loc="left")
+bottom.set_title("corrupted batches", fontsize=12, loc="left")
 bottom.grid(axis="y", visible=False)
 figure.tight_layout()
 plt.show()
@@ -186,19 +186,19 @@ for name, (_, record) in first.items():
     print(f"{name:46}{record['accuracy'][-1]:5.1f}%")
 
 # %% [markdown]
-# Adam alone and Adam behind Optax's clip are lost at step 46, with the first batch that
-# is not finite: a NaN times any scale is a NaN. (optclip's clip does the same by
-# default, `nonfinite="propagate"`.) From there on the network says the same digit for
-# all pictures, which is right for 10.9% of them. With `nonfinite="skip"`, and with
-# `skip_steps`, the poison does not show in the curve. Between these two there is no
-# difference that one could see here.
+# Adam alone and Adam with Optax's clipping fail at step 46, at the first batch that is
+# not finite: a NaN times any scale is a NaN. (optclip's clipping does the same by
+# default, `nonfinite="propagate"`.) From then on the network predicts the same digit
+# for every image, which is correct for 10.9% of them. With `nonfinite="skip"`, and with
+# `skip_steps`, the corrupted batches have no visible effect on the curve. There is no
+# visible difference between the two here.
 #
-# ## Which steps were left out, and why?
+# ## Which steps were skipped, and why?
 #
-# `skip_steps` leaves out what is not finite, and spikes: a norm whose logarithm is more
-# than five standard deviations above the mean of the last 128, or a loss more than six
-# above its own, as long as such values are rare. `optclip.metrics` gives both and their
-# thresholds, at each step.
+# `skip_steps` skips steps that are not finite, and spikes: a norm whose logarithm is
+# more than five standard deviations above the mean of the last 128, or a loss more than
+# six standard deviations above its own mean, as long as such values are rare.
+# `optclip.metrics` returns both values and their thresholds at each step.
 
 # %%
 (_, state), kept = first[SKIP]
@@ -221,7 +221,7 @@ for kind, (mark, color) in MARKS.items():
             strip.plot(steps[here], np.full(here.sum(), kind), mark, **look)
 strip.set(yticks=[NAN, INF, HUGE], yticklabels=KINDS[1:4], ylim=(3.7, 0.3))
 strip.grid(axis="y", visible=False)
-strip.set_title("poisoned batches: filled is left out, hollow is taken", fontsize=12)
+strip.set_title("corrupted batches: filled = skipped, hollow = taken", fontsize=12)
 good = bad_batches == GOOD
 for axis, what, bound in (
     (top, "norm", "threshold"),
@@ -229,7 +229,7 @@ for axis, what, bound in (
 ):
     bound = kept[f"skip/{bound}"]
     axis.semilogy(
-        steps[good], kept[f"skip/{what}"][good], ".", color=GREY, markersize=4
+        steps[good], kept[f"skip/{what}"][good], ".", color=GRAY, markersize=4
     )
     axis.plot(steps, np.where(bound < 1e3, bound, np.nan), color="k", linewidth=1.5)
     axis.axvspan(0, 64, color="0.92", zorder=0)
@@ -238,11 +238,11 @@ top.set(ylim=(0.02, 30))
 top.text(32, 11, "no threshold\nyet", ha="center", va="center", fontsize=10)
 top.text(124, 11, "threshold\nabove 1e12", ha="center", va="center", fontsize=10)
 top.text(210, 1.8, "threshold")
-top.text(370, 11, "labels by lot", ha="center", va="center", color=BLUE)
+top.text(370, 11, "random labels", ha="center", va="center", color=BLUE)
 bottom.set(ylim=(2e-3, 100), xlabel="step")
 plt.show()
 
-print("left out:", int(left_out.sum()), "of", int(optclip.metrics(state)["skip/steps"]))
+print("skipped:", int(left_out.sum()), "of", int(optclip.metrics(state)["skip/steps"]))
 for leaf in optclip.nonfinite_leaves(state, init_params())[:5]:
     print(
         f"step {leaf.step}: {leaf.path:14} {'NaN' if leaf.nan else '':4}",
@@ -250,24 +250,24 @@ for leaf in optclip.nonfinite_leaves(state, init_params())[:5]:
     )
 
 # %% [markdown]
-# What is not finite is always left out. The 1e20 batches of the first 64 steps were
-# taken: a rule must see some steps before it can tell a spike. The clip inside held
-# these steps down. But the rule recorded them, and as long as most of them were among
-# its last 128 norms its threshold was above 1e12. From step 180 on nearly every
-# poisoned batch is left out, and no good one. Labels by lot are told late, when the
-# network is sure of itself: at step 11 their norm and loss are like the others, at step
-# 306 they are spikes.
+# Batches that are not finite are always skipped. The 1e20 batches of the first 64 steps
+# were not skipped: a rule must see some steps before it can recognize a spike. The
+# clipping inside bounded these steps. But the rule recorded them, and as long as most
+# of them were among its last 128 norms, its threshold was above 1e12. From step 180 on,
+# nearly every corrupted batch is skipped, and no good one is. Random labels are
+# recognized late, when the network has become confident: at step 11 their norm and loss
+# are like the others, at step 306 they are spikes.
 #
-# The lines below the picture name the leaves of the newest bad steps. NaN comes in with
-# the pixels and goes through the whole network, so all leaves hold it.
+# The lines below the plot name the leaves of the most recent bad steps. A NaN in the
+# pixels propagates through the whole network, so all leaves contain it.
 #
-# ## In every batch a few examples are bad
+# ## A few bad examples in every batch
 #
-# Now each example is poisoned with a chance of 5%. About three in a batch of 64 are
-# bad, and four batches in five hold a NaN or an infinity. To leave out whole steps is
-# then to leave out the data. The right picture has the norms of single examples, as
-# `clipped_grad` saw them in the second half of its run. A third run has no bad
-# pixels, but 20% of all labels are drawn by lot.
+# Now each example is corrupted with a probability of 5%. About three examples in a
+# batch of 64 are bad, and four batches in five contain a NaN or an infinity. Skipping
+# whole steps would discard most of the data. The right plot shows the norms of single
+# examples, as `clipped_grad` saw them in the second half of its run. A third set of
+# runs has no bad pixels, but 20% of all labels are random.
 
 # %%
 EACH = "optclip.clipped_grad"
@@ -300,34 +300,35 @@ for row, kind in enumerate((GOOD, LABELS, HUGE)):
     some = some[some > 0]
     jitter = row + np.random.default_rng(1).uniform(-0.25, 0.25, some.size)
     right.semilogx(
-        some, jitter, ".", color=GREY if kind == GOOD else BROWN, markersize=4
+        some, jitter, ".", color=GRAY if kind == GOOD else BROWN, markersize=4
     )
 right.axvline(1.0, color="k", linestyle="--", linewidth=1.5)
 right.text(3, -0.42, "max_norm", va="center")
-right.set(yticks=range(4), yticklabels=["good", "labels\nby lot", "1e20", "NaN, inf"])
+right.set(yticks=range(4), yticklabels=["good", "random\nlabels", "1e20", "NaN, inf"])
 right.set(xlabel="norm of one example", ylim=(3.4, -0.6), xlim=(1e-8, 1e24))
-right.text(1e8, 3, "left out", ha="center", va="center")
+right.text(1e8, 3, "skipped", ha="center", va="center")
 right.grid(axis="y", visible=False)
 plt.show()
 
-for title, runs in (("all kinds of poison", second), ("20% labels by lot", third)):
+for title, runs in (("all kinds", second), ("20% random labels", third)):
     for name, record in runs.items():
         mean = record["accuracy"][300:].mean()
         skipped = int(record.get("skip/skipped_steps", [0])[-1])
-        print(f"{title:20} {name:46}{mean:5.1f}%  left out {skipped}")
+        print(f"{title:20} {name:46}{mean:5.1f}%  skipped {skipped}")
 
 # %% [markdown]
-# With `clipped_grad` the mean accuracy in the second half is 98.2%; leaving out
-# whole batches gives 91.0% and 89.7%, and `skip_steps` left out 482 of 600. Examples
-# with NaN or inf are not in the mean, and one with 1e20 counts no more than any clipped
-# one. (A few of these have a gradient of zero, and are not drawn.)
+# With `clipped_grad`, the mean accuracy in the second half is 98.2%; skipping whole
+# batches gives 91.0% and 89.7%, and `skip_steps` skipped 482 of 600 steps. Examples
+# with NaN or inf are not in the mean, and one with 1e20 counts no more than any other
+# clipped one. (A few of these have a gradient of zero, and are not drawn.)
 #
-# Wrong labels are another matter. Their gradients, with norms around 20, are clipped to
-# 1. But by then a good example has a norm of about 0.01, so a wrong one still pulls a
-# hundred times as hard. In the third run the three ways end within half a percent of
-# each other, and `skip_steps` leaves out nothing: what is in each batch is usual.
+# Wrong labels are a different matter. Their gradients, with norms around 20, are
+# clipped to norm 1. But by then a good example has a norm of about 0.01, so a wrong one
+# still has a hundred times its influence. With random labels, the three methods end
+# within half a percent of each other, and `skip_steps` skips nothing: every batch
+# contains about the same share of wrong labels, so none stands out.
 #
-# The same as assertions, so that this notebook is a test as well:
+# The same claims as assertions, so that this notebook is also a test:
 
 # %%
 accuracy = {name: record["accuracy"] for name, (_, record) in first.items()}
@@ -370,20 +371,21 @@ assert max(halves) - min(halves) < 1.5
 assert third[SKIP]["skip/skipped_steps"][-1] < 6
 
 # %% [markdown]
-# ## What to take away
+# ## Takeaways
 #
-# | | NaN, inf | 1e20 | labels by lot |
+# | | NaN, inf | 1e20 | random labels |
 # | --- | --- | --- | --- |
-# | a clip | handed on by default | bounded | bounded |
-# | `skip_steps` | left out | left out, after 64 steps | left out late, or never |
-# | `clipped_grad` | bad examples left out | bounded | bounded, and still strong |
+# | clipping | passed through by default | bounded | bounded |
+# | `skip_steps` | skipped | skipped, after 64 steps | skipped late, or never |
+# | `clipped_grad` | bad examples dropped | bounded | bounded, but still influential |
 #
-# - Whole batches bad: `optclip.skip_steps` around a clip. Give it the loss, and keep
-#   the clip inside for the first steps.
-# - A few bad examples in each batch: `optclip.clipped_grad`. It costs as many
-#   backward passes as there are examples, done side by side.
-# - None of them finds an error that is in the data from the beginning, and usual there.
-#   Where bad inputs can be told by looking at them, take them out before the training.
+# - If whole batches are bad, wrap a clipped optimizer in `optclip.skip_steps`. Pass it
+#   the loss; the clipping inside protects the first steps.
+# - If there are a few bad examples in each batch, use `optclip.clipped_grad`. It costs
+#   as many backward passes as there are examples, computed in parallel.
+# - None of them detects an error that is in the data from the beginning and is typical
+#   of it. If you can recognize bad inputs by inspecting them, remove them before
+#   training.
 #
-# More: [Bad steps](../bad-steps.md), and [Diagnosis](../diagnosis.md) for the batches
-# that make gradients explode.
+# For more, see [Bad steps](../bad-steps.md), and [Diagnosis](../diagnosis.md) to find
+# the batches that make gradients explode.

@@ -1,7 +1,8 @@
-"""Gradient clipping for JAX and Optax: right in every dtype, adaptive, observable.
+"""Gradient clipping for JAX and Optax: accurate in every dtype, adaptive, observable.
 
-Every transformation is an `optax.GradientTransformationExtraArgs`: it chains, jits,
-scans, vmaps, shards and checkpoints as Optax's own.
+Every transformation is an `optax.GradientTransformationExtraArgs`. It works with
+`optax.chain`, `jax.jit`, `jax.lax.scan`, `jax.vmap`, sharding and checkpoints like
+those of Optax.
 
     tx = optax.chain(optclip.clip_by_global_norm(1.0), optax.adamw(3e-4))
     ...
@@ -114,7 +115,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    # The diagnosis is imported when it is first used: it takes as long as the rest.
+    # Imported on first use: `optclip.diagnosis` takes as long to import as all the
+    # rest.
     if name == "diagnosis":
         return _importlib.import_module("optclip.diagnosis")
     if name == "diagnose":

@@ -1,7 +1,7 @@
-"""Actions: what happens to a group, as the factor that it is multiplied by.
+"""Actions: the scale that a group is multiplied by, from its norm and limit.
 
-An action is a function ``(norm, limit) -> scale`` on arrays of norms. It must not
-depend on the unit of length: ``scale(c * norm, c * limit) == scale(norm, limit)``.
+An action is a function ``(norm, limit) -> scale`` on arrays of norms. The scale must
+not depend on the unit: ``action(c * norm, c * limit) == action(norm, limit)``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["Action", "CurveName", "normalize", "rescale", "soften", "zero"]
 
 
 Action = Callable[[jax.Array, Limit], jax.Array]
-# The curves of `soften`.
+# The names of the curves of `soften`.
 CurveName: TypeAlias = Literal["rational", "tanh", "atan", "sqrt"]
 
 
 def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns ``target / norm`` where that is asked, else 1; finite, also its slope."""
-    asked = where & (norm > 0)
-    target = jnp.where(asked, target, 1.0)
-    scale = quotient(target, jnp.where(asked, norm, 1.0))
+    """Returns ``target / norm`` if ``where`` is set, else 1; derivatives are finite."""
+    divides = where & (norm > 0)
+    target = jnp.where(divides, target, 1.0)
+    scale = quotient(target, jnp.where(divides, norm, 1.0))
     largest = jnp.finfo(scale.dtype).max
     return jnp.where(scale < largest, scale, largest)
 
@@ -36,10 +36,10 @@ def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
 def rescale(
     norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """Brings a group whose norm is above its threshold to its target: hard clipping.
+    """Scales a group whose norm is above its threshold to its target: hard clipping.
 
-    The scale is ``target / (norm + eps)`` where ``norm + eps > threshold``, else 1.
-    With ``eps=1e-6`` these are the numbers of ``torch.nn.utils.clip_grad_norm_``.
+    The scale is ``target / (norm + eps)`` if ``norm + eps > threshold``, else 1. With
+    ``eps=1e-6`` it is the scale of ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
         norm: The norms of the groups.
@@ -47,7 +47,7 @@ def rescale(
         eps: Added to the norm, in the units of the norm.
 
     Returns:
-        The scales, at most 1 where the target is at most the threshold.
+        The scales. They are at most 1 if the target is at most the threshold.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -62,11 +62,11 @@ def rescale(
 def normalize(
     norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """Brings every group to its target, the small ones too; zero groups stay zero.
+    """Scales every group to its target, even if its norm is small.
 
-    The scale is ``target / (norm + eps)``, and 1 where the norm is zero.
-    `optclip.clip_by_rule` leaves a group whose threshold is inf as it is, whatever the
-    action.
+    The scale is ``target / (norm + eps)``, or 1 if the norm is zero, so that zero
+    groups stay zero. `optclip.clip_by_rule` never changes a group whose threshold is
+    inf, whatever the action.
 
     Args:
         norm: The norms of the groups.
@@ -74,18 +74,18 @@ def normalize(
         eps: Added to the norm, in the units of the norm.
 
     Returns:
-        The scales. A scale that would be infinite is the largest finite number.
+        The scales. One that overflows is replaced by the largest finite number.
     """
     return _ratio(norm > 0, limit.target, norm + eps)
 
 
 def zero(norm: jax.Array, limit: Limit) -> jax.Array:
-    """Drops a group whose norm is above its threshold: its scale is 0, else 1."""
+    """Sets a group whose norm is above its threshold to zero: scale 0, else scale 1."""
     return jnp.where(norm > limit.threshold, 0.0, jnp.ones_like(norm))
 
 
-# Each f has f(0) = 0, f'(0) = 1 and f(inf) = 1, so that short groups hardly change and
-# none ends above its target.
+# Each curve f has f(0) = 0, f'(0) = 1 and f(inf) = 1. So groups with a small norm
+# hardly change, and no norm ends above its target.
 _CURVES = {
     "rational": lambda r: r / (1 + r),
     "tanh": jnp.tanh,
@@ -95,9 +95,10 @@ _CURVES = {
 
 
 def soften(kind: CurveName = "rational") -> Action:
-    """Makes the action that shortens every group a little, and long ones to the target.
+    """Returns the action for soft clipping: smooth, and never above the target.
 
-    With r = norm / target, a group is brought to ``target * f(r)``, where f(r) is
+    Small norms hardly change, and large norms approach the target. With
+    r = norm / target, a group is scaled to norm ``target * f(r)``, where f(r) is
 
     | kind         | f(r)                  |
     | ------------ | --------------------- |
@@ -107,14 +108,14 @@ def soften(kind: CurveName = "rational") -> Action:
     | ``sqrt``     | r / sqrt(1 + r^2)     |
 
     Args:
-        kind: The curve.
+        kind: The name of the curve.
 
     Returns:
-        An action. Zero groups stay zero; with target 0 every group becomes zero, with
-        target inf none changes.
+        An action. Zero groups stay zero. With target 0 every group becomes zero, and
+        with target inf no group changes.
 
     Raises:
-        ValueError: If there is no such kind.
+        ValueError: If ``kind`` is not one of these names.
 
     Example:
         >>> import optclip
@@ -126,13 +127,14 @@ def soften(kind: CurveName = "rational") -> Action:
     def action(norm, limit):
         target = jnp.broadcast_to(limit.target, norm.shape)
         usable = (norm > 0) & (target > 0) & (target < jnp.inf)
-        # Beyond 1e6 every curve is flat, before it r * r is finite.
+        # Above r = 1e6 every curve is 1 up to rounding; below it, r * r is finite.
         far = usable & (norm > 1e6 * target)
         near = usable & ~far
         r = quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))
-        visible = near & (r > 1e-12)
-        r = jnp.where(visible, r, 1.0)
-        scale = jnp.where(visible, curve(r) / r, 1.0)
+        # Below r = 1e-12 the scale f(r) / r is 1 up to rounding.
+        changes = near & (r > 1e-12)
+        r = jnp.where(changes, r, 1.0)
+        scale = jnp.where(changes, curve(r) / r, 1.0)
         scale = jnp.where(far, _ratio(far, target, norm), scale)
         return jnp.where((norm > 0) & (target == 0), 0.0, scale)
 

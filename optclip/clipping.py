@@ -1,9 +1,9 @@
-"""The engine: measure, find the threshold, scale, and remember what was done.
+"""The engine: measures norms, finds thresholds, scales updates, and records statistics.
 
     updates -> scope -> norms -> rule -> limits -> action -> scales -> updates'
 
-It is the only place that deals with trees, non-finite values, state and mesh axes; a
-published method is a rule, a scope and an action passed to `clip_by_rule`.
+Only the engine handles pytrees, non-finite values, state and mesh axes. A published
+method is a rule, a scope and an action passed to `clip_by_rule`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from optclip._engine.validation import EUCLIDEAN
 __all__ = ["clip_by_rule"]
 
 
-def _stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
-    picked = arrays
+def _group_stats(arrays: tuple, layout: Any, which: jax.Array) -> GroupStats:
+    """Returns the `GroupStats` from (norms, thresholds, scales) of all groups."""
+    fields = arrays
     if layout.groups is not None:
-        picked = [a[0] for a in arrays]
-    norm, threshold, scale = picked
+        fields = [a[0] for a in arrays]
+    norm, threshold, scale = fields
     return GroupStats(
         states.to_finite_f32(norm),
         states.finite_threshold(threshold),
@@ -60,55 +61,58 @@ def clip_by_rule(
     update_dtype: DType = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips updates by any rule, in any scope, with any action: the engine itself.
+    """Clips updates by any rule, in any scope, with any action.
 
-    Each group of entries (``scope``) with norm n (``ord``) gets a threshold t
-    (``rule``) and is multiplied by a scale (``action``); by default all updates are
-    one group, and u' = u * min(1, t / n). Products are taken in float32 or wider and
-    rounded once.
+    All other clips of optclip are built on this function. The ``scope`` splits the
+    updates into groups. A group has a norm n (of order ``ord``), gets a threshold t
+    from the ``rule``, and is multiplied by a scale from the ``action``. By default all
+    updates are one group, and u' = u * min(1, t / n). Products are computed in float32
+    or wider and rounded once.
 
     | updates                     | returned                                        |
     | --------------------------- | ----------------------------------------------- |
-    | within the threshold        | bitwise the updates                             |
-    | all zero                    | zeros; scale 1                                  |
-    | threshold 0, or inf         | zeros, or the updates                           |
-    | NaN or inf, "propagate"     | that group unchanged                            |
-    | NaN or inf, "zero"          | that group all zeros                            |
-    | NaN or inf, "drop"          | those entries zero, the rest clipped            |
-    | NaN or inf, "skip"          | all updates zero, the rule's state as it was    |
+    | norm within the threshold   | the updates, bitwise unchanged                  |
+    | all zero                    | zeros; the scale is 1                           |
+    | threshold 0                 | zeros                                           |
+    | threshold inf               | the updates, unchanged                          |
+    | NaN or inf, "propagate"     | the group unchanged                             |
+    | NaN or inf, "zero"          | zeros for the group                             |
+    | NaN or inf, "drop"          | zeros for these entries, the others clipped     |
+    | NaN or inf, "skip"          | zeros for all updates; no rule state changes    |
     | integers, None, MaskedNode  | unchanged, not measured                         |
 
-    The state of a rule is kept as it was wherever a norm is not finite.
+    The state of a rule does not change for a group whose norm is non-finite.
 
     Args:
-        rule: A rule of `optclip.rules`, or a threshold: a number, an array, a schedule
-            (a function of the step), or a map from label or path pattern to any of
-            these, as for `optclip.rules.by_name`. 0 gives zeros, so that training
-            stops; inf switches the clip off.
+        rule: A rule from `optclip.rules`, or a threshold: a number, an array, a
+            schedule (a function of the step), or a map from label or path pattern to
+            any of these, as for `optclip.rules.by_name`. With 0 all updates are zero;
+            inf switches clipping off.
         scope: Which entries share one norm, from `optclip.scopes`.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        action: What happens to a group, from `optclip.actions`; None for
-            `actions.rescale`. Under `optax.inject_hyperparams`, which takes every
-            function for a schedule, pass ``static_args=("action",)`` with it.
-        nonfinite: What happens to NaN and inf: "propagate", "zero", "drop" or "skip".
+        action: How a group is scaled, from `optclip.actions`; None for
+            `actions.rescale`. `optax.inject_hyperparams` treats every function as a
+            schedule, so pass ``static_args=("action",)`` to it.
+        nonfinite: What to do with NaN and inf: "propagate", "zero", "drop" or "skip".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
-            are sharded over: a name or several, "auto" to read each leaf's own from its
-            type, or a tree of names or PartitionSpecs. Not needed under `jax.jit`.
-        update_dtype: A wider dtype to hand half-precision updates on in, unrounded:
-            `jnp.float32` saves XLA a copy of them. By default dtypes are kept.
-        record: Whether the state keeps what `metrics`, `leaf_metrics` and
-            `nonfinite_leaves` read. In all scopes but element scope, the norms are
-            measured anyway, and recording them costs a few small kernels. In element
+            are sharded over: one or several names, "auto" to read the axes of each leaf
+            from its type, or a tree of names or PartitionSpecs. Not needed under
+            `jax.jit`.
+        update_dtype: A wider dtype in which to return half-precision updates, without
+            rounding them: `jnp.float32` saves XLA a copy. By default, dtypes are kept.
+        record: Whether the state records the statistics that `metrics`, `leaf_metrics`
+            and `nonfinite_leaves` return. This costs a few small kernels. In element
             scope it costs one more pass over the updates, unless the rule or "skip"
             needs that pass anyway.
 
     Returns:
-        A transformation with `ClipState`, or without ``record`` `UnrecordedState`. Only
-        some rules need ``params``.
+        A transformation with `ClipState`, or with `UnrecordedState` if ``record`` is
+        False. Only some rules need ``params``.
 
     Raises:
-        ValueError: If an option is none of those named, or a number is out of range.
-        TypeError: If the rule is none of those named.
+        ValueError: If an option has a value that is not allowed, a number is out of
+            range, or the rule does not fit the scope.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -131,7 +135,7 @@ def clip_by_rule(
     if action is actions.soften:
         raise TypeError(
             "`action` must be a function of norms and limits, got `actions.soften`, "
-            "which makes one: call it, as in `action=actions.soften()`."
+            "which returns one: call it, as in `action=actions.soften()`."
         )
     if update_dtype is not None:
         validation.floating("update_dtype", update_dtype)
@@ -140,8 +144,8 @@ def clip_by_rule(
     rule = as_rule(rule, "rule")
     if rule.elements_only and not scope.by_element:
         raise ValueError(
-            f"The rule `{rule.name}` is about single entries: give "
-            f"`scope=optclip.scopes.element()`, got {scope!r}."
+            f"The rule `{rule.name}` is about single entries and can't be used in "
+            f"{scope!r}. Give `scope=optclip.scopes.element()`."
         )
     options = Options(
         rule,
@@ -154,20 +158,21 @@ def clip_by_rule(
         record,
     )
 
-    # What follows from the types of updates alone, and the types of updates and states
-    # that are known to belong together. Inside `shard_map`, the mesh counts as well.
+    # Results that depend only on the types of the updates, and the types of updates and
+    # states that passed `validate_state`. With an ``axis_name``, groups also depend on
+    # the mesh, and are not memoized.
     cuts: dict = {}
-    fitting: dict = {}
+    validated: dict = {}
 
     def cut_for(updates, found, *, mapped):
         key = found.kind if axis_name is None else None
         make = functools.partial(cut_of, options, updates, found, mapped)
-        return pytrees.recalled(cuts, key, make)
+        return pytrees.memoized(cuts, key, make)
 
     def init_fn(params) -> Any:
         state = first_state(params)
         both = states.kind_of(pytrees.leaves_of(params), state)
-        pytrees.recalled(fitting, both, lambda: True)
+        pytrees.memoized(validated, both, lambda: True)
         return state
 
     def first_state(params) -> Any:
@@ -178,21 +183,22 @@ def clip_by_rule(
         if scope.by_element:
             shapes = tuple(x.shape for x in found.leaves)
         norms = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-        own_rules = rules_for(options, cut) if found.leaves else ()
-        rule_state = tuple(r.init(n) for r, n in zip(own_rules, norms, strict=False))
+        array_rules = rules_for(options, cut) if found.leaves else ()
+        rule_state = tuple(r.init(n) for r, n in zip(array_rules, norms, strict=False))
         if scope.by_element:
             each = zip(rule_state, found.leaves, strict=True)
-            rule_state = tuple(sharding.lying_like(own, x) for own, x in each)
+            rule_state = tuple(sharding.sharded_like(state, x) for state, x in each)
         if not record:
             steps = states.scalar(0, jnp.int32)
             return UnrecordedState(states.tree_copy(rule_state), steps)
         groups = None
         if not (layout.scalar or scope.summary):
             rows = cut.plan.groups.rows
-            whole = layout.groups is not None
-            which = [row if whole else array for array, row in rows] or [0]
+            whole_leaves = layout.groups is not None
+            which = [row if whole_leaves else array for array, row in rows] or [0]
+            which = jnp.array(which, jnp.int32)
             ones = tuple(map(jnp.ones_like, norms))
-            groups = _stats((norms, norms, ones), layout, jnp.array(which, jnp.int32))
+            groups = _group_stats((norms, norms, ones), layout, which)
         return ClipState(
             rule_state=states.tree_copy(rule_state),
             norm_before=states.scalar(0.0),
@@ -209,8 +215,8 @@ def clip_by_rule(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         found = pytrees.leaves_of(updates)
-        pytrees.recalled(
-            fitting,
+        pytrees.memoized(
+            validated,
             states.kind_of(found, state),
             lambda: states.validate_state(
                 state, lambda: first_state(updates), absent=found.absent
@@ -222,22 +228,23 @@ def clip_by_rule(
         call = measure_updates(options, updates, found, cut, params, state.steps)
         pipeline = clamp_elements if scope.by_element else scale_groups
         done = pipeline(call, state.rule_state)
-        # Without a memory there is nothing in it but the structure that `init` made.
-        remembers = jax.tree.leaves(state.rule_state)
-        rule_state = done.rule_state if remembers else state.rule_state
+        # A state without arrays is returned as it was passed, so that its structure
+        # never changes.
+        has_state = jax.tree.leaves(state.rule_state)
+        rule_state = done.rule_state if has_state else state.rule_state
         updates = call.found.rebuild(done.leaves)
-        if done.figures is None:
+        if done.statistics is None:
             return updates, UnrecordedState(rule_state, increment(state.steps))
         before, after, threshold, scale, clipped, bad = sharding.in_one_array(
-            [*done.figures, call.bad.astype(jnp.float32)]
+            [*done.statistics, call.bad.astype(jnp.float32)]
         )
         kinds, paths = call.measured.kinds, call.found.paths
         stats = states.record_nonfinite(
             state.nonfinite, kinds, bad > 0, state.steps, paths
         )
         groups = state.groups
-        if groups is not None and done.stats is not None:
-            groups = _stats(done.stats, cut.layout, groups.group_of_leaf)
+        if groups is not None and done.group_stats is not None:
+            groups = _group_stats(done.group_stats, cut.layout, groups.group_of_leaf)
         steps, clipped_steps = states.count_event(
             state.steps, state.clipped_steps, clipped > 0
         )

@@ -1,8 +1,9 @@
-"""Norms of gradient trees that stay right when their squares overflow or underflow.
+"""Norms of pytrees that are accurate even if squares of entries overflow or underflow.
 
-Norms are float32, or float64 where a leaf is float64 or complex128. Leaves that are no
-gradients (integers, booleans, float0, PRNG keys, None, `optax.MaskedNode`) count for
-nothing. Nothing here knows about Optax, thresholds or state.
+Norms are float32, or float64 if a leaf is float64 or complex128. Leaves that don't hold
+real or complex numbers (integers, booleans, float0, PRNG keys, None,
+`optax.MaskedNode`) are ignored. This module does not depend on Optax transformations,
+thresholds or state.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
 
 
 def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> jax.Array:
-    """Returns the norm of all leaves of a tree, read as one long vector.
+    """Returns the global norm of a pytree: the norm of all leaves as one vector.
 
     For entries x_1 ... x_n it is (sum |x_i|**p) ** (1/p) with ``ord=p``, the largest
-    |x_i| with ``ord=inf``, and the root mean square with ``ord="rms"``. It is right to
-    1e-6 (1e-12 where leaves are float64) also where the squares overflow or underflow.
+    |x_i| with ``ord=inf``, and the root mean square with ``ord="rms"``. The relative
+    error is at most 1e-6 (1e-12 if leaves are float64), even if squares overflow or
+    underflow.
 
     | tree                 | returned                                      |
     | -------------------- | --------------------------------------------- |
@@ -57,18 +59,19 @@ def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> ja
     | entries below 1.2e-38| count as 0: XLA flushes subnormal numbers     |
 
     Args:
-        tree: Any tree of arrays. Leaves that are no gradients count for nothing.
+        tree: Any pytree of arrays. Leaves that don't hold real or complex numbers are
+            ignored.
         ord: The order: a number of at least 1, inf, or "rms".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that leaves are
-            sharded over: a name or several, "auto" to read each leaf's own axes from
-            its type, or a tree of names or PartitionSpecs, one a leaf. Not needed
-            under `jax.jit`.
+            sharded over: one or several names, "auto" to read the axes of each leaf
+            from its type, or a tree of names or PartitionSpecs with one per leaf. Not
+            needed under `jax.jit`.
 
     Returns:
         A scalar, float32 or float64.
 
     Raises:
-        ValueError: If ``ord`` is no norm's order.
+        ValueError: If ``ord`` is not the order of a norm.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -81,18 +84,19 @@ def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> ja
 
 
 def leaf_norms(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> Any:
-    """Returns the norm of each leaf, in a tree of the same structure.
+    """Returns the norm of each leaf, in a pytree of the same structure.
 
     Args:
-        tree: Any tree of arrays. Leaves that are no gradients stay as they are.
+        tree: Any pytree of arrays. Leaves that don't hold real or complex numbers are
+            returned unchanged.
         ord: As in `global_norm`.
         axis_name: As in `global_norm`.
 
     Returns:
-        The tree, with a scalar for each leaf.
+        The pytree with each leaf replaced by its norm, a scalar.
 
     Raises:
-        ValueError: If ``ord`` is no norm's order.
+        ValueError: If ``ord`` is not the order of a norm.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -107,19 +111,22 @@ def leaf_norms(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> Any
 def unit_norms(
     tree: Any, *, axis: Any = None, ord: Any = EUCLIDEAN, axis_name: Any = None
 ) -> Any:
-    """Returns the norm of each output unit, in a tree of the same structure.
+    """Returns the norm of each output unit, in a pytree of the same structure.
 
     Args:
-        tree: Any tree of arrays. Leaves that are no gradients stay as they are.
+        tree: Any pytree of arrays. Leaves that don't hold real or complex numbers are
+            returned unchanged.
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `global_norm`.
         axis_name: As in `global_norm`, but not "auto".
 
     Returns:
-        The tree, with an array for each leaf: its axes that are not summed over.
+        The pytree with each leaf replaced by the array of its norms, whose axes are
+        those of the leaf that are not summed over.
 
     Raises:
-        ValueError: If ``ord`` or ``axis`` do not fit.
+        ValueError: If ``ord`` is not the order of a norm, or ``axis`` holds an axis
+            that a leaf does not have.
 
     Example:
         >>> import jax.numpy as jnp, optclip

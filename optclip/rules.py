@@ -1,11 +1,11 @@
-"""Rules: how the threshold of a group is found.
+"""Rules: how the thresholds of groups are found.
 
-A `Rule` is a pair of pure functions on *one* array of norms; it knows neither trees nor
-sharding nor Optax, so one rule works in every scope. Write your own:
+A `Rule` is a pair of pure functions on *one* array of norms. It does not depend on
+pytrees, sharding or Optax, so the same rule works in every scope. For example:
 
     def half_of_first(fraction=0.5):
         def init(norm):
-            return jnp.zeros_like(norm)  # 0: not seen yet
+            return jnp.zeros_like(norm)  # 0: no norm so far
 
         def update(norm, first, context):
             first = jnp.where(first == 0, norm, first)
@@ -14,9 +14,10 @@ sharding nor Optax, so one rule works in every scope. Write your own:
 
         return Rule(init, update)
 
-What a rule remembers is float32: a float64 norm above the largest float32 counts as
-that, one below the smallest normal float32 (1e-38) as zero. Rules with a history are
-scale invariant at their defaults: norms times a constant have thresholds times it.
+The state of a rule is float32. A float64 norm above the largest float32 counts as the
+largest float32, and one below the smallest normal float32 (1e-38) counts as zero. With
+their default arguments, rules with a history are scale invariant: if all norms are
+multiplied by a constant, so are the thresholds.
 """
 
 from __future__ import annotations

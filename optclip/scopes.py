@@ -1,7 +1,7 @@
-"""Scopes: which entries of the updates form a group, and share one norm and one scale.
+"""Scopes: which entries of the updates form a group with one norm and one scale.
 
-A scope is made by one of the functions here and handed to `optclip.clip_by_rule`. It
-knows shapes and paths only, never values, so it costs nothing at run time.
+The functions of this module return scopes, which are passed to `optclip.clip_by_rule`.
+A scope depends on shapes and paths only, so it costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
 
 class Scope(NamedTuple):
-    """A way to cut updates into groups; made by the functions of this module.
+    """A way to split updates into groups, made by the functions of this module.
 
     Attributes:
-        name: What it is called in messages.
+        name: The name of the scope in error messages.
         layout: Function of (tree, paths, leaves) that returns a `Layout`.
         by_element: Whether each entry is a group of its own.
-        summary: Whether the state keeps the figures of the whole tree only.
+        summary: Whether the state records only statistics of the whole tree.
     """
 
     name: str
@@ -33,13 +33,15 @@ class Scope(NamedTuple):
     summary: bool = False
 
     def __repr__(self) -> str:
-        """Returns how it is made, short enough for signatures."""
+        """Returns the call that makes the scope, as shown in signatures."""
         return f"scopes.{self.name}()"
 
 
-def _cut(
+def _slices(
     axes_of: Callable[[str, Any], Axes], table: Any, argument: str
 ) -> Callable[..., Layout]:
+    """Returns the layout function that splits each leaf into slices over some axes."""
+
     def layout(tree, paths, leaves):
         del tree
         grouping.check_found(table, paths, argument)
@@ -65,7 +67,7 @@ def _all(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def leaf() -> Scope:
-    """Makes each leaf a group of its own: one norm for each parameter array."""
+    """Makes each leaf a group of its own: one norm per parameter array."""
     return Scope("leaf", _each)
 
 
@@ -75,19 +77,20 @@ def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def label(labels: Callable[[str], Any] | Any) -> Scope:
-    """Makes all leaves with one label a group: one norm for each label.
+    """Makes all leaves with the same label one group: one norm per label.
 
-    Thresholds that differ by label are a map, as in
-    ``clip_by_rule({"encoder": 1.0, "decoder": 5.0}, scope=...)``: see
-    `optclip.rules.by_name`. An array of thresholds is refused, since JAX sorts the keys
-    of a dict.
+    To give each label its own threshold, pass a map, as in
+    ``clip_by_rule({"encoder": 1.0, "decoder": 5.0}, scope=...)``; see
+    `optclip.rules.by_name`. An array of thresholds is an error, since JAX sorts the
+    keys of a dict and so the order of labels is unclear.
 
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
             a tree of labels with the structure of the updates or a prefix of it.
 
     Raises:
-        ValueError: If the tree of labels does not fit the updates, or a label is None.
+        ValueError: If the tree of labels does not match the updates, or a label is
+            None.
 
     Example:
         >>> import optclip
@@ -103,8 +106,8 @@ def label(labels: Callable[[str], Any] | Any) -> Scope:
         if None in names:
             raise ValueError(
                 f"`labels` must give every leaf a label, got None for "
-                f"`{paths[names.index(None)]}`. To leave leaves unclipped, wrap the "
-                "clip in `optax.masked`."
+                f"`{paths[names.index(None)]}`. To leave some leaves unclipped, wrap "
+                "the clip in `optax.masked`."
             )
         order = {name: i for i, name in enumerate(dict.fromkeys(names))}
         return grouping.whole_leaf_layout(
@@ -131,18 +134,18 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
 
 
 def layer(stack_axes: Any) -> Scope:
-    """Makes each layer of a scan-stacked leaf a group of its own.
+    """Makes each layer of a leaf that is stacked for `jax.lax.scan` a group of its own.
 
-    A layer that has three stacked arrays is three groups, one in each of them.
+    A layer with three stacked parameter arrays is three groups, one per array.
 
     Args:
-        stack_axes: How many leading axes of a leaf count layers: an int for all
-            leaves, a function of the path, or a map from regular expression to int
-            (leaves that no pattern finds have none). A leaf with none is one group.
+        stack_axes: The number of leading axes of a leaf that index layers: an int for
+            all leaves, a function of the path, or a map from regular expression to int.
+            It is 0 for leaves that no pattern matches. A leaf with 0 is one group.
 
     Raises:
-        ValueError: When the tree is first seen, if a leaf has fewer axes than that, or
-            no pattern finds a leaf.
+        ValueError: If ``stack_axes`` is negative. In ``init``, if a leaf has fewer axes
+            than ``stack_axes``, or no pattern matches any leaf.
 
     Example:
         >>> import optclip
@@ -156,49 +159,51 @@ def layer(stack_axes: Any) -> Scope:
         count = grouping.lookup(stack_axes, path, "stack_axes") or 0
         if isinstance(count, jax.Array):
             raise ValueError(
-                "`stack_axes` must be an int, got an array. Under "
+                f"`stack_axes` must be an int for `{path}`, got an array. Under "
                 '`optax.inject_hyperparams` pass `static_args=("stack_axes",)`.'
             )
         if not isinstance(count, int) or not 0 <= count <= x.ndim:
             raise ValueError(
-                f"`stack_axes` must be an int between 0 and the rank of the leaf; for "
-                f"`{path}` of shape {x.shape} it is {count!r}. Leaves that aren't "
-                "stacked need 0: give a map from regular expression to int."
+                f"`stack_axes` must be an int between 0 and the rank of the leaf, but "
+                f"for `{path}` of shape {x.shape} it is {count!r}. If only some leaves "
+                "are stacked, give a map from regular expression to int."
             )
         return tuple(range(count, x.ndim))
 
-    return Scope("layer", _cut(axes_of, stack_axes, "stack_axes"))
+    return Scope("layer", _slices(axes_of, stack_axes, "stack_axes"))
 
 
 def unit(axis: Any = None) -> Scope:
-    """Makes each output unit (neuron, filter) a group of its own.
+    """Makes each output unit (neuron or filter) a group of its own.
 
-    By default, as in Optax's AGC: a scalar or vector is one unit; a matrix or a leaf of
-    rank 3 is summed over axis 0; rank 4 (HWIO) over axes 0 to 2; rank 5 over 0 to 3.
-    Unlike Optax, axes of length one count as axes: the rule looks at the rank alone.
+    The default axes are those of Optax's AGC. A scalar or vector is one unit. A leaf of
+    rank 2 or 3 is summed over axis 0, one of rank 4 (HWIO) over axes 0 to 2, and one of
+    rank 5 over axes 0 to 3. Unlike in Optax, axes of length 1 are not squeezed, so the
+    default depends on the rank only.
 
     Args:
         axis: The axes that one unit sums over: an int or tuple of ints for all leaves,
             a function of the path, or a map from regular expression to either. Leaves
-            for which it says None have the default axes.
+            for which it gives None use the default axes.
 
     Raises:
-        ValueError: If an axis is out of range, a leaf of rank 6 or more has none, or no
-            pattern finds a leaf.
+        ValueError: In ``init``, if an axis is out of range, a leaf of rank 6 or more
+            has no axes, or no pattern matches any leaf.
 
     Example:
         >>> import optclip
         >>> stacked = optclip.scopes.unit({"blocks/.*kernel": 1})  # [layer, in, out]
         >>> tx = optclip.clip_by_rule(1.0, scope=stacked)
     """
-    return Scope("unit", _cut(grouping.unit_axes(axis), axis, "axis"), summary=True)
+    layout = _slices(grouping.unit_axes(axis), axis, "axis")
+    return Scope("unit", layout, summary=True)
 
 
 def element() -> Scope:
     """Makes each entry a group of its own: clipping by value.
 
-    The state keeps no figure for each entry; ``norm_before`` and ``norm_after`` are the
-    largest magnitude in the tree. An infinite entry is clipped like any large one.
+    The state records no statistics per entry; ``norm_before`` and ``norm_after`` are
+    the largest magnitude in the tree. An infinite entry is clipped like any large one.
     """
-    # Measured by the largest magnitude of each leaf: one read, and no square.
+    # The layout is per leaf, since the telemetry needs the largest magnitude of each.
     return Scope("element", _each, by_element=True, summary=True)

@@ -1,4 +1,4 @@
-"""How the state of an optimizer is sharded, from how its parameters are."""
+"""PartitionSpecs for the state of an optimizer, from those of its parameters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from optclip._engine.names import leaf_names
 
 __all__ = ["state_specs"]
 
-# A dimension is multiplied by this to see which dimensions of the state follow it. A
-# prime, so that shapes that differ will hardly become equal: some states put leaves of
-# one shape into one array.
+# A dimension of a parameter is multiplied by this to find out which dimensions of the
+# state follow it. Some states store leaves of one shape in one array, so the factor
+# must not make different shapes equal: a large prime hardly ever does.
 FACTOR = 127
 
-
+# The mesh axes that one dimension is sharded over.
 Entry = tuple[str, ...]
-
-
+# The leaves of a pytree of shapes, by key path.
 Shapes = dict[tuple, Any]
 
 
@@ -46,13 +45,14 @@ def _entries(spec: Any, shape: tuple[int, ...], path: str) -> list[Entry]:
     if len(entries) > len(shape):
         raise ValueError(
             f"The spec {spec} of `{path}` has {len(entries)} entries, but the "
-            f"parameter has shape {shape}."
+            f"parameter has shape {shape}. Give at most one entry per dimension."
         )
     names = [name for entry in entries for name in entry]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(
-            f"The spec {spec} of `{path}` names the mesh axis {twice!r} more than once."
+            f"The spec {spec} of `{path}` names the mesh axis {twice!r} more than "
+            "once. A mesh axis can shard only one dimension."
         )
     return entries + [()] * (len(shape) - len(entries))
 
@@ -67,7 +67,7 @@ def _entries_of(params: Any, specs: Any) -> list[list[Entry]]:
         jax.tree.map(visit, specs, params, is_leaf=_is_spec)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "`specs` must have the structure of `params`, or be a prefix of it as in "
+            "`specs` must have the structure of `params`, or be a prefix of it, as for "
             f"`jax.shard_map`. JAX says: {error}"
         ) from error
     leaves, names = jax.tree.leaves(params), leaf_names(params)
@@ -91,7 +91,10 @@ def _children(shapes: Shapes) -> dict[tuple, set]:
 
 
 def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
-    """Returns whether a leaf of the state means the same in both."""
+    """Returns the function that tells if a leaf can be compared between two states.
+
+    It can if ``init`` laid out both states alike, so that shapes differ by `FACTOR`.
+    """
     before, after = _children(base), _children(other)
     changed = {node for node, keys in before.items() if after.get(node) != keys}
 
@@ -106,7 +109,7 @@ def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
 
 
 def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None:
-    """Returns the path of the parameter that a leaf of the state is shaped like."""
+    """Returns the path of the parameter whose path and shape a state's leaf has."""
     tails = (path[k:] for k in range(len(path)))
     found = [t for t in tails if t in params and params[t].shape == shape]
     return found[0] if found else None
@@ -115,34 +118,34 @@ def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None
 def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
     """Returns PartitionSpecs for an optimizer's state, given those of its parameters.
 
-    A dimension of the state is sharded as the dimension of the parameters that it
-    follows, and everything else is replicated: moments are sharded like their
-    parameters, and norms by layer or unit over the mesh axes that layers or units are
-    sharded over. Which dimension follows which is found from shapes alone: `init` is
-    evaluated abstractly for the parameters, and again with sharded dimensions enlarged.
-    Neither a mesh nor devices are needed.
+    A dimension of the state is sharded like the dimension of the parameters that it
+    follows, and everything else is replicated. So moments are sharded like their
+    parameters, and norms per layer or unit are sharded over the mesh axes of the layers
+    or units. Which dimension follows which is found from shapes alone: ``init`` is
+    evaluated abstractly for the parameters, and again with the sharded dimensions
+    enlarged. Neither a mesh nor devices are needed.
 
-    Where an `init` chooses its layout by the shapes, a leaf that can't be compared has
-    the spec of the parameter with its path and shape, or else is replicated. Adafactor
-    chooses by the largest axes which factor is of rows and which of columns: check its
-    ``v_row`` and ``v_col`` of sharded square matrices, which can be exchanged here.
+    If the layout of the state depends on shapes, some leaves can't be compared. Such a
+    leaf gets the spec of the parameter with the same path and shape, or is replicated
+    if there is none. Adafactor factors a leaf over its two largest axes. For sharded
+    square matrices, check the specs of ``v_row`` and ``v_col``: they may be swapped.
 
     Args:
         optimizer: Any Optax optimizer, or another object with a function ``init``.
-        params: The parameters, or their shapes: the global ones, outside of
-            `jax.shard_map`.
+        params: The parameters or their shapes, with global shapes: call this function
+            outside of `jax.shard_map`.
         specs: A pytree of PartitionSpecs with the structure of ``params`` or a prefix
-            of it; None stands for a replicated parameter.
+            of it; None means that a parameter is replicated.
 
     Returns:
         A pytree of PartitionSpecs with the structure of ``optimizer.init(params)``, for
-        ``in_specs`` and ``out_specs`` of `jax.shard_map`, or for the ``out_shardings``
-        of a jitted `init`.
+        the ``in_specs`` and ``out_specs`` of `jax.shard_map`, or for the
+        ``out_shardings`` of a jitted ``init``.
 
     Raises:
-        TypeError: If ``optimizer`` has no ``init``, or ``specs`` holds something else
-            than PartitionSpecs.
-        ValueError: If ``specs`` does not fit ``params``.
+        TypeError: If ``optimizer`` has no ``init``, or ``specs`` holds anything but
+            PartitionSpecs.
+        ValueError: If ``specs`` does not match ``params``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optclip
@@ -157,8 +160,8 @@ def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
     init = getattr(optimizer, "init", None)
     if not callable(init):
         raise TypeError(
-            f"`optimizer` must be an Optax optimizer with a function `init`, got "
-            f"{optimizer!r}."
+            f"`optimizer` must be an Optax optimizer with a function `init`, such as "
+            f"`optax.adamw(1e-3)`, got {optimizer!r}."
         )
     shapes = jax.eval_shape(lambda tree: tree, params)
     leaves, treedef = jax.tree.flatten(shapes)
@@ -172,7 +175,7 @@ def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
         larger = []
         for leaf, entries in zip(leaves, each, strict=True):
             sizes = zip(leaf.shape, entries, strict=True)
-            shape = [n * FACTOR if own == entry else n for n, own in sizes]
+            shape = [n * FACTOR if axes == entry else n for n, axes in sizes]
             larger.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
         other = _by_path(jax.eval_shape(init, jax.tree.unflatten(treedef, larger)))
         same = _comparable(base, other)
@@ -182,7 +185,7 @@ def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
                 continue
             for axis, n in enumerate(x.shape):
                 follows = other[path].shape[axis] != n
-                # No two dimensions of an array can be sharded over one mesh axis.
+                # A mesh axis can shard only one dimension of an array.
                 if follows and not used[path] & set(entry):
                     dims[path][axis] += entry
                     used[path] |= set(entry)

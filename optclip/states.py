@@ -1,4 +1,4 @@
-"""The states of all transformations, which hold what `optclip.metrics` reads.
+"""The states of all transformations, which `optclip.metrics` reads.
 
 They are named tuples of arrays. `optax.tree.get` finds a field in any optimizer state,
 as in ``optax.tree.get(opt_state, "norm_before")``.

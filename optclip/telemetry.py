@@ -1,7 +1,8 @@
-"""What clips did, read from any optimizer state, as flat dicts of scalars.
+"""Statistics of clips, read from any optimizer state, as flat dicts of scalars.
 
-Nothing here computes on gradients: the clip itself measured everything, and it is read
-from the clip's state, inside or outside of jit, however deep it is nested.
+Nothing here computes on gradients. The clips have measured everything, and their states
+are found in the optimizer state, however deeply they are nested. `metrics` also works
+inside of jit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class RecordNormsState(NamedTuple):
     Attributes:
         leaf_norm: float32[leaves]. The norm of each leaf at the last update.
         recorded_norm: float32 scalar. The norm of all leaves together.
-        recorded_steps: int32 scalar. Updates so far.
+        recorded_steps: int32 scalar. The number of updates so far.
         nonfinite: A `NonfiniteStats`: the non-finite entries.
     """
 
@@ -52,18 +53,18 @@ class RecordNormsState(NamedTuple):
 def record_norms(
     *, ord: Order = EUCLIDEAN, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Changes nothing, and records the norm of each leaf of the updates.
+    """Records the norm of each leaf of the updates, and returns them unchanged.
 
     Put it before a clip to record gradients, or last in the chain to record the updates
-    that are applied. Next to a clip it costs no second pass over the gradients: XLA
-    sees that both need the same sums.
+    that are applied. Directly before a clip it needs no extra pass over the gradients:
+    XLA computes the sums that both need once.
 
     Args:
         ord: The norm's order: a number of at least 1, inf or "rms".
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `RecordNormsState`; ``params`` is not used.
+        A transformation with `RecordNormsState`. It does not use ``params``.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
@@ -116,7 +117,7 @@ def record_norms(
 
 
 def _key_prefixes(prefix: str, found: Sequence[Located], taken: set[str]) -> list[str]:
-    """Returns what the keys of each state begin with; ``taken`` gets them too."""
+    """Returns the key prefix of each state, and adds it to ``taken``."""
     out = []
     for located in found:
         groups = "".join(f"/{group}" for group in located.groups)
@@ -129,7 +130,7 @@ def _key_prefixes(prefix: str, found: Sequence[Located], taken: set[str]) -> lis
     return out
 
 
-# Compiled, so that their constants are not transferred to the device at each call.
+# Jitted, so that their constants are not transferred to the device at each call.
 @jax.jit
 def _share(part: jax.Array, steps: jax.Array) -> jax.Array:
     return part.astype(jnp.float32) / jnp.maximum(steps, 1).astype(jnp.float32)
@@ -141,51 +142,52 @@ def _latest(steps: jax.Array) -> jax.Array:
 
 
 def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
-    """Returns what the clips in an optimizer state did, as a flat dict of scalars.
+    """Returns statistics of the clips in an optimizer state, as a flat dict of scalars.
 
     | key                     | meaning                                                |
     | ----------------------- | ------------------------------------------------------ |
-    | `clip/norm_before`      | norm of all updates before the clip                    |
-    | `clip/norm_after`       | the same after it                                      |
+    | `clip/norm_before`      | norm of all updates before clipping                    |
+    | `clip/norm_after`       | norm of all updates after clipping                     |
     | `clip/threshold`        | threshold of the group with the smallest scale;        |
-    |                         | 3.4028235e38 where there is none, as in a warm-up      |
+    |                         | 3.4028235e38 if there is none, as in a warm-up         |
     | `clip/scale`            | smallest factor that a group was multiplied by         |
-    | `clip/clipped`          | share of groups above their threshold at this step     |
-    | `clip/steps`            | updates so far                                         |
-    | `clip/clipped_steps`    | updates in which a group was above its threshold       |
-    | `clip/clipped_fraction` | their share                                            |
-    | `clip/nonfinite_steps`  | updates that held a NaN or inf                         |
+    | `clip/clipped`          | fraction of groups above their threshold at this step  |
+    | `clip/steps`            | number of updates so far                               |
+    | `clip/clipped_steps`    | number of updates with a group above its threshold     |
+    | `clip/clipped_fraction` | `clip/clipped_steps` divided by `clip/steps`           |
+    | `clip/nonfinite_steps`  | number of updates with a NaN or inf                    |
 
     A second clip in the state is called `clip_2`, and so on in the order of the chain.
-    In a group of `optax.partition` the label of the group follows, as in
-    `clip/encoder/norm_before`, and clips are numbered in each group. A `record_norms`
-    gives `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`, and
-    `skip_steps`:
+    Inside `optax.partition`, the label of the group is added, as in
+    `clip/encoder/norm_before`, and clips are numbered per group. `record_norms` gives
+    `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`. `skip_steps` gives
+    these:
 
     | key                      | meaning                                               |
     | ------------------------ | ----------------------------------------------------- |
-    | `skip/norm`, `skip/loss` | of the last step offered, left out or not             |
-    | `skip/threshold`         | the norm above which that step was a spike            |
-    | `skip/loss_threshold`    | the same of the loss; 0 where none was judged         |
-    | `skip/steps`             | steps so far                                          |
-    | `skip/skipped_steps`     | those left out                                        |
-    | `skip/spike_steps`       | those left out though all was finite                  |
-    | `skip/nonfinite_steps`   | those whose gradients held a NaN or inf               |
-    | `skip/in_a_row`          | left out in a row until now: 0 if the last was taken  |
-    | `skip/recent_fraction`   | share of the last 512 steps that was skipped          |
-    | `skip/recent_since`      | first step skipped after 512 taken; -1 if all were    |
-    | `skip/last_skipped_step` | number of the last step left out; -1 if there is none |
+    | `skip/norm`, `skip/loss` | norm and loss of the last step, skipped or not        |
+    | `skip/threshold`         | norm above which the last step was a spike            |
+    | `skip/loss_threshold`    | the same for the loss; 0 if there was no check        |
+    | `skip/steps`             | number of steps so far                                |
+    | `skip/skipped_steps`     | number of skipped steps                               |
+    | `skip/spike_steps`       | number of skipped steps in which all was finite       |
+    | `skip/nonfinite_steps`   | number of steps whose gradients held a NaN or inf     |
+    | `skip/in_a_row`          | consecutive skipped steps; 0 if the last was taken    |
+    | `skip/recent_fraction`   | fraction of the last 512 steps that were skipped      |
+    | `skip/recent_since`      | first skipped step after 512 taken ones; -1 if none   |
+    | `skip/last_skipped_step` | number of the last skipped step; -1 if there is none  |
 
     Args:
-        opt_state: Any pytree that holds states of clips: that of a chain, of
-            `optax.MultiSteps`, of `flax.nnx.Optimizer`, a whole train state, ...
-        prefix: What the keys of clips begin with. Unless it is "clip", it comes before
-            the other keys as well, as in ``prefix/skip/norm``: so metrics of several
-            optimizers can be merged.
+        opt_state: Any pytree that contains states of clips, such as the state of a
+            chain, of `optax.MultiSteps` or of `flax.nnx.Optimizer`, or a whole train
+            state.
+        prefix: What the keys of clips begin with. Unless it is "clip", it is also put
+            before the other keys, as in ``prefix/skip/norm``, so that metrics of
+            several optimizers can be merged.
 
     Returns:
-        A dict of float32 and int32 scalars, on device; inside jit, of tracers. Empty if
-        there is no clip. Fetch it with one ``jax.device_get``.
+        A dict of float32 and int32 scalars on the device, or of tracers inside jit;
+        empty if there are no clips. Fetch it with one ``jax.device_get``.
 
     Raises:
         ValueError: If ``prefix`` is empty.
@@ -245,49 +247,57 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     return out
 
 
-def _rows_of_kind(which: np.ndarray) -> list[int]:
-    """Returns the row of each leaf in the array of its kind: leaves are in order."""
+def _rows_in_arrays(which: np.ndarray) -> list[int]:
+    """Returns the row of each leaf in its array, given the number of that array."""
     counts: dict[int, int] = {}
     rows = []
-    for kind in which.tolist():
-        rows.append(counts.get(kind, 0))
-        counts[kind] = rows[-1] + 1
+    for array in which.tolist():
+        rows.append(counts.get(array, 0))
+        counts[array] = rows[-1] + 1
     return rows
 
 
-def _of_leaf(values: Any, kind: int, row: int) -> list[tuple[str, Any]]:
-    """Returns what a `GroupStats` has of a leaf, for each of its layers."""
+def _of_leaf(values: Any, index: int, row: int) -> list[tuple[str, Any]]:
+    """Returns (suffix of the path, value) of a leaf in a field of `GroupStats`.
+
+    There is one pair per layer of the leaf. ``index`` is the number of the leaf's group
+    or array.
+    """
     if not isinstance(values, tuple):
-        return [("", values[..., kind][()])]
-    # An array per kind of leaf, with a row per such leaf.
-    own = values[kind][row]
-    return [("".join(f"/{n}" for n in at), own[at]) for at in np.ndindex(own.shape)]
+        return [("", values[..., index][()])]
+    # There is one array per shape of leaves, with one row per leaf of that shape.
+    layers = values[index][row]
+    return [
+        ("".join(f"/{n}" for n in at), layers[at]) for at in np.ndindex(layers.shape)
+    ]
 
 
 def leaf_metrics(
     opt_state: Any, params: Any, prefix: str = ""
 ) -> dict[str, np.ndarray | np.generic]:
-    """Returns norm, threshold and scale by parameter path, as a flat dict of scalars.
+    """Returns norms, thresholds and scales per leaf, as a flat dict of scalars.
 
-    For clips in leaf, label and layer scope: `PATH/norm_before`, `PATH/threshold` and
-    `PATH/scale`. In label scope these are those of all leaves with the label together,
-    and in layer scope the path is followed by the layer's number, as in
-    `blocks/kernel/3/scale`. For a `record_norms`: `PATH/norm`. Keys of a second clip,
-    or `record_norms`, that has the same leaf end in `_2`.
+    Clips in leaf, label and layer scope give `PATH/norm_before`, `PATH/threshold` and
+    `PATH/scale`. In label scope, these are the values of the leaf's group. In layer
+    scope, the number of the layer follows the path, as in `blocks/kernel/3/scale`.
+    `record_norms` gives `PATH/norm`. If several clips, or several `record_norms`, have
+    the same leaf, the keys of the second end in `_2`.
+
+    Call this function outside of jit, since the names of leaves are looked up by codes
+    in the state.
 
     Args:
-        opt_state: Any pytree that holds states of clips.
-        params: The parameters that the optimizer was initialised with, for their paths;
-            arrays or shapes.
+        opt_state: Any pytree that contains states of clips.
+        params: The parameters that the optimizer was initialized with, as arrays or
+            shapes; only their paths are used.
         prefix: If it is not empty, keys begin with ``prefix/``.
 
     Returns:
-        A dict of NumPy float32 scalars, on the host: all are fetched at once. The codes
-        of paths must be known, so call it outside of jit.
+        A dict of NumPy float32 scalars on the host, fetched in one transfer.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialised with,
-            or the state has nothing by leaf.
+        ValueError: If ``params`` are not those that the optimizer was initialized with,
+            or the state has no metrics per leaf.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -305,27 +315,28 @@ def leaf_metrics(
     recorders = [(s.nonfinite, s.leaf_norm) for s in found]
     if not clips and not recorders:
         raise ValueError(
-            "`opt_state` has no metrics by leaf: clips keep them in leaf, label and "
-            "layer scope. Use one of these, or chain `optclip.record_norms()`."
+            "`opt_state` has no metrics per leaf: clips record them in leaf, label and "
+            "layer scope only. Use one of these scopes, or chain "
+            "`optclip.record_norms()`."
         )
-    for seen, _ in [*clips, *recorders]:
-        outside_jit(seen, "leaf_metrics")
+    for stats, _ in [*clips, *recorders]:
+        outside_jit(stats, "leaf_metrics")
     clips, recorders = jax.device_get((clips, recorders))
     out: dict[str, Any] = {}
     start = f"{prefix}/" if prefix else ""
 
     def add(path: str, values: dict[str, Any]) -> None:
         end, k = "", 1
-        while any(f"{start}{path}/{figure}{end}" in out for figure in values):
+        while any(f"{start}{path}/{name}{end}" in out for name in values):
             k += 1
             end = f"_{k}"
-        out.update({f"{start}{path}/{f}{end}": value for f, value in values.items()})
+        out.update({f"{start}{path}/{n}{end}": value for n, value in values.items()})
 
-    for seen, groups in clips:
+    for stats, groups in clips:
         which = groups.group_of_leaf
         which = which.reshape(-1, which.shape[-1])[0]
-        rows = _rows_of_kind(which)
-        for i, path in known(seen.leaf_code, names):
+        rows = _rows_in_arrays(which)
+        for i, path in known(stats.leaf_code, names):
             place = int(which[i]), rows[i]
             norms = _of_leaf(groups.group_norm, *place)
             thresholds = _of_leaf(groups.group_threshold, *place)
@@ -335,24 +346,26 @@ def leaf_metrics(
             ):
                 values = {"norm_before": norm, "threshold": threshold, "scale": scale}
                 add(f"{path}{layer}", values)
-    for seen, norms in recorders:
-        for i, path in known(seen.leaf_code, names):
+    for stats, norms in recorders:
+        for i, path in known(stats.leaf_code, names):
             add(path, {"norm": norms[..., i][()]})
     return out
 
 
 class NonfiniteLeaf(NamedTuple):
-    """A leaf that held entries that were not finite, or made a step a spike.
+    """A leaf that held non-finite entries, or that caused a spike.
 
     Attributes:
-        path: Path of the parameter, as "encoder/0/kernel"; None where only the loss
-            made `skip_steps` leave a step out.
-        step: Number of the update, where the first is number 0.
-        nan: Whether it held a NaN.
-        pos_inf: Whether it held +inf.
-        neg_inf: Whether it held -inf.
-        norm: Norm of all gradients of that step; None except from `skip_steps`.
-        loss: Its loss, 0 where none was given; None except from `skip_steps`.
+        path: The path of the parameter, such as "encoder/0/kernel"; None if
+            `skip_steps` skipped the step because of the loss only.
+        step: The number of the update, counted from 0.
+        nan: Whether the leaf held a NaN.
+        pos_inf: Whether the leaf held +inf.
+        neg_inf: Whether the leaf held -inf.
+        norm: The norm of all gradients of that step, if `skip_steps` skipped it; else
+            None.
+        loss: The loss of that step, or 0 if none was given, if `skip_steps` skipped it;
+            else None.
     """
 
     path: str | None
@@ -365,44 +378,46 @@ class NonfiniteLeaf(NamedTuple):
 
 
 class _Event(NamedTuple):
-    """A culprit, and what orders it among those of other states."""
+    """A leaf to report, and the time that orders it among those of other states."""
 
     when: float
-    culprit: NonfiniteLeaf
+    leaf: NonfiniteLeaf
 
 
 def _read(state: Any) -> dict[str, Any]:
-    """Returns what is needed of a state."""
+    """Returns the fields of a state that `nonfinite_leaves` needs."""
     outside_jit(state.nonfinite, "nonfinite_leaves")
     if np.ndim(state.nonfinite.last_nonfinite_step):
         raise ValueError(
-            "The state holds a batch of states (of `jax.vmap` or `jax.pmap`): take "
-            "one of them, as in `jax.tree.map(lambda x: x[0], opt_state)`."
+            "`opt_state` must be a single state, got a batch of states (from "
+            "`jax.vmap` or `jax.pmap`): take one of them, as in "
+            "`jax.tree.map(lambda x: x[0], opt_state)`."
         )
     counts = ("offered_steps", "recorded_steps", "steps")
     steps = next(getattr(state, name) for name in counts if hasattr(state, name))
     return {
-        "seen": state.nonfinite,
+        "stats": state.nonfinite,
         "steps": steps,
         "ring": getattr(state, "last_bad", ()),
     }
 
 
-def _event(culprit: NonfiniteLeaf, steps: int) -> _Event:
-    # States of one optimizer may count different steps: within `MultiSteps` those of
-    # whole batches, within `skip_steps` those that were taken. So how far through its
-    # own steps a state was is compared; where all count the same steps, their numbers.
-    return _Event((culprit.step + 1) / max(steps, 1), culprit)
+def _event(leaf: NonfiniteLeaf, steps: int) -> _Event:
+    # States of one optimizer may count different steps: inside `MultiSteps` only full
+    # batches, and inside `skip_steps` only steps that were taken. So the fraction of a
+    # state's own steps is compared. If all states count the same steps, this is the
+    # same as comparing their numbers.
+    return _Event((leaf.step + 1) / max(steps, 1), leaf)
 
 
-def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
-    """Returns the leaves that were not finite when one was last."""
-    seen = read["seen"]
-    step = int(seen.last_nonfinite_step)
-    paths = known(seen.leaf_code, names)  # raises if the parameters are others
+def _nonfinite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
+    """Returns the leaves that were non-finite at the last such update of a state."""
+    stats = read["stats"]
+    step = int(stats.last_nonfinite_step)
+    paths = known(stats.leaf_code, names)  # raises if the parameters don't match
     if step < 0:
         return []
-    rows = [(path, seen.nonfinite_kinds[i].tolist()) for i, path in paths]
+    rows = [(path, stats.nonfinite_kinds[i].tolist()) for i, path in paths]
     return [
         NonfiniteLeaf(path, step, *map(bool, kinds))
         for path, kinds in rows
@@ -410,49 +425,51 @@ def _not_finite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLe
     ]
 
 
-def _left_out(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
-    """Returns the leaves, or the worst one, of each of the last steps left out."""
+def _skipped(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
+    """Returns the leaves, or the worst leaf, of each of the last skipped steps."""
     if not read["ring"]:
         return []
-    paths: dict[int, Any] = dict(known(read["seen"].leaf_code, names))
-    last = _not_finite(read, names)
+    paths: dict[int, Any] = dict(known(read["stats"].leaf_code, names))
+    last = _nonfinite(read, names)
     found: list[NonfiniteLeaf] = []
-    for step, norm, loss, leaf, bad in zip(*read["ring"], strict=True):
+    for step, norm, loss, index, kinds in zip(*read["ring"], strict=True):
         if step < 0:
             continue
-        worst = NonfiniteLeaf(paths.get(int(leaf)), int(step), *map(bool, bad))
-        for culprit in [c for c in last if c.step == step] or [worst]:
-            found.append(culprit._replace(norm=float(norm), loss=float(loss)))
+        worst = NonfiniteLeaf(paths.get(int(index)), int(step), *map(bool, kinds))
+        for leaf in [c for c in last if c.step == step] or [worst]:
+            found.append(leaf._replace(norm=float(norm), loss=float(loss)))
     return found
 
 
 def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
     """Returns the leaves that held NaN or inf at the last such update.
 
-    All states in ``opt_state`` count, wherever they are nested: the last update at
-    which any of them met a NaN or inf is taken, and each leaf that held one then is
-    named once, however many states saw it. With `skip_steps` in the optimizer, also
-    those that made a step a spike: for each of the last steps left out its worst leaf
-    (all leaves with NaN or inf if it is the last such step of that `skip_steps`). The
-    newest step comes first, and within a step the leaves in the order of the pytree.
+    All states in ``opt_state`` are searched, however deeply they are nested. The
+    result is about the last update at which any of them encountered a NaN or inf, and
+    names each leaf that held one, once. With `skip_steps` in the optimizer, leaves that
+    caused a spike are returned too: for each of the last skipped steps its worst leaf,
+    and for the last of them with a NaN or inf, all leaves that held one. The newest
+    step comes first; the leaves of a step are in the order of the pytree.
 
-    ``step`` is the number that the state counted, and `skip_steps` and
-    `optax.MultiSteps` keep steps from the states inside of them. Between states that
-    count different steps, the last is the one nearest to the end of its own count.
+    ``step`` is counted by each state. `skip_steps` and `optax.MultiSteps` do not pass
+    every step to the states inside them, so these count fewer steps. If states have
+    different counts, steps are ordered by ``step`` divided by the count of its state.
+
+    Call this function outside of jit. It fetches all that it needs in one transfer.
 
     Args:
-        opt_state: Any pytree that holds states of clips, of `record_norms` or of
+        opt_state: Any pytree that contains states of clips, of `record_norms` or of
             `skip_steps`.
-        params: The parameters that the optimizer was initialised with, for their paths.
+        params: The parameters that the optimizer was initialized with, for their paths.
 
     Returns:
         One `NonfiniteLeaf` per leaf and step; empty if everything was finite so far and
-        no step was left out. Compare ``step`` with `clip/steps` to see how long ago it
-        was. Call it outside of jit; it fetches what it needs from the device at once.
+        no step was skipped. Compare ``step`` with `clip/steps` to see how long ago it
+        was.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialised with,
-            or the state is a batch of states (take one of them first).
+        ValueError: If ``params`` are not those that the optimizer was initialized with,
+            or ``opt_state`` is a batch of states (take one of them first).
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -467,17 +484,18 @@ def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
     states = find(opt_state, (SkipState, ClipState, RecordNormsState))
     if not states:
         raise ValueError(
-            "`opt_state` holds no state of a clip, `record_norms` or `skip_steps` of "
-            "optclip. Pass the state of the optimizer that it is part of; a clip with "
-            "`record=False`, as `clip_by_value` is by default, keeps no figures."
+            "`opt_state` contains no state of a clip, `record_norms` or `skip_steps` "
+            "of optclip. Pass the state of an optimizer that contains one. A clip with "
+            "`record=False`, as `clip_by_value` is by default, records nothing."
         )
     reads = jax.device_get([_read(state) for state in states])
-    # In this order, since the first of two entries for a leaf and step is kept.
-    left_out = [_event(c, r["steps"]) for r in reads for c in _left_out(r, names)]
-    seen = [_event(c, r["steps"]) for r in reads for c in _not_finite(r, names)]
-    last = max((event.when for event in seen), default=-1.0)
+    # Events of `skip_steps` come first: of two events for a leaf and step, the first is
+    # kept, and these have a norm and a loss.
+    skipped = [_event(c, r["steps"]) for r in reads for c in _skipped(r, names)]
+    nonfinite = [_event(c, r["steps"]) for r in reads for c in _nonfinite(r, names)]
+    last = max((event.when for event in nonfinite), default=-1.0)
     events: dict[tuple, _Event] = {}
-    for event in [*left_out, *(e for e in seen if e.when == last)]:
-        events.setdefault((event.when, event.culprit.path), event)
+    for event in [*skipped, *(e for e in nonfinite if e.when == last)]:
+        events.setdefault((event.when, event.leaf.path), event)
     ordered = sorted(events.values(), key=lambda e: -e.when)
-    return [event.culprit for event in ordered]
+    return [event.leaf for event in ordered]

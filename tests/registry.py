@@ -71,16 +71,16 @@ def _relative(scope):
 
 
 CASES = {
-    "clip": Case(_clip(scopes.tree()), "clip"),
-    "clip-leaf": Case(_clip(scopes.leaf()), "clip", scope="leaf"),
+    "clip": Case(_clip(scopes.tree()), "clip_by_rule"),
+    "clip-leaf": Case(_clip(scopes.leaf()), "clip_by_rule", scope="leaf"),
     "clip-label": Case(
-        _clip(scopes.label(top_name)), "clip", scope="label", argument=top_name
+        _clip(scopes.label(top_name)), "clip_by_rule", scope="label", argument=top_name
     ),
     "clip-layer": Case(
-        _clip(scopes.layer(STACKED)), "clip", scope="layer", argument=STACKED
+        _clip(scopes.layer(STACKED)), "clip_by_rule", scope="layer", argument=STACKED
     ),
-    "clip-unit": Case(_clip(scopes.unit()), "clip", scope="unit"),
-    "clip-element": Case(_clip(scopes.element()), "clip", scope="element"),
+    "clip-unit": Case(_clip(scopes.unit()), "clip_by_rule", scope="unit"),
+    "clip-element": Case(_clip(scopes.element()), "clip_by_rule", scope="element"),
     "clip_by_value": Case(
         _of(optclip.clip_by_value, record=True), "clip_by_value", scope="element"
     ),
@@ -127,29 +127,34 @@ CASES = {
     ),
     "clip-ord1": Case(
         _clip(scopes.label(top_name), ord=1),
-        "clip",
+        "clip_by_rule",
         core=False,
         scope="label",
         argument=top_name,
         settings={"ord": 1},
     ),
-    "clip-ord3": Case(_clip(scopes.tree(), ord=3), "clip", False, settings={"ord": 3}),
+    "clip-ord3": Case(
+        _clip(scopes.tree(), ord=3), "clip_by_rule", False, settings={"ord": 3}
+    ),
     "clip-max": Case(
-        _clip(scopes.tree(), ord=np.inf), "clip", False, settings={"ord": np.inf}
+        _clip(scopes.tree(), ord=np.inf),
+        "clip_by_rule",
+        False,
+        settings={"ord": np.inf},
     ),
     "clip-rms": Case(
-        _clip(scopes.tree(), ord="rms"), "clip", False, settings={"ord": "rms"}
+        _clip(scopes.tree(), ord="rms"), "clip_by_rule", False, settings={"ord": "rms"}
     ),
     "clip-zero": Case(
         _clip(scopes.leaf(), action=actions.zero),
-        "clip",
+        "clip_by_rule",
         False,
         scope="leaf",
         settings={"action": "zero"},
     ),
     "clip-relative": Case(
         _relative(scopes.tree()),
-        "clip",
+        "clip_by_rule",
         False,
         relative=True,
         settings={"floor": 1e-3},

@@ -17,7 +17,7 @@ for needed in ("flax", "matplotlib", "orbax.checkpoint", "tqdm"):
 
 from optclip.demo import checkpoints, clips, command, table, text, training  # noqa: E402
 from optclip.demo.options import Options, Sizes  # noqa: E402
-from optclip.diagnosis.findings import Report  # noqa: E402
+from optclip.diagnosis.findings import Diagnosis  # noqa: E402
 
 TINY = Sizes(symbols=12, hidden=4, length=5, batch=2, chunk=3)
 STEPS, SEEDS, RUNS = 6, 2, 3
@@ -116,7 +116,7 @@ def test_diagnose_writes_the_report_of_the_run_without_a_clip(
     def diagnose(loss_fn, params, batches, *, optimizer):
         assert optimizer.init(params) is not None
         asked.extend(float(loss_fn(params, batch)) for batch in batches)
-        return Report((), {})
+        return Diagnosis((), {})
 
     monkeypatch.setattr(module, "diagnose", diagnose)
     assert run_demo("--resume", "--output", finished, "--diagnose") == 0

@@ -84,7 +84,7 @@ CASES = {
 
 
 def run(loss_fn, params, batches, rate, **options):
-    return diagnose.diagnose(
+    return diagnose(
         loss_fn, params, batches, optimizer=optax.sgd(rate), progress=False, **options
     )
 
@@ -286,7 +286,7 @@ def test_without_the_program_the_rest_of_the_diagnosis_goes_on(monkeypatch):
 
 def test_few_batches_and_progress(capsys):
     loss_fn, params, batches, rate = CASES["healthy"]
-    found = diagnose.diagnose(loss_fn, params, batches[:2], optimizer=optax.sgd(rate))
+    found = diagnose(loss_fn, params, batches[:2], optimizer=optax.sgd(rate))
     assert any("4 batches or more" in words for words in found.not_seen)
     assert "gradients of 2 batches" in capsys.readouterr().err
     found = run(loss_fn, params, iter(batches), rate, max_batches=4)
@@ -304,4 +304,4 @@ def test_errors():
     with pytest.raises(ValueError, match="give `has_aux=True`"):
         run(lambda p, x: (loss_fn(p, x), x), params, batches, rate)
     with pytest.raises(TypeError, match="optimizer"):
-        diagnose.diagnose(loss_fn, params, batches, optimizer=0.1)
+        diagnose(loss_fn, params, batches, optimizer=0.1)

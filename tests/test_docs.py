@@ -93,7 +93,7 @@ def test_every_public_name_is_on_the_api_page(module):
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     modules = {m.__name__ for m in MODULES}
     names = {f"{module.__name__}.{name}" for name in module.__all__} - modules
-    described = set(re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)", page, re.M))
+    described = set(re.findall(r"^(?:\.\. py:\w+::|  ) (optclip\.\S+)", page, re.M))
     assert names <= described, f"not in docs/api.md: {sorted(names - described)}"
 
 
@@ -108,6 +108,17 @@ def test_signatures_can_be_read(module):
 
 
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_in_prose_exist(page):
+    """The site links what is written as `optclip.name` to its page."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for name in re.findall(r"`(optclip(?:\.\w+)+)(?:\(.*?\))?`", text):
+        found = optclip
+        for part in name.split(".")[1:]:
+            assert hasattr(found, part), f"{page.name}: there is no `{name}`"
+            found = getattr(found, part)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -171,5 +171,5 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path):
     assert launcher.returncode == 1, said[-2000:]
     assert time.monotonic() - began < 60
     again = finished(start(EXAMPLE, *options, *two))
-    assert not re.search(r"step +3  loss", again)  # it did not begin anew
+    assert not re.search(r"step +3  loss", again)  # it did not begin again
     assert sums(again) == sums(whole)

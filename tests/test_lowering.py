@@ -40,7 +40,7 @@ EVERY_SCOPE = {
 }
 SAMPLES = {
     "adaptive_grad_clip": [lambda: optclip.adaptive_grad_clip(0.01)],
-    "clip": [
+    "clip_by_rule": [
         *(lambda s=s: optclip.clip_by_rule(1.0, scope=s) for s in EVERY_SCOPE.values()),
         *(
             lambda p=p: optclip.clip_by_rule(1.0, nonfinite=p, scope=scopes.leaf())
@@ -158,7 +158,7 @@ def conditions_of(make, platform):
 
 # Groups that are columns: several of their sums are no single pass on a GPU, so each
 # array of norms has a condition there. `adaptive_grad_clip` measures parameters too.
-COLUMNS = {"clip-3": 1, "clip_by_unit_norm-0": 1, "adaptive_grad_clip-0": 2}
+COLUMNS = {"clip_by_rule-3": 1, "clip_by_unit_norm-0": 1, "adaptive_grad_clip-0": 2}
 
 
 @pytest.mark.parametrize("make", EACH)

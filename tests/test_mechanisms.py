@@ -215,7 +215,7 @@ def test_trust_ratio_clip_never_scales_up_and_passes_zero_parameters():
 
 
 def descend(tx, scale=1.0, spike=None, steps=200):
-    """Minimises a badly conditioned quadratic; returns the loss at each step."""
+    """Minimizes a badly conditioned quadratic; returns the loss at each step."""
     curvature = jnp.array([1.0, 10.0, 100.0]) * scale
     start = jnp.array([1.0, -1.0, 1.0])
 

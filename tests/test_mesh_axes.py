@@ -1,4 +1,4 @@
-"""Mesh axes: what types tell is used, and where they don't tell is an error."""
+"""Mesh axes are read from types; where types don't show them, "auto" is an error."""
 
 import functools
 import warnings
@@ -43,7 +43,7 @@ def test_a_leaf_that_is_whole_by_its_type_is_counted_once(axis_name, clip):
 
 
 def test_auto_is_an_error_where_types_do_not_tell():
-    with pytest.raises(ValueError, match=r"don't tell about \['x'\]"):
+    with pytest.raises(ValueError, match=r"types don't show \['x'\]"):
         norm("auto", check=False)
     assert norm(SPECS, check=False) == pytest.approx(WHOLE)
 
@@ -55,7 +55,7 @@ def test_auto_is_an_error_in_pmap():
     tx = optclip.clip_by_global_norm(1.0, axis_name="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=r"don't tell about \['i'\]"):
+        with pytest.raises(ValueError, match=r"types don't show \['i'\]"):
             jax.pmap(tx.init, axis_name="i")(jnp.ones((8, 3)))
 
 
@@ -73,11 +73,11 @@ def test_auto_and_names_of_vmap_are_left_alone():
 @pytest.mark.parametrize(
     ("axis_name", "message"),
     [
-        ("y", r"`axis_name` names 'y', which is no mesh axis here, but \['x'\] is"),
+        ("y", r"`axis_name` names 'y', which is not a bound mesh axis: \['x'\] can"),
         (("x", "y"), "names 'y'"),
         ({"kernel": P("y"), "bias": P()}, "names 'y'"),
         (3, "must be the name of a mesh axis or several, .*, got 3"),
-        ({"kernel": "x"}, "`axis_name` must be laid out as the updates"),
+        ({"kernel": "x"}, "`axis_name` must be a tree with the structure of the upd"),
     ],
 )
 def test_names_that_do_not_fit_are_errors(axis_name, message, check):

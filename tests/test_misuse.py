@@ -110,7 +110,7 @@ def test_readers_say_what_they_were_not_given():
     assert optclip.metrics(adam) == {}
     with pytest.raises(ValueError, match="no state of a clip"):
         optclip.nonfinite_leaves(adam, PARAMS)
-    with pytest.raises(ValueError, match="no metrics by leaf"):
+    with pytest.raises(ValueError, match="no metrics per leaf"):
         optclip.leaf_metrics(tx.init(PARAMS), PARAMS)
     leafwise = optclip.clip_by_leaf_norm(1.0).init(PARAMS)
     for reader in (optclip.nonfinite_leaves, optclip.leaf_metrics):
@@ -120,9 +120,9 @@ def test_readers_say_what_they_were_not_given():
 
 def test_patterns_that_find_no_leaf_are_errors():
     tree = {"blocks": jnp.ones((2, 3)), "head": jnp.ones(3)}
-    with pytest.raises(ValueError, match="`stack_axes` has no pattern that finds"):
+    with pytest.raises(ValueError, match="`stack_axes` has no pattern that matches"):
         optclip.clip_per_layer(1.0, {"block_s": 1}).init(tree)
-    with pytest.raises(ValueError, match="`axis` has no pattern that finds a leaf"):
+    with pytest.raises(ValueError, match="`axis` has no pattern that matches a leaf"):
         optclip.clip_by_unit_norm(1.0, axis={"kernel": 0}).init(tree)
     optclip.clip_per_layer(1.0, {"block_s": 1, "blocks": 1}).init(tree)
     optclip.clip_per_layer(1.0, {}).init(tree)

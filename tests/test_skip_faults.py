@@ -1,6 +1,6 @@
 """Where other stacks' skippers of steps lock or leak, and `skip_steps` does not.
 
-Their rules are written down anew in NumPy, from what they compute.
+Their rules are written down again in NumPy, from what they compute.
 """
 
 import jax

@@ -527,5 +527,5 @@ def test_errors_say_what_to_do():
     with pytest.raises(TypeError, match="`state` must be the `SkipState`"):
         tx.update(PARAMS, optax.EmptyState(), PARAMS)
     by_params = optclip.skip_steps(optax.sgd(1.0), when=rules.relative_to_params(1.0))
-    with pytest.raises(ValueError, match="must be rules that do not look at the par"):
+    with pytest.raises(ValueError, match="must be rules that do not use the param"):
         by_params.update(PARAMS, by_params.init(PARAMS), PARAMS)

@@ -106,7 +106,7 @@ def times_one_scale():
 
 @pytest.fixture(scope="module")
 def fusing_compiler():
-    """Skips where XLA melts no scaling into the optimizer (JAX 0.6 on the CPU)."""
+    """Skips where XLA fuses no scaling into the optimizer (JAX 0.6 on the CPU)."""
     compiled = compiled_step(times_one_scale(), shapes=SHAPES, dtype="float32")
     if figures(compiled)[0] > 0.02 * nbytes(abstract(SHAPES)):
         pytest.skip("this XLA writes out the product of leaves and a scale")

@@ -155,7 +155,7 @@ def test_counters_stop_at_their_end():
 
 def test_without_parameters_the_message_says_what_the_loop_must_do():
     tx = optclip.stabilize(optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"call `update\(grads, state, params\)` wh"):
+    with pytest.raises(ValueError, match=r"call `update\(grads, state, params\)` in"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 

@@ -207,5 +207,5 @@ def test_a_replicated_state_by_layer_inside_shard_map_is_told_of_state_specs():
         tx.update, mesh=mesh(), in_specs=({"blocks": P("pipe")}, whole),
         out_specs=({"blocks": P("pipe")}, whole), check_vma=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"local shape that counts.*state_specs"):
+    with pytest.raises(ValueError, match=r"this is the local shape.*state_specs"):
         step(params, state)

@@ -1,4 +1,4 @@
-"""Figures by hand-computed examples, at any depth, several clips told apart."""
+"""Statistics by hand-computed examples, at any depth, several clips told apart."""
 
 import chex
 import jax
@@ -258,9 +258,9 @@ def test_other_parameters_than_those_of_init_are_an_error():
     state = stepped(
         optclip.clip_by_leaf_norm(1.0), {k: v * jnp.nan for k, v in GRADS.items()}
     )
-    with pytest.raises(ValueError, match="that the optimizer was initialised with"):
+    with pytest.raises(ValueError, match="that the optimizer was initialized with"):
         optclip.leaf_metrics(state, {"c": jnp.zeros(2)})
-    with pytest.raises(ValueError, match="that the optimizer was initialised with"):
+    with pytest.raises(ValueError, match="that the optimizer was initialized with"):
         optclip.nonfinite_leaves(state, {"c": jnp.zeros(2)})
 
 

@@ -1,8 +1,8 @@
-"""Runs the notebooks and writes them with their outputs, the same bytes each time.
+"""Runs the notebooks and stores their outputs, with reproducible bytes.
 
 The source of `notebooks/NN_name.ipynb` is `notebooks/NN_name.py` (jupytext's percent
 format). With --check nothing is written: each source is run, and it is an error if that
-fails or if the notebook has other cells than its source.
+fails or if the cells of the notebook differ from its source.
 """
 
 import argparse
@@ -39,27 +39,27 @@ def read_source(path):
 
 
 def run(notebook):
-    """Runs all cells and leaves out what differs from one run to the next."""
+    """Runs all cells and removes what differs from one run to the next."""
     client = nbclient.NotebookClient(
         notebook,
         timeout=SECONDS_A_CELL,
         kernel_name="python3",
         record_timing=False,
-        coalesce_streams=True,  # or the prints of a cell split here and there
+        coalesce_streams=True,  # or the prints of a cell are sometimes split
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.NotebookNode()
-        # What is written to stderr is about the machine: warnings of drivers, bars.
+        # Text on stderr depends on the machine: driver warnings, progress bars.
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return notebook
 
 
 def cells_of(notebook):
-    """Returns what the author wrote."""
+    """Returns the cells as the author wrote them, without outputs."""
     return [(cell.cell_type, cell.source.rstrip("\n")) for cell in notebook.cells]
 
 
@@ -70,20 +70,20 @@ def check(source, notebook):
         return f"{path.name} is missing"
     stored = nbformat.read(path, as_version=4)
     if cells_of(stored) != cells_of(notebook):
-        return f"{path.name} has other cells than {source.name}"
+        return f"{path.name} has cells that differ from {source.name}"
     if any(c.cell_type == "code" and c.execution_count is None for c in stored.cells):
         return f"{path.name} has cells without outputs"
     return None
 
 
 def main():
-    """Builds or checks the notebooks named, or all."""
+    """Builds or checks the given notebooks, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="01_first_clip ...; all by default")
     parser.add_argument("--check", action="store_true", help="run, but write nothing")
     options = parser.parse_args()
 
-    # The same pictures and figures wherever it runs.
+    # The same pictures and numbers on every machine.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of `docs/concepts.md` and `docs/choosing.md`, which hold no data.
+"""Draws the diagrams of `docs/concepts.md` and `docs/choosing.md`, which show no data.
 
 Usage: python tools/draw_concepts.py
 """
@@ -12,14 +12,14 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "concepts"
-# Okabe and Ito's colours, and light shades of them to write on.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-PALE = {BLUE: "#DCEBF5", ORANGE: "#FBE6DA", GREEN: "#DDF2EB", GREY: "#EEEEEE"}
+# Okabe and Ito's colors, and light shades of them to write on.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"
+PALE = {BLUE: "#DCEBF5", ORANGE: "#FBE6DA", GREEN: "#DDF2EB", GRAY: "#EEEEEE"}
 DPI = 150
 
 
 def canvas(width, height):
-    """Returns a figure of so many inches, and axes in the same unit."""
+    """Returns a figure of the given size in inches, and axes in the same unit."""
     figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -28,13 +28,13 @@ def canvas(width, height):
     return figure, axes
 
 
-def box(axes, x, y, width, height, colour, title, words="", size=13, mono=False):
-    """Draws a box around its centre, with a title and smaller words below it."""
+def box(axes, x, y, width, height, color, title, words="", size=13, mono=False):
+    """Draws a box around its center, with a title and smaller text below it."""
     axes.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - height / 2), width, height,
             boxstyle="round,pad=0,rounding_size=0.1",
-            facecolor=PALE[colour], edgecolor=colour, linewidth=1.6,
+            facecolor=PALE[color], edgecolor=color, linewidth=1.6,
         )
     )  # fmt: skip
     family = "monospace" if mono else "sans-serif"
@@ -46,22 +46,22 @@ def box(axes, x, y, width, height, colour, title, words="", size=13, mono=False)
         axes.text(x, y - 0.2, words, size=size - 2.5, color="#222222", **how)
 
 
-def arrow(axes, start, end, words="", beside=(0, 0.14), colour=GREY):
-    """Draws an arrow, with words beside its middle."""
-    how = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "shrinkA": 0}
+def arrow(axes, start, end, words="", beside=(0, 0.14), color=GRAY):
+    """Draws an arrow, with text next to its midpoint."""
+    how = {"arrowstyle": "-|>", "color": color, "linewidth": 1.6, "shrinkA": 0}
     axes.annotate("", end, start, arrowprops={**how, "shrinkB": 0})
     if words:
         x, y = ((a + b) / 2 + d for a, b, d in zip(start, end, beside, strict=True))
-        axes.text(x, y, words, size=11, color=colour, ha="center", va="center")
+        axes.text(x, y, words, size=11, color=color, ha="center", va="center")
 
 
 def pipeline():
-    """The way of one update through a clip."""
+    """The path of one update through clipping."""
     figure, axes = canvas(10, 3.9)
     top, low, width, height = 2.75, 0.75, 1.75, 0.95
     parts = [
         (1.95, "scope", "which entries\nshare a norm"),
-        (4.35, "rule", "what is\ntoo long"),
+        (4.35, "rule", "what is\ntoo large"),
         (6.75, "action", "what is done\nabout it"),
     ]
     for x, title, words in parts:
@@ -83,38 +83,38 @@ def pipeline():
         0.8,
         ORANGE,
         "state",
-        "memory of the rule, figures of the step",
+        "state of the rule, statistics of the step",
     )
-    arrow(axes, (4.0, 1.15), (4.0, 2.27), "", colour=ORANGE)
-    arrow(axes, (4.7, 2.27), (4.7, 1.15), "", colour=ORANGE)
-    axes.text(3.87, 1.7, "remembers", size=11, color=ORANGE, ha="right", va="center")
-    axes.text(4.83, 1.7, "learns", size=11, color=ORANGE, ha="left", va="center")
-    box(axes, 8.1, low, 3.0, 0.8, GREY, "optclip.metrics(state)", "", 12, mono=True)
+    arrow(axes, (4.0, 1.15), (4.0, 2.27), "", color=ORANGE)
+    arrow(axes, (4.7, 2.27), (4.7, 1.15), "", color=ORANGE)
+    axes.text(3.87, 1.7, "reads", size=11, color=ORANGE, ha="right", va="center")
+    axes.text(4.83, 1.7, "writes", size=11, color=ORANGE, ha="left", va="center")
+    box(axes, 8.1, low, 3.0, 0.8, GRAY, "optclip.metrics(state)", "", 12, mono=True)
     arrow(axes, (6.15, low), (6.6, low))
-    axes.text(0.1, 3.6, "One clip", size=14, weight="bold")
+    axes.text(0.1, 3.6, "One clipping transformation", size=14, weight="bold")
     return figure
 
 
 QUESTIONS = [
     ("Does it explode in every run, from the start?", "optclip.diagnose(...)",
-     "mend the cause, then ask on"),
-    ("Are there NaN, or whole batches that are wrong?", "skip_steps(optimizer)",
-     "leave such steps out; a clip inside"),
+     "fix the cause, then continue"),
+    ("Are there NaNs, or whole bad batches?", "skip_steps(optimizer)",
+     "skip such steps; clip the others"),
     ("Are single examples wrong?", "clipped_grad(loss_fn, 1.0)",
-     "each counts for its share at most"),
+     "bounds each example's influence"),
     ("Does one layer explode and slow the others?", "clip_by_leaf_norm(1.0), adagc()",
      "each leaf by its own norm"),
-    ("Are rare spikes in a long run the trouble?", "zclip(max_grad_norm=None)",
-     "usual steps are left alone"),
+    ("Is the problem rare spikes in a long run?", "zclip(max_grad_norm=None)",
+     "typical steps are not changed"),
     ("Are normalization layers left out on purpose?", "adaptive_grad_clip(0.01)",
      "relative to the weights"),
-    ("Do you know what norm is too long?", "clip_by_global_norm(1.0)",
-     "the usual choice"),
+    ("Do you know which norm is too large?", "clip_by_global_norm(1.0)",
+     "the common choice"),
 ]  # fmt: skip
 
 
 def choosing():
-    """Questions from above to below; the first yes decides."""
+    """Questions from top to bottom; the first yes decides."""
     step, left, right = 0.92, 2.65, 7.75
     height = step * (len(QUESTIONS) + 1) + 0.1
     figure, axes = canvas(10, height)
@@ -135,7 +135,7 @@ def choosing():
         0.68,
         GREEN,
         "stabilize(optimizer)",
-        "nothing to pick: it follows the norm",
+        "nothing to choose: it follows the norm",
         12,
         mono=True,
     )
@@ -143,7 +143,7 @@ def choosing():
 
 
 def save(figure, name):
-    """Writes the picture with few colours, which makes it small."""
+    """Saves the figure with a small palette, which makes the file small."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -1,6 +1,6 @@
-"""Draws the pictures of `docs/diagnosis.md`: for each cause, healthy against faulty.
+"""Draws the plots of `docs/diagnosis.md`: for each cause, healthy compared with faulty.
 
-All is measured, on small networks. Usage:
+Everything is measured, on small networks. Usage:
     python tools/draw_diagnosis.py [NAME ...]
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 import optclip
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "diagnosis"
-# Okabe and Ito's colours, told apart with every kind of colour vision.
+# Okabe and Ito's colors, distinguishable with every kind of color vision.
 GOOD = {"color": "#0072B2", "linestyle": "--"}
 BAD = {"color": "#D55E00", "linestyle": "-"}
 THIRD = {"color": "#009E73", "linestyle": ":"}
@@ -61,7 +61,7 @@ def cross_entropy(params, batch, layer=plain, reduce=jnp.mean):
 
 
 def sites_of(params, layer=plain):
-    """Returns what `optclip.diagnosis.tap` sees at the hidden layers."""
+    """Returns what `optclip.diagnosis.tap` measures at the hidden layers."""
     loss = functools.partial(cross_entropy, layer=layer)
     sites = optclip.diagnosis.tap(loss, params, data()).sites
     return [site for site in sites if site.leaf.startswith("hidden")]
@@ -77,7 +77,7 @@ def grad_norm(batch, depth, **how):
 
 
 def panels(*names):
-    """Returns a figure of 1200 by 600 pixels, and axes for each (x, y) of names."""
+    """Returns a 1200 by 600 pixel figure, and axes for each (x, y) pair of labels."""
     figure = Figure(figsize=(7.5, 3.75), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     every = np.atleast_1d(figure.subplots(1, len(names)))
@@ -93,14 +93,14 @@ def panels(*names):
 
 
 def label(axes, x, y, words, color, shift=(9, 0), **how):
-    """Writes beside a point, by default to the right of it."""
+    """Writes text next to a point, by default to the right of it."""
     how = {"va": "center", "fontsize": 12.5, "annotation_clip": False} | how
     how |= {"xytext": shift, "textcoords": "offset points", "color": color}
     axes.annotate(words, (x, y), **how)
 
 
 def curve(axes, x, y, words, style, shift=(9, 0), **how):
-    """Draws a line with its name beside its last finite point."""
+    """Draws a line with its name next to its last finite point."""
     y = np.where(np.isfinite(y), y, np.nan)
     axes.plot(x, y, linewidth=2.4, **style, **how)
     last = np.flatnonzero(np.isfinite(y))[-1]
@@ -119,7 +119,7 @@ def backwards(axes, values, words, style):
 
 
 def over_layers(*lines, y=SIGNAL, what="layer"):
-    """Returns a figure of (values, words, style)."""
+    """Returns a figure of (values, text, style)."""
     figure, axes = panels((f"{what}, from the last back to the first", y))
     for line in lines:
         backwards(axes, *line)
@@ -311,7 +311,7 @@ def main():
     for name in parser.parse_args().names or DRAW:
         drawn = io.BytesIO()
         DRAW[name]().savefig(drawn)
-        # With a palette of 64 colours it is a third as large.
+        # With a palette of 64 colors, the file is a third as large.
         small = Image.open(drawn).convert("RGB").quantize(64)
         small.save(FOLDER / f"{name}.png", optimize=True)
 

@@ -1,4 +1,4 @@
-"""Carries out what a diagnosis says, and looks whether the model then trains."""
+"""Carries out what a diagnosis says, and checks whether the model then trains."""
 
 import dataclasses
 
@@ -64,10 +64,10 @@ NUMBERS = {
 
 
 def apply(action, problem, scenario, seed):
-    """Returns the problem after an `Remedy`.
+    """Returns the problem after a `Remedy`.
 
     An action that changes the program is carried out through the scenario's variants;
-    what was done to the problem before is then lost.
+    earlier changes to the problem are then lost.
 
     Raises:
         KeyError: If the scenario has no such variant.
@@ -93,12 +93,12 @@ def first_applicable(actions, problem, scenario, seed):
 
 
 def apply_all(findings, problem, scenario, seed):
-    """Returns the problem after the first action of each finding that can be done."""
+    """Returns the problem after the first applicable action of each finding."""
     actions = [
         first_applicable(finding.remedies, problem, scenario, seed)[0]
         for finding in findings
     ]
-    # A change of the program begins anew, so that changes of numbers come after it.
+    # Changes of the program reset the problem, so changes of numbers are applied later.
     for action in sorted(filter(None, actions), key=lambda a: a.kind in NUMBERS):
         problem = apply(action, problem, scenario, seed)
     return problem

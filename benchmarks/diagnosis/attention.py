@@ -15,7 +15,8 @@ def _attend(p, x, mask_value):
     query, key, value = jnp.split(apply_dense(p["mix"], x), 3, -1)
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(x.shape[-1]).astype(x.dtype)
     seen = jnp.tril(jnp.ones(scores.shape[-2:], x.dtype))
-    # As many write it: in float16 the number becomes infinite, and 0 * inf is NaN.
+    # A common way to write it: in float16 the number becomes infinite, and 0 * inf is
+    # NaN.
     scores = scores + (1 - seen) * jnp.array(mask_value, x.dtype)
     return apply_dense(p["out"], jax.nn.softmax(scores) @ value)
 
@@ -39,7 +40,7 @@ def _block(key, width, gain):
 def transformer(key, *, width=32, depth=3, vocabulary=16, length=16, gain=1.0,
                 order="pre", act="gelu", dtype="float32", mask_value=-1e4,
                 norm=True, scanned=False):  # fmt: skip
-    """A causal language model; ``order`` is that of the normalisation."""
+    """A causal language model; ``order`` is the position of the normalization."""
     keys = jax.random.split(key, depth + 3)
     blocks = [_block(k, width, gain) for k in keys[:depth]]
     if scanned:
@@ -74,7 +75,7 @@ def transformer(key, *, width=32, depth=3, vocabulary=16, length=16, gain=1.0,
 
 
 def mixer(key, *, width=16, depth=3, gain=1.0):
-    """An MLP-Mixer over the rows of a picture."""
+    """An MLP-Mixer over the rows of an image."""
     keys = jax.random.split(key, depth + 2)
     params = {
         "first": dense(keys[0], 8, width, gain),

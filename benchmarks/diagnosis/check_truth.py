@@ -1,10 +1,10 @@
-"""Checks that each scenario is what it says, without any diagnosis.
+"""Checks that each scenario has the fault it claims to have, without any diagnosis.
 
-A fault is real if training with it fails (the loss ends above where it began, or is not
-finite, or ends twice as high, or 0.5 nat higher, than that of the same model without
-the fault) and the model without the fault trains. Of a signal that vanishes, training
-must hardly move. A healthy model must train; from a later step on, its loss must not
-rise by more than a twentieth.
+A fault is real if the model without the fault trains, and training with the fault
+fails: the loss is not finite, ends above its initial value, or ends twice as high as,
+or 0.5 nat above, that of the same model without the fault. If the fault is a vanishing
+signal, training must hardly move. A healthy model must train; if it is examined after
+some steps, its loss must not rise by more than a twentieth.
 
 Usage: python -m benchmarks.diagnosis.check_truth [--split tune]
        [--only NAME_OR_CAUSE] [--seeds 1] [--rates] [--variants]
@@ -24,7 +24,7 @@ STEPS = 200
 
 
 def outcome(problem):
-    """Returns the typical loss before and after training, and if all was finite."""
+    """Returns the typical loss before and after training; whether all was finite."""
     params, _, _, finite = train(problem, STEPS)
     return typical_loss(problem), typical_loss(problem, params), finite
 
@@ -34,17 +34,18 @@ def trained(before, after, finite):
 
 
 def no_worse(after, wanted, start):
-    """Returns whether a loss is not twice, nor 0.5 nat, above another.
+    """Returns whether a loss is neither twice, nor 0.5 nat above, another.
 
-    Near zero, twice is nothing: a tenth of the loss at the start is no worse either.
+    Near zero a factor of two is negligible: an increase by a tenth of the initial loss
+    is also fine.
     """
     return after < wanted + min(max(wanted, 0.1 * start), 0.5)
 
 
 def failed(got, sound, share):
-    """Returns whether training failed, measured by that without the fault.
+    """Returns whether training failed, compared with training without the fault.
 
-    ``share`` is how many times larger the loss is by definition, as a sum's is.
+    ``share`` is how many times larger the loss is by definition, for example a sum.
     """
     before, after, finite = got
     if not trained(before, after, finite):
@@ -65,7 +66,7 @@ def structure(problem):
 
 
 def truth(scenario, seed):
-    """Returns whether the scenario is true, and the figures."""
+    """Returns whether the scenario is as claimed, and the numbers."""
     problem = scenario.make(seed)
     got = outcome(problem)
     sound_problem = scenario.sound(seed)

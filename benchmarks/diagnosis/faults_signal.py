@@ -1,4 +1,4 @@
-"""Faults of the signal: initialisation, depth, recurrence, activation, vanishing."""
+"""Faults of the signal: initialization, depth, recurrence, activation, vanishing."""
 
 import optax
 
@@ -86,7 +86,7 @@ def initialization():
 
 
 def depth():
-    """Layers without normalisation; with it and residual connections all is well."""
+    """Layers without normalization; with it and residual connections they train."""
     good = dict(norm=True, residual=True)
     bare = dict(norm=False, residual=False)
     yield fault(
@@ -130,7 +130,7 @@ def depth():
         "NNX CNN of 30 layers, growth 1.25",
         "depth",
         classes(frameworks.nnx_cnn, depth=30, **good),
-        # Zeros beyond the edges of a picture take a tenth of the signal a layer.
+        # Zero padding at the edges of an image removes a tenth of the signal per layer.
         knobs=dict(gain=1.35, **bare),
         remedies=BOTH,
         held_out=True,

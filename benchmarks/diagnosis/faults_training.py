@@ -1,4 +1,4 @@
-"""Faults of the training: rate, batches, dtype, and a loss that sums."""
+"""Faults of the training: learning rate, batches, dtype, and a loss that sums."""
 
 import functools
 
@@ -44,7 +44,7 @@ RECIPES = {
 
 
 def at_rate(key, rate):
-    """Returns the recipe with this rate."""
+    """Returns the recipe with this learning rate."""
     make, recipe = RECIPES[key]
     return recipe.but(optimizer=make(rate))
 

@@ -1,4 +1,4 @@
-"""Models with nothing wrong, at the start, on their way, and near their floor."""
+"""Models with nothing wrong: at the start, during training, and near their minimum."""
 
 import functools
 
@@ -88,7 +88,8 @@ def scenarios():
         classes(frameworks.linen_mlp, 0.05, act="tanh", depth=20),
         held_out=True,
     )
-    # After 400 steps the sharpest curvature times the rate is 2.1, and 2 is the edge.
+    # After 400 steps the sharpest curvature times the rate is 2.1; 2 is the stability
+    # limit.
     one = functools.partial(_one_batch, size=256)
     yield healthy(
         "tanh MLP, all data at once, at the edge of stability",

@@ -43,7 +43,7 @@ def reconstruction(forward, reduce=jnp.mean):
 
 
 def policy_gradient(forward):
-    """The loss of a policy: minus the advantage times the log of what was done."""
+    """Policy gradient: minus the advantage times the log-probability of the action."""
 
     def loss_fn(params, batch):
         log = jax.nn.log_softmax(forward(params, batch["seen"]))
@@ -57,7 +57,7 @@ def policy_gradient(forward):
 
 
 def own_softmax(forward, temperature=1.0):
-    """Cross-entropy by a softmax that forgets to take the largest logit away."""
+    """Cross-entropy with a softmax that does not subtract the largest logit."""
 
     def loss_fn(params, batch):
         x, y = batch

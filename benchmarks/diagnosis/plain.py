@@ -1,8 +1,9 @@
 """Networks in plain JAX: each takes a key and knobs; returns parameters and forward.
 
-The knobs that all networks know, where they make sense: ``gain`` multiplies the usual
-weights, ``act`` names the activation, ``norm`` normalises each layer, ``residual`` adds
-a layer's input to its output, ``dtype`` is what is computed in.
+The knobs that all networks support where they make sense: ``gain`` multiplies the
+default weights, ``act`` names the activation, ``norm`` normalizes each layer,
+``residual`` adds a layer's input to its output, ``dtype`` is the dtype of the
+computation.
 """
 
 import jax
@@ -40,14 +41,14 @@ def apply_dense(p, x):
 
 
 def normed(x):
-    """Layer normalisation without parameters."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    """Layer normalization without parameters."""
+    centered = x - x.mean(-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-5)
 
 
 def mlp(key, *, inputs=64, width=32, depth=8, outputs=10, act="relu", gain=1.0,
         norm=False, residual=False, dtype="float32", init=None):  # fmt: skip
-    """``init`` names the activation that the weights are meant for, if another."""
+    """``init`` names the activation that the weights are meant for, if it differs."""
     keys = jax.random.split(key, depth + 1)
     scale = gain * usual(init or act)
     sizes = [inputs] + [width] * depth
@@ -69,7 +70,7 @@ def mlp(key, *, inputs=64, width=32, depth=8, outputs=10, act="relu", gain=1.0,
 
 def stacked(key, *, inputs=64, width=32, depth=40, outputs=10, act="relu", gain=1.0,
             norm=False, residual=False):  # fmt: skip
-    """The same with layers that lie in one array, run by `jax.lax.scan`."""
+    """The same with layers stacked in one array, run by `jax.lax.scan`."""
     first, middle, last = jax.random.split(key, 3)
     scale = gain * usual(act)
     kernels = jax.random.normal(middle, (depth, width, width)) * scale / np.sqrt(width)
@@ -120,7 +121,7 @@ def cnn(key, *, channels=6, depth=6, act="relu", gain=1.0, norm=False, residual=
 
 
 def embedding(key, *, people=40, things=30, width=8):
-    """Tastes and kinds in two tables, looked up and multiplied."""
+    """Users and items in two embedding tables, looked up and multiplied."""
     one, two = jax.random.split(key)
     params = {
         "people": 0.5 * jax.random.normal(one, (people, width)),
@@ -134,7 +135,7 @@ def embedding(key, *, people=40, things=30, width=8):
 
 
 def linear(key, *, inputs=16, outputs=1):
-    """One layer that begins at zero."""
+    """One layer, initialized to zero."""
     del key
     params = {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
     return params, lambda params, x: apply_dense(params, x)

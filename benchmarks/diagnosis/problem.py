@@ -1,4 +1,4 @@
-"""What a scenario is, and the recipe by which it is made from a network and a task."""
+"""What a scenario is, and the recipe that builds it from a network and a task."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import optax
 
 from benchmarks.diagnosis.losses import cross_entropy
 
-# What a remedy that changes the program changes of a network.
+# What each remedy that changes the program changes in a network.
 VARIANTS = {
     "normalize": {"norm": True},
     "residual": {"norm": True, "residual": True},
@@ -24,7 +24,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is handed to `optclip.diagnose`."""
+    """The arguments of `optclip.diagnose`."""
 
     loss_fn: Callable
     params: Any
@@ -38,12 +38,12 @@ class Scenario:
     """A model whose cause of trouble is known.
 
     Attributes:
-        name: What it is called in the tables.
+        name: Its name in the tables.
         cause: A key of `optclip.diagnosis.findings.CAUSES`, or "healthy".
-        make: Makes the problem from a seed.
-        sound: The same without the fault; of a healthy one, the same at the start.
+        make: Returns the problem for a seed.
+        sound: The same without the fault; for a healthy one, the same at the start.
         also: Further causes that are true as well.
-        held_out: Whether it is kept for the one look at the end.
+        held_out: Whether it is held out until the final evaluation.
         variants: The problem with a remedy built in that changes the program.
     """
 
@@ -60,14 +60,14 @@ class Scenario:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """Makes a `Problem` from a seed.
+    """Builds a `Problem` from a seed.
 
     Attributes:
         net: Takes a key and the knobs; returns parameters and ``forward(params, x)``.
         task: Takes a seed; returns the batches.
         optimizer: The optimizer.
         loss: Takes ``forward``; returns ``loss_fn(params, batch)``.
-        knobs: What the network is told.
+        knobs: The network's keyword arguments.
         spoil_params: What happens to the parameters, and to the batches, at the end.
         spoil_batches: See above.
         before: The recipe that was followed for the first ``steps`` steps.
@@ -103,7 +103,7 @@ class Recipe:
         return dataclasses.replace(self, knobs=knobs, **changes)
 
     def after(self, steps: int, before: "Recipe | None" = None) -> "Recipe":
-        """Returns the recipe from a later step on, up to which all was well."""
+        """Returns the recipe that starts after this many healthy steps."""
         return dataclasses.replace(self, before=before or self, steps=steps)
 
 
@@ -126,7 +126,7 @@ def train(problem, steps):
         after = optax.apply_updates(params, updates)
         return after, state, loss, _finite((loss, after))
 
-    # A loop in Python: on the CPU XLA runs a convolution within a scan far slower.
+    # A Python loop: on the CPU, XLA runs a convolution within a scan far more slowly.
     losses, flags = [], []
     for i in range(steps):
         batch = problem.batches[i % len(problem.batches)]
@@ -146,7 +146,7 @@ def _is_real(x):
 
 
 def typical_loss(problem, params=None):
-    """Returns the median loss over the batches, which a few bad ones do not move."""
+    """Returns the median loss over the batches, which is robust to a few bad ones."""
     params = problem.params if params is None else params
     loss_fn = jax.jit(problem.loss_fn)
     values = np.array([loss_fn(params, b) for b in problem.batches], np.float64)
@@ -154,7 +154,7 @@ def typical_loss(problem, params=None):
 
 
 def fault(name, cause, recipe, *, remedies=(), mid=0, also=(), held_out=False, **how):
-    """Returns the scenario in which ``how`` is what was changed of a good recipe.
+    """Returns the scenario in which ``how`` is the change made to a good recipe.
 
     Args:
         name: Its name.

@@ -1,4 +1,4 @@
-"""Recipes that train: a network and its task; and a way to spoil the weights."""
+"""Recipes that train: a network and its task; and a function to scale the weights."""
 
 import functools
 
@@ -11,7 +11,7 @@ from optclip._engine.names import path_name
 
 
 def scaled(factor, where=""):
-    """Returns a function that multiplies the weights whose path has ``where``."""
+    """Returns a function that multiplies the weights whose path contains ``where``."""
 
     def scale(path, x):
         chosen = x.ndim > 1 and where in path_name(path)

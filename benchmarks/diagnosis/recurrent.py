@@ -53,7 +53,7 @@ def elman(key, *, width=32, channels=4, cell="tanh", growth=1.0, unroll=False,
     def forward(params, x):
         h = jnp.zeros((len(x), width))
         inputs = apply_dense(params["read"], x).swapaxes(0, 1)
-        # The remedies are scanned: unrolled they take minutes to compile.
+        # The remedies are scanned: unrolled, they take minutes to compile.
         if unroll and not (norm or cell == "gru"):
             for one in inputs:
                 h = step(params, h, one)
@@ -65,7 +65,7 @@ def elman(key, *, width=32, channels=4, cell="tanh", growth=1.0, unroll=False,
 
 
 def diagonal(key, *, width=32, channels=4, growth=1.0, cell="", norm=False):
-    """A state-space model: each unit is multiplied by its own number each step."""
+    """A state-space model: each unit is multiplied by its own number at each step."""
     if cell == "gru":
         return elman(key, width=width, channels=channels, cell="gru")
     keys = jax.random.split(key, 3)
@@ -104,7 +104,7 @@ def haiku_rnn(key, *, width=32, cell="vanilla", growth=1.0, length=100, norm=Fal
     params = net.init(key, jnp.zeros((length, 2, 4)))
     if cell == "vanilla":
         weights = params["vanilla_rnn/linear_1"]["w"]
-        # He's weights keep the size of a relu layer; `growth` is on top of that.
+        # He initialization keeps the scale of a relu layer; `growth` is applied on top.
         he = np.sqrt(2 / width) * jax.random.normal(key, weights.shape)
         params["vanilla_rnn/linear_1"]["w"] = growth * he
     return params, net.apply

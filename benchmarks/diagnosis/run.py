@@ -1,10 +1,11 @@
-"""Diagnoses the scenarios of one split, and follows the first remedy of each.
+"""Diagnoses the scenarios of one split, and applies the first remedy of each.
 
-A scenario is right on a seed if the first finding names its cause (of a mixed one: any
-of its causes), and right if that is so on most seeds. The first remedy is carried out
-by code (the first of its actions that the scenario can take), and helps if 200 steps
-later the typical loss is below its starting value and no step was non-finite. Where it
-does not, the first action of each finding is carried out as well.
+A scenario is right on a seed if the first finding names its cause (for a mixed
+scenario: any of its causes), and right overall if it is right on most seeds. The first
+remedy is carried out by code (the first of its actions that applies to the scenario),
+and helps if 200 steps later the typical loss is below its initial value and no step was
+non-finite. Where it does not help, the first action of each finding is carried out as
+well.
 
 Usage: python -m benchmarks.diagnosis.run [--split tune] [--only NAME] [--seeds 1]
        [--output benchmarks/results]
@@ -24,13 +25,14 @@ from optclip.diagnosis._diagnose import diagnose
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was said of one scenario on one seed.
+    """The diagnosis of one scenario on one seed.
 
     Attributes:
         scenario: The scenario.
         seed: The seed.
         said: The causes in the order of the findings; "healthy" if there are none.
-        seconds: How long the diagnosis took, compilation included.
+        said: The causes that were found, in the order of the findings; "healthy" if
+            there are none.
         action: What the first remedy did, or "".
         helped: Whether the model trains after it; None for a healthy one.
         helped_all: Whether it trains after the first action of every finding.
@@ -72,7 +74,7 @@ def _words(action):
 
 
 def examine(scenario, seed):
-    """Diagnoses one scenario and, if it has a fault, follows what is said."""
+    """Diagnoses one scenario and, if it has a fault, applies the remedies."""
     problem = scenario.make(seed)
     start = time.perf_counter()
     report = diagnose(
@@ -91,7 +93,7 @@ def examine(scenario, seed):
 
 
 def attempt(scenario, seed):
-    """Examines; an error is a wrong answer with the error's name as what was said."""
+    """Runs the diagnosis; an error counts as a wrong answer, named after the error."""
     try:
         return examine(scenario, seed)
     except Exception as error:

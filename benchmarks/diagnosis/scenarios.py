@@ -1,4 +1,4 @@
-"""All scenarios by name: half of each class is held out; the unseen are apart."""
+"""All scenarios by name: half of each class is held out; "unseen" is separate."""
 
 from benchmarks.diagnosis import (
     faults_signal,

@@ -7,10 +7,10 @@ __all__ = ["confusion", "each", "summary"]
 
 
 def confusion(results):
-    """Counts what was said first, by the true cause; seeds count one each."""
+    """Counts the first diagnosed cause by the true cause; each seed counts once."""
     counts = collections.Counter()
     for result in results:
-        # Whichever of its causes a mixed one is called by is right.
+        # For a mixed scenario, any of its causes is right.
         truth = result.said[0] if result.right else result.scenario.cause
         counts[truth, result.said[0]] += 1
     truths = sorted({t for t, _ in counts})
@@ -23,7 +23,7 @@ def confusion(results):
 
 
 def summary(results):
-    """Says how many models are right, how many alarms false, and what helped."""
+    """Says how many models are right, how many alarms are false, and what helped."""
     faulty = [r for r in results if r.scenario.cause != "healthy"]
     sound = [r for r in results if r.scenario.cause == "healthy"]
     right, models = _models(faulty, lambda r: r.right)
@@ -48,7 +48,7 @@ def summary(results):
 
 
 def each(results):
-    """Lists what was said of each scenario on each seed."""
+    """Lists the diagnosis of each scenario on each seed."""
     rows = [
         _row(["model", "seed", "true", "said", "first remedy", "trains then", "s"]),
         _row(["---"] * 7),
@@ -63,7 +63,7 @@ def each(results):
 
 
 def _models(results, good):
-    """Returns how many models are good on most of their seeds, and of how many."""
+    """Returns how many models are right on most of their seeds, and of how many."""
     by_name = collections.defaultdict(list)
     for result in results:
         by_name[result.scenario.name].append(bool(good(result)))

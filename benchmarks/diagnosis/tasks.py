@@ -1,4 +1,4 @@
-"""Small made-up tasks: each takes a seed and returns 24 batches."""
+"""Small synthetic tasks: each takes a seed and returns 24 batches."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ COUNT = 24
 
 
 def images(seed, size=32, scale=1.0):
-    """Pictures of 8 by 8 in ten classes: a pattern a class, and noise."""
+    """Images of 8 by 8 pixels in ten classes: one pattern per class, and noise."""
     rng = np.random.default_rng(seed)
     patterns = 0.5 * rng.normal(size=(10, 8, 8, 1))
     batches = []
@@ -19,7 +19,7 @@ def images(seed, size=32, scale=1.0):
 
 
 def vectors(seed, size=32, scale=1.0, degrees=None):
-    """Numbers to be told from 16 others; Student's t with ``degrees`` of freedom."""
+    """Regression from 16 numbers; Student's t with ``degrees`` of freedom."""
     rng = np.random.default_rng(seed)
     first, second = rng.normal(size=(16, 8)) / 4, rng.normal(size=(8, 1))
     batches = []
@@ -44,7 +44,7 @@ def two_classes(seed, size=64):
 
 
 def tokens(seed, size=16, length=16, vocabulary=16):
-    """Sentences in which each word depends on the one before."""
+    """Sequences of tokens in which each token depends on the one before."""
     rng = np.random.default_rng(seed)
     table = rng.dirichlet(np.full(vocabulary, 0.2), size=vocabulary).cumsum(1)
     batches = []
@@ -58,7 +58,7 @@ def tokens(seed, size=16, length=16, vocabulary=16):
 
 
 def sequences(seed, length=100, size=16, time_major=False):
-    """A sum of the past that forgets: four numbers a step, one number at the end."""
+    """A decaying sum of the past: four numbers per step, one number at the end."""
     rng = np.random.default_rng(seed)
     weights = 0.8 ** np.arange(length)[::-1, None] * rng.normal(size=(1, 4))
     batches = []
@@ -71,7 +71,7 @@ def sequences(seed, length=100, size=16, time_major=False):
 
 
 def pairs(seed, size=64, people=40, things=30):
-    """Who likes what, from hidden tastes."""
+    """Ratings of items by users, from hidden preferences."""
     rng = np.random.default_rng(seed)
     tastes, kinds = rng.normal(size=(people, 4)), rng.normal(size=(things, 4))
     batches = []
@@ -84,7 +84,7 @@ def pairs(seed, size=64, people=40, things=30):
 
 
 def choices(seed, size=64):
-    """What a policy saw, did and gained: the better deed follows from what was seen."""
+    """What a policy observed, did and earned; the observation tells the best action."""
     rng = np.random.default_rng(seed)
     best = rng.normal(size=(16, 4))
     batches = []
@@ -104,7 +104,7 @@ def choices(seed, size=64):
 
 
 def spoiled(numbers, x=None, y=None):
-    """Returns a function that spoils the batches of these numbers."""
+    """Returns a function that corrupts the batches with these indices."""
 
     def spoil(batches):
         out = list(batches)

@@ -1,4 +1,4 @@
-"""Faults of the unseen split, which was written without a look at the rules."""
+"""Faults of the unseen split, which was written without looking at the rules."""
 
 import functools
 
@@ -21,7 +21,7 @@ def nesterov(rate):
 
 
 def warm(rate):
-    """AdamW with a linear warm-up and a cosine's decay."""
+    """AdamW with a linear warm-up and cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 30, 500)
     return optax.adamw(schedule, weight_decay=0.01)
 
@@ -45,7 +45,7 @@ def gated(optimizer, **knobs):
 
 
 def tags(optimizer, **knobs):
-    return Recipe(more.two_ways, own.neighbours, optimizer, goals.huber, knobs)
+    return Recipe(more.two_ways, own.neighbors, optimizer, goals.huber, knobs)
 
 
 def siamese(optimizer, **knobs):
@@ -79,7 +79,7 @@ RECIPES = {
 
 
 def at_rate(key, rate):
-    """Returns the recipe with this rate."""
+    """Returns the recipe with this learning rate."""
     make, recipe = RECIPES[key]
     return recipe.but(optimizer=make(rate))
 

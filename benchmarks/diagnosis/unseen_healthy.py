@@ -1,4 +1,4 @@
-"""Models of the unseen split with nothing wrong, as people train them."""
+"""Models of the unseen split with nothing wrong, trained in typical ways."""
 
 import optax
 

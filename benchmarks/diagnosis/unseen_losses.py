@@ -6,7 +6,7 @@ import optax
 
 
 def pixels(forward, reduce=jnp.mean):
-    """Cross-entropy of the pixels that belong to a disc."""
+    """Cross-entropy of the pixels that belong to a disk."""
 
     def loss_fn(params, batch):
         logits = forward(params, batch[0]).astype(jnp.float32)
@@ -23,7 +23,7 @@ def huber(forward, reduce=jnp.mean):
 
 
 def pitch_and_loudness(forward):
-    """The loss of two tasks: cross-entropy of the pitch, Huber's of the loudness."""
+    """The loss of two tasks: cross-entropy for pitch, Huber loss for loudness."""
 
     def loss_fn(params, batch):
         x, y = batch
@@ -36,7 +36,7 @@ def pitch_and_loudness(forward):
 
 
 def evidence(forward):
-    """Minus the evidence bound of a variational autoencoder, per point."""
+    """Negative evidence lower bound of a variational autoencoder, per point."""
 
     def loss_fn(params, batch):
         out, mean, log_var = forward(params, batch)
@@ -48,7 +48,7 @@ def evidence(forward):
 
 
 def likeness(forward, temperature=0.07):
-    """The contrastive loss of two views, as one writes it down from the paper."""
+    """The contrastive loss of two views, as a direct transcription of the paper."""
 
     def loss_fn(params, batch):
         one, two = (_unit(forward(params, x)) for x in batch)
@@ -64,7 +64,7 @@ def _unit(x):
 
 
 def margin(forward):
-    """The Siamese loss: like ones close, others at least two apart."""
+    """The Siamese loss: pairs of one class close, others at least two apart."""
 
     def loss_fn(params, batch):
         (one, two), same = batch
@@ -76,7 +76,7 @@ def margin(forward):
 
 
 def ranking(forward, reduce=jnp.mean):
-    """The logistic loss of all couples of documents that are in the wrong order."""
+    """The logistic loss of all pairs of documents that are in the wrong order."""
 
     def loss_fn(params, batch):
         x, y = batch
@@ -88,7 +88,7 @@ def ranking(forward, reduce=jnp.mean):
 
 
 def actor_critic(forward):
-    """Clipped policy gradient, a critic's error, and a bonus for entropy."""
+    """Clipped policy gradient, a value loss, and an entropy bonus."""
 
     def loss_fn(params, batch):
         out = forward(params, batch["seen"])

@@ -12,7 +12,7 @@ from benchmarks.diagnosis.unseen_nets import ACTS
 
 
 def deep_sets(key, *, width=32, act="relu", gain=1.0, norm=False, residual=False):
-    """Three layers for each member, their mean, and three layers for the set."""
+    """Three layers for each element, their mean, and three layers for the set."""
     keys = jax.random.split(key, 7)
     sizes = [3, width, width, width, width, width]
     params = {
@@ -49,7 +49,7 @@ class _Highway(eqx.Module):
 
 
 def highway(key, *, inputs=12, width=24, depth=5, outputs=1):
-    """Layers with a gate between what is new and what was, in Equinox."""
+    """Highway layers in Equinox: a gate mixes the new value and the old one."""
     keys = jax.random.split(key, 2 * depth + 2)
     model = _Highway(
         eqx.nn.Linear(inputs, width, key=keys[0]),
@@ -104,7 +104,7 @@ def two_ways(key, *, width=20, channels=3, cell="gru", growth=1.0, norm=False):
 
 
 def world_model(key, *, width=24, cell="linear", growth=1.0, norm=False):
-    """Goes on by itself from a first state: a step is linear, or a GRU."""
+    """Rolls out from an initial state: each step is linear, or a GRU."""
     keys = jax.random.split(key, 4)
     params = {
         "first": dense(keys[0], 6, width, 1.0),
@@ -133,7 +133,7 @@ def world_model(key, *, width=24, cell="linear", growth=1.0, norm=False):
 
 
 def automaton(key, *, channels=12, updates=40, cell="leaky", growth=1.0, norm=False):
-    """A cellular automaton on a ring, which applies the same rule again and again."""
+    """A cellular automaton on a ring, which applies the same rule repeatedly."""
     keys = jax.random.split(key, 4)
     params = {
         "rule": dense(keys[0], 3 * channels, channels, 1.0),
@@ -142,7 +142,7 @@ def automaton(key, *, channels=12, updates=40, cell="leaky", growth=1.0, norm=Fa
         "head": dense(keys[3], channels, 1, 1.0),
     }
     if cell != "gru":
-        # At first a cell keeps what it has, and takes a little from its neighbours.
+        # Initially a cell keeps its value, and takes a little from its neighbors.
         del params["gate"]
         keep = jnp.pad(jnp.eye(channels), ((channels, channels), (0, 0)))
         params["rule"]["kernel"] = growth * keep + 0.1 * params["rule"]["kernel"]
@@ -164,7 +164,7 @@ def automaton(key, *, channels=12, updates=40, cell="leaky", growth=1.0, norm=Fa
 
 
 def layer_norm_lstm(key, *, width=20, outputs=6):
-    """An LSTM the gates of which are normalised; time is the second axis."""
+    """An LSTM whose gates are normalized; time is the second axis."""
     keys = jax.random.split(key, 3)
     params = {
         "read": dense(keys[0], 1, 4 * width, 1.0),
@@ -205,13 +205,13 @@ class _WideDeep(nnx.Module):
 
 
 def wide_deep(key, *, width=24):
-    """Tables of words, summed in a wide part and fed to a deep one, in NNX."""
+    """Embedding tables, summed in a wide part and fed to a deep one, in NNX."""
     graph, params = nnx.split(_WideDeep(width, nnx.Rngs(key)), nnx.Param)
     return params, lambda params, x: nnx.merge(graph, params)(x)
 
 
 def ensemble(key, *, members=5, inputs=12, width=16, outputs=1):
-    """Five small networks under one `jax.vmap`, and the mean of what they say."""
+    """Five small networks under one `jax.vmap`, and the mean of their outputs."""
 
     def make(key):
         one, two, three = jax.random.split(key, 3)
@@ -233,7 +233,7 @@ def ensemble(key, *, members=5, inputs=12, width=16, outputs=1):
 
 def maxout(key, *, inputs=20, width=24, depth=48, outputs=8, gain=1.0, norm=False,
            residual=False):  # fmt: skip
-    """Scanned and checkpointed layers that take the larger of two sums."""
+    """Scanned and checkpointed maxout layers, which take the larger of two sums."""
     keys = jax.random.split(key, depth + 2)
     params = {
         "first": dense(keys[0], inputs, width, 1.0),

@@ -20,7 +20,7 @@ ACTS = {
 
 
 def rms(x):
-    """Divides by the root of the mean square, in the dtype of ``x``."""
+    """Divides by the root mean square, in the dtype of ``x``."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5).astype(x.dtype)
 
 
@@ -121,7 +121,7 @@ def _larger(x):
 
 
 def unet(key, *, gain=1.0, act="relu", norm=False, residual=False):
-    """A U-Net with two halvings, in Linen."""
+    """A U-Net that halves the resolution twice, in Linen."""
     del residual
     net = _UNet(float(gain), act, norm)
     return net.init(key, jnp.zeros((2, 16, 16, 1))), net.apply
@@ -147,7 +147,7 @@ def tcn(key, *, channels=12, depth=6, outputs=6, act="relu", gain=1.0, norm=Fals
 
 
 def vae(key, *, width=32, gain=1.0):
-    """A variational autoencoder of curves in Haiku; the noise comes with the batch."""
+    """A variational autoencoder of curves in Haiku; the noise is part of the batch."""
 
     def body(batch):
         x, noise = batch
@@ -163,7 +163,7 @@ def vae(key, *, width=32, gain=1.0):
 
 
 def experts(key, *, inputs=20, width=24, count=4, outputs=8):
-    """Two of four experts for each example, by a softmax of its own choice."""
+    """Two of four experts for each example, weighted by a softmax over those two."""
     keys = jax.random.split(key, 5)
 
     def many(key, n_in, n_out, gain):
@@ -215,7 +215,7 @@ class _GraphNet(nnx.Module):
 
 
 def graph_net(key, *, width=24, depth=4, deviation=None, norm=False, residual=False):
-    """Messages along the links of a fixed graph, in NNX."""
+    """Message passing along the edges of a fixed graph, in NNX."""
     model = _GraphNet(width, depth, deviation, norm, residual, nnx.Rngs(key))
     graph, params = nnx.split(model, nnx.Param)
     return params, lambda params, x: nnx.merge(graph, params)(x)

@@ -16,7 +16,7 @@ def _batches(rng, draw):
 
 
 def gratings(seed, size=24, side=12):
-    """Coloured stripes with a random phase; the class is one of six angles."""
+    """Colored stripes with a random phase; the class is one of six angles."""
     across, down = np.meshgrid(np.arange(side), np.arange(side))
 
     def draw(rng):
@@ -24,15 +24,15 @@ def gratings(seed, size=24, side=12):
         angle = (np.pi * y / 6)[:, None, None]
         place = across * np.cos(angle) + down * np.sin(angle)
         stripes = np.sin(1.2 * place + 2 * np.pi * rng.random((size, 1, 1)))
-        colour = rng.uniform(0.5, 1.5, (size, 1, 1, 3))
+        color = rng.uniform(0.5, 1.5, (size, 1, 1, 3))
         noise = 0.5 * rng.normal(size=(size, side, side, 3))
-        return stripes[..., None] * colour + noise, y
+        return stripes[..., None] * color + noise, y
 
     return _batches(np.random.default_rng(seed), draw)
 
 
 def discs(seed, size=8, side=16):
-    """Noisy pictures of a disc, and which pixels lie within it."""
+    """Noisy images of a disk, and which pixels are inside it."""
     across, down = np.meshgrid(np.arange(side), np.arange(side))
 
     def draw(rng):
@@ -46,7 +46,7 @@ def discs(seed, size=8, side=16):
 
 
 def waves(seed, size=24, length=48, scale=1.0):
-    """Noisy waves; the targets are the number of the pitch, and the loudness."""
+    """Noisy waves; the targets are the index of the pitch, and the loudness."""
 
     def draw(rng):
         pitch, loud = rng.integers(0, 5, size), rng.uniform(0.5, 2.0, size)
@@ -58,8 +58,8 @@ def waves(seed, size=24, length=48, scale=1.0):
     return _batches(np.random.default_rng(seed), draw)
 
 
-def neighbours(seed, size=12, length=60):
-    """A number a step, which depends on the step before and on the one after."""
+def neighbors(seed, size=12, length=60):
+    """One number per step, whose target depends on the steps before and after it."""
     rng = np.random.default_rng(seed)
     left, right = rng.normal(size=(2, 3, 1)) / 2
 
@@ -71,7 +71,7 @@ def neighbours(seed, size=12, length=60):
 
 
 def rollouts(seed, size=12, length=50):
-    """Where a damped, turning system goes from a state under pushes."""
+    """How a damped, rotating system moves from an initial state under forces."""
     rng = np.random.default_rng(seed)
     turn = 0.95 * np.linalg.qr(rng.normal(size=(6, 6)))[0]
     push = rng.normal(size=(2, 6)) / 2
@@ -87,7 +87,7 @@ def rollouts(seed, size=12, length=50):
 
 
 def ring(seed, size=12, cells=16):
-    """Numbers on a ring, and what they are when each has spread over five cells."""
+    """Numbers on a ring, and their values after each has spread over five cells."""
 
     def draw(rng):
         x = rng.normal(size=(size, cells, 1))
@@ -97,7 +97,7 @@ def ring(seed, size=12, cells=16):
 
 
 def web(nodes=20):
-    """Returns the adjacency of a fixed graph, each row of which sums to one."""
+    """Returns the adjacency matrix of a fixed graph, each row of which sums to one."""
     rng = np.random.default_rng(7)
     links = (rng.random((nodes, nodes)) < 0.15) | np.eye(nodes, k=1, dtype=bool)
     links = links | links.T | np.eye(nodes, dtype=bool)
@@ -105,7 +105,7 @@ def web(nodes=20):
 
 
 def nodes(seed, size=12):
-    """Numbers at the nodes of a graph; the target follows from those two links off."""
+    """Numbers at the nodes of a graph; the target depends on nodes two edges away."""
     rng = np.random.default_rng(seed)
     links, mix = web(), np.linalg.qr(rng.normal(size=(4, 3)))[0]
 
@@ -117,7 +117,7 @@ def nodes(seed, size=12):
 
 
 def sets(seed, size=24, members=15):
-    """Sets of points; the targets are their spread and the farthest of them."""
+    """Sets of points; the targets are their spread and the farthest point."""
 
     def draw(rng):
         x = rng.normal(size=(size, members, 3)) * rng.uniform(0.3, 2, (size, 1, 1))
@@ -141,7 +141,7 @@ def views(seed, size=24):
 
 
 def couples(seed, size=32):
-    """Couples of numbers, and whether both are of the same of eight kinds."""
+    """Pairs of vectors, and whether both are from the same of eight classes."""
     rng = np.random.default_rng(seed)
     middles = 1.2 * rng.normal(size=(8, 20))
 
@@ -155,7 +155,7 @@ def couples(seed, size=32):
 
 
 def kinds(seed, size=32):
-    """Numbers in eight kinds, each of which has two middles."""
+    """Vectors in eight classes, each of which has two centers."""
     rng = np.random.default_rng(seed)
     middles = rng.normal(size=(16, 20))
 
@@ -167,7 +167,7 @@ def kinds(seed, size=32):
 
 
 def clicks(seed, size=64):
-    """Who saw what and where, four numbers about it, and whether it was clicked."""
+    """User, item and context, four numerical features, and whether it was clicked."""
     rng = np.random.default_rng(seed)
     tastes, line = rng.normal(size=(3, 25, 3)), rng.normal(size=4)
 
@@ -181,7 +181,7 @@ def clicks(seed, size=64):
 
 
 def documents(seed, size=24):
-    """Documents to be put in order."""
+    """Documents to be ranked."""
     rng = np.random.default_rng(seed)
     first, second = rng.normal(size=(12, 6)) / 3, rng.normal(size=(6, 1))
 

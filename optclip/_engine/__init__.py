@@ -1,1 +1,1 @@
-"""What happens in one update, a file for each stage."""
+"""The stages of one update, one module per stage."""

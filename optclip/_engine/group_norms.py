@@ -1,4 +1,4 @@
-"""Norms of groups, from sums of powers: roots, combinations and counts.
+"""Norms of groups, computed from sums of powers.
 
 Norms are float32, or float64 where a leaf is float64 or complex128.
 """
@@ -43,7 +43,7 @@ __all__ = [
     "total",
 ]
 
-# A norm may be longer than the largest float32; 2**-64 of it never is.
+# A norm may exceed the largest float32; the norm times 2**-64 never does.
 REDUCTION = 2.0**-64
 
 
@@ -51,9 +51,9 @@ class Measured(NamedTuple):
     """The norms of all groups: one array, or one per shape bucket of slices.
 
     Attributes:
-        norm: A norm too long for its dtype reads as the largest number; that of a
-            group with a NaN or inf reads as NaN or inf.
-        reduced: ``norm`` times 2**-64, which can't overflow.
+        norm: The norms. One that overflows its dtype is replaced by the largest finite
+            number; that of a group with a NaN or inf is NaN or inf.
+        reduced: The norms times 2**-64, which can't overflow.
         kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
     """
 
@@ -67,19 +67,22 @@ def root(total: jax.Array, order: float) -> jax.Array:
     return total if order in (1.0, np.inf) else root_of(total, order)
 
 
-def _joined(norms: jax.Array, order: float, add: Any, most: Any, back: Any = None):
+def _norm_of_norms(
+    norms: jax.Array, order: float, add: Any, most: Any, back: Any = None
+):
     """Returns the norm of ``norms``, without squaring large numbers.
 
-    ``add`` and ``most`` sum up a group and find its largest; ``back`` gives what was
-    found to its members.
+    The norms are divided by their maximum first. ``add`` and ``most`` are the sum and
+    the maximum over a group; ``back`` broadcasts a result to the members of its group.
     """
     if order == np.inf:
         return largest_of(norms, add, most)
-    # The derivative by an infinite norm is NaN, also where it is multiplied by 0.
+    # The derivative with respect to an infinite norm is NaN, and remains so when it is
+    # multiplied by 0.
     norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
     top = most(lax.stop_gradient(norms))
-    # Next to an infinite norm the others' squares must not overflow either: the product
-    # of their derivative and that of the root, 0, would be NaN.
+    # The squares of the finite norms must not overflow even if another norm is
+    # infinite: the derivative of the root is 0 there, and 0 times infinity is NaN.
     unit = usable_unit(jnp.minimum(top, jnp.finfo(top.dtype).max))
     ratio = norms / (unit if back is None else back(unit))
     powers = jnp.square(ratio) if order == 2.0 else ratio**order
@@ -90,7 +93,7 @@ def combine(norms: jax.Array, order: float) -> jax.Array:
     """Returns the norm of all ``norms`` together."""
     if norms.size == 1:
         return norms.reshape(())
-    return _joined(norms, order, jnp.sum, jnp.max)
+    return _norm_of_norms(norms, order, jnp.sum, jnp.max)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "platform"))
@@ -102,7 +105,7 @@ def measure(
     for i, x in enumerate(leaves):
         if jnp.iscomplexobj(x) and plan.order == 2.0:
             re, im = x.real, x.imag
-            if plan.drop:  # an entry is dropped whole: its finite part counts for 0
+            if plan.drop:  # drops both parts of an entry, also if one of them is finite
                 fine_re, fine_im = jnp.isfinite(re), jnp.isfinite(im)
                 re, im = (
                     jnp.where(fine_im | ~fine_re, re, 0),
@@ -121,29 +124,29 @@ def measure(
     return Measured(tuple(norm), tuple(reduced), kinds[np.argsort(order)])
 
 
-def _finished(measured: Measured, cut: Cut) -> Measured:
-    """Divides the norms; those too long for their dtype read as the largest number."""
+def _finalize(measured: Measured, cut: Cut) -> Measured:
+    """Divides RMS norms by their counts, and caps norms that overflow their dtype."""
     norms, reduced = [], []
     for norm, small, count in zip(*measured[:2], cut.counts, strict=True):
         divisor: Any = 1.0
         if cut.order == "rms":
             divisor = np.sqrt(np.maximum(count, 1)).astype(norm.dtype)
-        short = small / divisor
-        long = jnp.isposinf(norm) & jnp.isfinite(small)
-        length = jnp.where(long, short / REDUCTION, norm / divisor)
+        small = small / divisor
+        overflowed = jnp.isposinf(norm) & jnp.isfinite(small)
+        divided = jnp.where(overflowed, small / REDUCTION, norm / divisor)
         largest = jnp.finfo(norm.dtype).max
-        too_long = long & jnp.isinf(length)
-        # Behind one barrier: so what follows reads one array, and XLA makes one kernel
-        # of it on a GPU, in place of one for each number.
-        pair = jnp.stack([jnp.where(too_long, largest, length), short])
-        norm, short = sharding.kept_apart(pair)
+        too_large = overflowed & jnp.isinf(divided)
+        # One array behind one barrier: then XLA computes all that follows from it in
+        # one kernel on a GPU, and not in one kernel per scalar.
+        pair = jnp.stack([jnp.where(too_large, largest, divided), small])
+        norm, small = sharding.kept_apart(pair)
         norms.append(norm)
-        reduced.append(short)
+        reduced.append(small)
     return Measured(tuple(norms), tuple(reduced), measured.kinds)
 
 
 def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, ...]:
-    """Returns how many entries each group has, one array for each array of norms."""
+    """Returns the number of entries in each group, one array per array of norms."""
     counts = []
     for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
         size = np.prod([x.shape[a] for a in axes], initial=1)
@@ -152,92 +155,93 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
 
 
 def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of each row of all leaves together, and 2**-64 times it.
+    """Returns the norm of each row of all leaves together, and the norm times 2**-64.
 
-    A row is an index along the first axis. A norm too long for its dtype reads as the
-    largest number.
+    A row is an index along the first axis. A norm that overflows its dtype is replaced
+    by the largest finite number.
     """
     found = pytrees.leaves_of(tree)
     layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves))
     measured, _, _ = measure_layout(tree, found, layout, order=2.0, axis_name=None)
     add, most = (functools.partial(f, axis=0) for f in (jnp.sum, jnp.max))
 
-    def whole(norms):
+    def over_leaves(norms):
         widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
         each = jnp.concatenate([n.astype(widest) for n in norms])
-        return _joined(each, 2.0, add, most, lambda unit: unit[None])
+        return _norm_of_norms(each, 2.0, add, most, lambda unit: unit[None])
 
-    norm, reduced = whole(measured.norm), whole(measured.reduced)
-    too_long = jnp.isposinf(norm) & jnp.isfinite(reduced)
-    return jnp.where(too_long, jnp.finfo(norm.dtype).max, norm), reduced
+    norm, reduced = over_leaves(measured.norm), over_leaves(measured.reduced)
+    overflowed = jnp.isposinf(norm) & jnp.isfinite(reduced)
+    return jnp.where(overflowed, jnp.finfo(norm.dtype).max, norm), reduced
 
 
-def _along(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
-    """Returns the norm of one number a device."""
+def _over_devices(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
+    """Returns the norm of the vector that has one entry, ``norm``, per device."""
     if not names:
         return norm
     add, most = (functools.partial(f, axis_name=names) for f in (lax.psum, lax.pmax))
-    return _joined(norm, order, add, most)
+    return _norm_of_norms(norm, order, add, most)
 
 
-def _euclidean(norms: Sequence[jax.Array], across: Sequence[tuple[str, ...]]):
+def _euclidean(norms: Sequence[jax.Array], sharded_over: Sequence[tuple[str, ...]]):
     """Returns the square root of the sum of squares of all ``norms``.
 
-    The sums of all arrays are of one kind, so that XLA takes each array in one kernel
-    and joins what devices have found in one all-reduce.
+    All arrays need the same three sums, so XLA reduces each array in one kernel, and
+    the results of all devices in one all-reduce.
     """
-    own, found = range_of(norms[0].dtype), []
-    for norm, names in zip(norms, across, strict=True):
-        # Not made flat first: JAX can't, where it is sharded along an axis between.
-        # Selects keep derivatives apart too: twice the largest number, times 0, is NaN.
+    limits, found = range_of(norms[0].dtype), []
+    for norm, names in zip(norms, sharded_over, strict=True):
+        # The array isn't flattened: JAX can't flatten one that is sharded over an axis
+        # in the middle. The selects also keep derivatives finite: that of the square of
+        # the largest number is infinite, and times 0 it is NaN.
         norm = jnp.where(norm < jnp.inf, norm, lax.stop_gradient(norm))
         sums = [
-            jnp.where(norm < own.high**0.5, norm, jnp.inf),
-            scaled(norm, own.down),
-            jnp.where(norm < own.small, norm * own.up, 0.0),
+            jnp.where(norm < limits.high**0.5, norm, jnp.inf),
+            scaled(norm, limits.down),
+            jnp.where(norm < limits.small, norm * limits.up, 0.0),
         ]
         sums = jnp.stack([jnp.sum(jnp.square(x)) for x in sums])
         found.append(lax.psum(sums, names) if names else sums)
     plain, down, up = functools.reduce(jnp.add, found)
-    whole, unit = chosen({"plain": plain, "down": down, "up": up}, 2.0)
-    length = root(whole, 2.0) * unit
-    # An overflow, where no group is infinite itself: those are at most the largest.
-    too_long = jnp.isposinf(length) & jnp.isfinite(down)
-    return jnp.where(too_long, jnp.finfo(length.dtype).max, length)
+    squares, unit = chosen({"plain": plain, "down": down, "up": up}, 2.0)
+    norm = root(squares, 2.0) * unit
+    # If no group is infinite, an infinite result means that the result overflowed.
+    overflowed = jnp.isposinf(norm) & jnp.isfinite(down)
+    return jnp.where(overflowed, jnp.finfo(norm.dtype).max, norm)
 
 
 def total(norms: Sequence[jax.Array], cut: Cut) -> jax.Array:
-    """Returns the norm of all groups together; the largest number if it is longer."""
+    """Returns the norm of all groups together, at most the largest finite number."""
     if cut.layout.scalar:
         return norms[0].reshape(())
     widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
     norms = [n.astype(widest) for n in norms]
-    counts, order, across = cut.counts, cut.order, cut.plan.per_array
+    counts, order, sharded_over = cut.counts, cut.order, cut.plan.per_array
     if order == "rms":
         sizes = [
             np.sum(count) * (1 if np.ndim(count) else norm.size) * devices_along(names)
-            for norm, count, names in zip(norms, counts, across, strict=True)
+            for norm, count, names in zip(norms, counts, sharded_over, strict=True)
         ]
         shares = [np.sqrt(count / max(sum(sizes), 1)) for count in counts]
         norms = [n * s.astype(widest) for n, s in zip(norms, shares, strict=True)]
     if order in ("rms", 2.0):
-        return _euclidean(norms, across)
+        return _euclidean(norms, sharded_over)
     parts = []
-    for norm, names in zip(norms, across, strict=True):
+    for norm, names in zip(norms, sharded_over, strict=True):
         part = jnp.zeros([], norm.dtype)
         if norm.size:
-            part = _joined(norm, order, jnp.sum, jnp.max)
-        parts.append(_along(part, order, names))
-    length = combine(jnp.stack(parts), order)
-    # An overflow, where no group is infinite itself: those are at most the largest.
-    pairs = zip(norms, across, strict=True)
+            part = _norm_of_norms(norm, order, jnp.sum, jnp.max)
+        parts.append(_over_devices(part, order, names))
+    norm = combine(jnp.stack(parts), order)
+    # If no group is infinite, an infinite result means that the result overflowed.
+    pairs = zip(norms, sharded_over, strict=True)
     finite = [sharding.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]
-    too_long = jnp.isposinf(length) & jnp.all(jnp.stack(finite))
-    return jnp.where(too_long, jnp.finfo(widest).max, length)
+    overflowed = jnp.isposinf(norm) & jnp.all(jnp.stack(finite))
+    return jnp.where(overflowed, jnp.finfo(widest).max, norm)
 
 
 def devices_along(names: tuple[str, ...]) -> int:
-    """Returns over how many devices these mesh axes spread a leaf."""
+    """Returns the number of devices along these mesh axes."""
     return lax.psum(1, names) if names else 1
 
 
@@ -250,8 +254,8 @@ def plan_of(
     axis_name: Any,
     drop: bool = False,
 ) -> Plan:
-    """Returns what to measure, and how the norms are laid out in arrays."""
-    names, across = sharding.axis_names(
+    """Returns the plan of what to measure, and of how norms are stored in arrays."""
+    names, sharded_over = sharding.axis_names(
         axis_name, updates, found, list(layout.axes), local=layout.groups is None
     )
     power = 2.0 if order == "rms" else order
@@ -259,28 +263,32 @@ def plan_of(
     if layout.groups is not None:
         return Plan(power, layout.axes, layout.groups, names, drop, roles=roles)
     placed = list(map(sharding.placement, found.leaves))
-    # Leaves of one shape that are sharded differently have different local shapes.
+    # Leaves of one global shape that are sharded differently have different local
+    # shapes, so they go into different buckets.
     specs = sharding.leaf_specs(axis_name, updates, found)
-    alike = (found.leaves, layout.axes, names, across, placed, specs)
+    alike = (found.leaves, layout.axes, names, sharded_over, placed, specs)
     buckets = grouping.shape_buckets(*alike)
-    return Plan(power, layout.axes, buckets, names, drop, across, roles)
+    return Plan(power, layout.axes, buckets, names, drop, sharded_over, roles)
 
 
 def check_mesh(plan: Plan) -> None:
-    """Raises if a mesh axis of the plan is not one of where this runs."""
+    """Raises if the plan names a mesh axis that is not bound here."""
     sharding.check_bound(
         {n for names in (*plan.names, *plan.sharded_over) for n in names}
     )
 
 
 class Cut(NamedTuple):
-    """How the leaves of a tree are cut into groups and measured: from types alone.
+    """How the leaves of a tree are split into groups and measured.
+
+    It depends on the types of the leaves only.
 
     Attributes:
         order: The norm's order, or "rms".
-        layout: Which entries are a group.
+        layout: Which entries form a group.
         plan: What to measure.
-        counts: How many entries each group has, one array for each array of norms.
+        counts: The number of entries in each group, one array per array of norms;
+            empty if it is not known.
         shapes: The shapes of the arrays of norms.
     """
 
@@ -300,10 +308,10 @@ def cut_by(
     mapped: bool = True,
     **how: Any,
 ) -> Cut:
-    """Returns how the leaves are cut into the groups of a layout, and measured.
+    """Returns how the leaves are split into the groups of a layout and measured.
 
-    Where it is ``mapped`` over the mesh axes that are named, which an ``init`` is not,
-    it is known how many entries groups have in all.
+    The number of entries in a group is known only if the mesh axes are bound
+    (``mapped``). An ``update`` runs inside `jax.shard_map`, but an ``init`` may not.
     """
     plan, counts = plan_of(updates, found, layout, order=order, **how), ()
     if mapped:
@@ -328,12 +336,12 @@ def _shapes(layout: Layout, leaves: list, plan: Plan) -> tuple[tuple[int, ...], 
 
 
 def norms_of(leaves: Sequence[jax.Array], cut: Cut) -> Measured:
-    """Returns the norms of the groups that leaves are cut into."""
-    return _finished(measure(tuple(leaves), cut.plan, _platform_of(leaves)), cut)
+    """Returns the norms of the groups that the leaves are split into."""
+    return _finalize(measure(tuple(leaves), cut.plan, _platform_of(leaves)), cut)
 
 
 def _platform_of(leaves: Sequence[jax.Array]) -> str | None:
-    """Returns where leaves are, or None under `jax.jit`, where that is not known."""
+    """Returns the platform of the leaves; None under `jax.jit`, which hides it."""
     if any(isinstance(x, Tracer) for x in leaves):
         return None
     return next(iter(leaves[0].devices())).platform if leaves else None
@@ -342,7 +350,7 @@ def _platform_of(leaves: Sequence[jax.Array]) -> str | None:
 def measure_layout(
     updates: Any, found: pytrees.Leaves, layout: Layout, **how: Any
 ) -> tuple[Measured, tuple[np.ndarray, ...], Plan]:
-    """Returns the norms of the groups of a layout, and how large they are."""
+    """Returns the norms of the groups of a layout, their entry counts, and the plan."""
     cut = cut_by(layout, updates, found, **how)
     return norms_of(found.leaves, cut), cut.counts, cut.plan
 
@@ -350,7 +358,7 @@ def measure_layout(
 def measure_leaves(
     updates: Any, found: pytrees.Leaves, *, order: Any, axis_name: Any
 ) -> tuple[Measured, jax.Array]:
-    """Returns the norm of each leaf, and that of all leaves together."""
+    """Returns the norm of each leaf, and the norm of all leaves together."""
     layout = whole_leaf_layout(range(len(found.leaves)), found.leaves)
     cut = cut_by(layout, updates, found, order=order, axis_name=axis_name)
     measured = norms_of(found.leaves, cut)

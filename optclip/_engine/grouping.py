@@ -1,8 +1,9 @@
-"""Which entries of a tree share a norm: shapes and paths only, and no gradients.
+"""Which entries of a tree share a norm, from shapes and paths alone.
 
-There are two kinds of groups. `WholeLeafGroups`: a group is one leaf or several, and
-all norms are one vector. `SliceGroups`: each leaf is split into slices with a norm
-each, and all leaves of one shape have their norms in one array, one row per leaf.
+There are two ways to group entries. In `WholeLeafGroups` a group is one or several
+whole leaves, and all norms are one vector. In `SliceGroups` each leaf is split into
+slices with a norm each, and the norms of all leaves of one shape are one array, with
+one row per leaf.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class WholeLeafGroups(NamedTuple):
-    """Groups of whole leaves: all norms are one vector, with an entry per group.
+    """Groups of whole leaves: all norms are one vector, with one entry per group.
 
     Attributes:
         group_of_leaf: The number of each leaf's group.
@@ -45,7 +46,7 @@ class WholeLeafGroups(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many groups there are, at least one."""
+        """The number of groups, at least one."""
         return max(self.group_of_leaf, default=0) + 1
 
     @property
@@ -58,7 +59,7 @@ class WholeLeafGroups(NamedTuple):
         return (jnp.concatenate(per_segment),)
 
     def reduced(self, per_leaf: Arrays, largest: bool = False) -> Arrays:
-        """Returns the sum, or the largest, over the leaves of each group."""
+        """Returns the sum, or the maximum, over the leaves of each group."""
         groups, (x,) = self.group_of_leaf, per_leaf
         if groups == tuple(range(len(groups))):
             return per_leaf
@@ -79,7 +80,7 @@ class WholeLeafGroups(NamedTuple):
         return (x[np.asarray(groups)],)
 
     def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
-        """Returns how many entries each group has, given those of each leaf."""
+        """Returns the number of entries in each group, given that of each leaf."""
         groups = np.asarray(self.group_of_leaf, int)
         return (np.bincount(groups, weights=per_leaf, minlength=1),)
 
@@ -92,8 +93,8 @@ class SliceGroups(NamedTuple):
     """Groups that are slices of leaves: one array of norms per shape bucket.
 
     Attributes:
-        buckets: The numbers of the leaves whose norms share an array: those of one
-            shape, axes and mesh axes.
+        buckets: The numbers of the leaves whose norms share an array: those with the
+            same shape, axes and mesh axes.
     """
 
     buckets: tuple[tuple[int, ...], ...]
@@ -113,16 +114,16 @@ class SliceGroups(NamedTuple):
         return tuple(per_segment)
 
     def reduced(self, per_leaf: Arrays, largest: bool = False) -> Arrays:
-        """Returns the values as they are: no group has a part of several leaves."""
+        """Returns the values unchanged: no group spans several leaves."""
         del largest
         return per_leaf
 
     def expanded(self, per_group: Arrays) -> Arrays:
-        """Returns the values as they are: each slice is a group."""
+        """Returns the values unchanged: each slice is a group."""
         return per_group
 
     def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
-        """Returns how many entries a slice has, per shape bucket."""
+        """Returns the number of entries in a slice, per shape bucket."""
         return tuple(np.asarray(per_leaf[bucket[0]]) for bucket in self.buckets)
 
     def reordered(self, order: list[int]) -> SliceGroups:
@@ -137,14 +138,14 @@ Groups = WholeLeafGroups | SliceGroups
 
 
 class Layout(NamedTuple):
-    """How a scope cuts one particular tree into groups.
+    """How a scope splits one particular tree into groups.
 
     Attributes:
-        axes: Per leaf, the axes that a group runs over.
+        axes: Per leaf, the axes that a group is summed over.
         groups: The `WholeLeafGroups`, or None where leaves are split into slices.
-        scalar: Whether there is one group only, whose norm is a scalar.
-        names: What thresholds by name are looked up by: the label or path of each
-            group, or the path of each leaf where leaves are split into groups.
+        scalar: Whether there is only one group, whose norm is a scalar.
+        names: The names by which thresholds are looked up: the label or path of each
+            group, or the path of each leaf where leaves are split into slices.
     """
 
     axes: tuple[Axes, ...]
@@ -162,9 +163,11 @@ def shape_buckets(leaves: Sequence[Any], *each: Sequence[Any]) -> SliceGroups:
 
 
 def lookup(table: Any, path: str, argument: str) -> Any:
-    """Returns what ``table`` (a value, a function of the path, a map from regex) says.
+    """Returns the value of ``path`` in ``table``.
 
-    Of a map, the first pattern found in the path counts; without one, None.
+    A table is a value, a function of the path, or a map from regular expression to
+    value. In a map the first pattern that matches the path counts; if none does, the
+    value is None.
     """
     if isinstance(table, Mapping):
         for pattern, value in table.items():
@@ -177,7 +180,7 @@ def lookup(table: Any, path: str, argument: str) -> Any:
                 found = re.search(pattern, path)
             except re.error as error:
                 raise ValueError(
-                    f"`{argument}` must map regular expressions to values, and "
+                    f"`{argument}` must map regular expressions to values, but the key "
                     f"{pattern!r} is not one: {error}."
                 ) from error
             if found:
@@ -187,15 +190,15 @@ def lookup(table: Any, path: str, argument: str) -> Any:
 
 
 def check_found(table: Any, paths: list[str], argument: str) -> None:
-    """Raises if ``table`` is a map of patterns of which none finds a leaf."""
+    """Raises if ``table`` is a map of patterns, none of which matches a leaf."""
     if not isinstance(table, Mapping) or not table or not paths:
         return
     found = dict.fromkeys(table, True)
     if not any(lookup(found, path, argument) for path in paths):
         shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
         raise ValueError(
-            f"`{argument}` has no pattern that finds a leaf: {list(table)} in {shown}. "
-            "Give patterns for `re.search` in these paths."
+            f"`{argument}` has no pattern that matches a leaf: got {list(table)} for "
+            f"the paths {shown}. Give patterns that `re.search` finds in these paths."
         )
 
 
@@ -215,7 +218,10 @@ def whole_leaf_layout(
 
 
 def _default_unit_axes(path: str, x: Any) -> Axes:
-    """Returns the axes of one output unit, for kernels stored input-first."""
+    """Returns the axes that one output unit sums over, for kernels stored input-first.
+
+    These are the defaults of Optax's AGC.
+    """
     if x.ndim <= 1:
         return _all_axes(x)
     if x.ndim in (2, 3):
@@ -224,7 +230,7 @@ def _default_unit_axes(path: str, x: Any) -> Axes:
         return tuple(range(x.ndim - 1))
     raise ValueError(
         f"`axis` must be given for `{path}` of shape {x.shape}: only leaves of rank 5 "
-        "or less have default axes. Name the axes that one output unit sums over."
+        "or less have default axes. Give the axes that one output unit sums over."
     )
 
 
@@ -241,8 +247,9 @@ def unit_axes(axis: Any) -> Callable[[str, Any], Axes]:
         bad = [a for a in wanted if not isinstance(a, int) or not -x.ndim <= a < x.ndim]
         if bad:
             raise ValueError(
-                f"`axis` must hold axes of the leaf; `{path}` of shape {x.shape} has "
-                f"no axis {bad[0]!r}. Give a map from regular expression to axes."
+                f"`axis` must hold axes of each leaf, but `{path}` of shape {x.shape} "
+                f"has no axis {bad[0]!r}. If leaves need different axes, give a map "
+                "from regular expression to axes."
             )
         return tuple(sorted({a % x.ndim for a in wanted}))
 

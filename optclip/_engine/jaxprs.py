@@ -1,6 +1,7 @@
-"""Jaxprs, the programs that JAX traces: their equations evaluated one by one.
+"""Evaluation of jaxprs, the programs that JAX traces, one equation at a time.
 
-`jax.extend` is imported where it is used: importing optclip does without it.
+`jax.extend` is imported in the functions that use it, so that importing optclip does
+not import it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ __all__ = ["carried_out", "closed", "is_literal"]
 
 
 def is_literal(atom: Any) -> bool:
-    """Returns whether an operand of an equation is a constant in the program."""
+    """Returns whether an operand of an equation is a literal constant."""
     from jax.extend import core
 
     return isinstance(atom, core.Literal)
 
 
 def closed(jaxpr: Any, consts: Any = ()) -> Any:
-    """Returns a jaxpr with its constants, which some primitives leave out."""
+    """Returns a `ClosedJaxpr`: some primitives hold a jaxpr without its constants."""
     if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
         return jaxpr
     from jax.extend import core
@@ -28,7 +29,7 @@ def closed(jaxpr: Any, consts: Any = ()) -> Any:
 
 
 def carried_out(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Carries one equation of a jaxpr out as JAX would, custom rules included."""
+    """Evaluates one equation of a jaxpr as JAX would, including custom rules."""
     from jax.extend import core
 
     given, invars, kept = [], [], {}

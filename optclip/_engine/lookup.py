@@ -1,4 +1,4 @@
-"""Finding the states of optclip in any optimizer state, and the names of leaves."""
+"""Looks up the states of optclip in an optimizer state, and the names of leaves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Located(NamedTuple):
 
     Attributes:
         state: The state, as plain arrays.
-        groups: The labels of the groups of `optax.partition` that it is in, from the
-            outermost to the innermost; () if it is in none.
+        groups: The labels of the groups of `optax.partition` that contain it, from the
+            outermost to the innermost; () if there are none.
     """
 
     state: Any
@@ -30,7 +30,7 @@ class Located(NamedTuple):
 
 
 def _plain(leaf: Any) -> Any:
-    """Returns the array in a Flax NNX variable; other leaves as they are."""
+    """Returns the array in a Flax NNX variable; returns other leaves unchanged."""
     if isinstance(leaf, (jax.Array, np.ndarray)) or not hasattr(leaf, "get_value"):
         return leaf
     return leaf.get_value()
@@ -41,11 +41,12 @@ def _is_variable(node: Any) -> bool:
 
 
 def outside_jit(tree: Any, name: str) -> None:
-    """Raises where the codes of paths can't be read."""
+    """Raises inside jit, where the codes of paths can't be read."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
         raise ValueError(
-            f"`{name}` looks up the names of leaves: call it outside of jit, on the "
-            "state that the step returned. `metrics` works inside."
+            f"`{name}` needs concrete values to look up the names of leaves, got "
+            "tracers: call it outside of jit, on the state that the step returned. "
+            "`metrics` works inside jit."
         )
 
 
@@ -57,8 +58,11 @@ def _refuse_optimizers(opt_state: Any) -> None:
         )
 
 
-def _groups_on(path: tuple) -> tuple[str, ...]:
-    """Returns the labels on the way to a state: `inner_states` maps them to states."""
+def _labels_in(path: tuple) -> tuple[str, ...]:
+    """Returns the labels of `optax.partition` in a key path.
+
+    Its state has a field `inner_states`, which maps labels to states.
+    """
     return tuple(
         str(key.key)
         for above, key in itertools.pairwise(path)
@@ -69,7 +73,7 @@ def _groups_on(path: tuple) -> tuple[str, ...]:
 def locate(
     opt_state: Any, kinds: tuple[type, ...], groups: tuple[str, ...] = ()
 ) -> list[Located]:
-    """Returns the states of these kinds in the order of the chain, the outer first."""
+    """Returns the states of these types in the order of the chain, outer ones first."""
     _refuse_optimizers(opt_state)
     states: list[Located] = []
 
@@ -79,35 +83,35 @@ def locate(
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=stop)
     for path, node in flat:
         if stop(node):
-            own = groups + _groups_on(path)
+            labels = groups + _labels_in(path)
             plain = jax.tree.map(_plain, node, is_leaf=_is_variable)
-            states.append(Located(plain, own))
+            states.append(Located(plain, labels))
             inside = getattr(node, "optimizer_state", ())
-            states += locate(inside, kinds, own)
+            states += locate(inside, kinds, labels)
     return states
 
 
 def find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """Returns the states of these kinds in the order of the chain, the outer first."""
+    """Returns the states of these types in the order of the chain, outer ones first."""
     return [located.state for located in locate(opt_state, kinds)]
 
 
 def names_of(params: Any) -> dict[int, str]:
-    """Returns the path that each code in a state stands for."""
+    """Returns the map from the codes of leaves, as in a state, to their paths."""
     paths = pytrees.leaves_of(params).paths
     codes = path_codes(paths)
     return {int(c): p for c, p in zip(codes, paths, strict=False)}
 
 
 def known(codes: Any, names: dict[int, str]) -> list[tuple[int, str]]:
-    """Returns (index, path) of the leaves that a state watched."""
+    """Returns the (index, path) of each leaf that a state tracks."""
     table = np.asarray(codes).reshape(-1, np.asarray(codes).shape[-1])[0].tolist()
     (empty,) = path_codes([]).tolist()
     missing = [c for c in table if c not in names and c != empty]
     if missing:
         raise ValueError(
             f"`params` has no parameter for {len(missing)} of the {len(table)} leaves "
-            "that the state watched. Pass the parameters that the optimizer was "
-            "initialised with."
+            "that the state tracks. Pass the parameters that the optimizer was "
+            "initialized with."
         )
     return [(i, names[c]) for i, c in enumerate(table) if c in names]

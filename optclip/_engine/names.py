@@ -1,4 +1,4 @@
-"""Names of leaves: "encoder/0/kernel", and the codes by which states remember them."""
+"""Names of leaves, such as "encoder/0/kernel", and the codes that states store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOXES = {"Variable", "VariableState", "AxisMetadata"}
 
 @functools.lru_cache(maxsize=4096)
 def _is_box_type(kind: type) -> bool:
-    # By module and name, so that Flax need not be installed.
+    # Compares modules and names, so that Flax need not be installed.
     return any(
         base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax"
         for base in kind.__mro__
@@ -37,7 +37,7 @@ def path_name(path: tuple) -> str:
 
 
 def _by_keys(path: tuple) -> str:
-    """Returns "['a'].b[0]" for a key path: it tells the kinds of keys apart."""
+    """Returns "['a'].b[0]" for a key path, which shows the type of each key."""
     return jax.tree_util.keystr(path)
 
 
@@ -46,10 +46,10 @@ def _is_hole(node: Any) -> bool:
 
 
 def _entries(tree: Any) -> list[tuple[tuple, Any]]:
-    """Returns (key path, leaf), without the field that a box keeps its leaf in.
+    """Returns the (key path, leaf) of each leaf, without the field `value` of boxes.
 
-    Where a leaf was masked or left out is an entry too: so a part of the parameters has
-    the names that it has among all of them.
+    Masked and absent leaves have entries too, so that a subset of the parameters has
+    the same names as in the whole tree.
     """
 
     def stop(node):
@@ -65,7 +65,7 @@ def _entries(tree: Any) -> list[tuple[tuple, Any]]:
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Returns the names, where each one that was there before has a number."""
+    """Returns the names, with a number added to each one that occurred before."""
     used, out = set(), []
     for name in names:
         new, k = name, 1
@@ -78,10 +78,10 @@ def _numbered(names: list[str]) -> list[str]:
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """Returns the name of each leaf of ``tree``: no two are the same.
+    """Returns the name of each leaf of ``tree``; all names are distinct.
 
-    Leaves whose names would be the same, as in ``{"a/b": x, "a": {"b": y}}``, are
-    called by their keys instead, as "['a/b']" and "['a']['b']".
+    Leaves whose names would be the same, as in ``{"a/b": x, "a": {"b": y}}``, are named
+    by their keys instead: "['a/b']" and "['a']['b']".
     """
     entries = _entries(tree)
     names = [path_name(path) for path, _ in entries]
@@ -99,10 +99,10 @@ def _checksum(name: str) -> int:
 
 
 def path_codes(names: list[str]) -> np.ndarray:
-    """Returns one int32 per name, by which a state remembers which leaves it watched.
+    """Returns one int32 per name, by which a state identifies the leaves it tracks.
 
-    Codes are checksums. Of names with the same checksum the first keeps it, and the
-    next ones get that of the name with a zero byte at its end, or several.
+    Codes are CRC-32 checksums. If two names have the same checksum, zero bytes are
+    appended to the second name until its checksum is distinct.
     """
     codes: list[int] = []
     taken: set[int] = set()

@@ -1,4 +1,4 @@
-"""Arithmetic that holds at the edges of a dtype, and its derivatives at zero."""
+"""Arithmetic that is correct near the limits of a dtype, and its derivatives at 0."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = [
     "usable_unit",
 ]
 
-# A counter that has reached this stays there, as Optax's do.
+# The largest int32. Counters stop here, as Optax's do.
 LAST_COUNT = 2**31 - 1
 
 
 def increment(count: jax.Array) -> jax.Array:
-    """Returns ``count + 1``, or the largest int32 once that is reached."""
+    """Returns ``count + 1``, at most the largest int32."""
     return jnp.minimum(count, LAST_COUNT - 1) + 1
 
 
@@ -29,8 +29,8 @@ def increment(count: jax.Array) -> jax.Array:
 def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Returns ``numerator / denominator``, with a derivative that squares neither.
 
-    JAX's own derivative divides by the square of the denominator, which underflows from
-    1e-23 on in float32.
+    JAX's own derivative divides by the square of the denominator, which underflows in
+    float32 if the denominator is below 1e-23.
     """
     return numerator / denominator
 
@@ -43,13 +43,16 @@ def _quotient_jvp(primals, tangents):
 
 
 def usable_unit(length: jax.Array) -> jax.Array:
-    """Returns a unit near ``length`` whose inverse is no subnormal number; 1 for 0."""
+    """Returns a unit near ``length`` whose inverse is not subnormal; 1 for 0 and inf.
+
+    The inverse of the largest number is subnormal; that of 1/16 of it is not.
+    """
     known = (length > 0) & (length < jnp.inf)
     return jnp.where(known, jnp.minimum(length, jnp.finfo(length.dtype).max / 16), 1.0)
 
 
 def root_of(total: jax.Array, order: float = 2.0) -> jax.Array:
-    """Returns the root of that order, with derivative 0 at 0; of NaN, NaN."""
+    """Returns the root of the given order, with derivative 0 at 0; NaN for NaN."""
     zero = total == 0
     safe = jnp.where(zero, 1.0, total)
     root = jnp.sqrt(safe) if order == 2.0 else safe ** (1 / order)
@@ -59,10 +62,11 @@ def root_of(total: jax.Array, order: float = 2.0) -> jax.Array:
 def largest_of(
     values: jax.Array, add: Callable = jnp.sum, most: Callable = jnp.max
 ) -> jax.Array:
-    """Returns the maximum of non-negative ``values``, NaN if one of them is NaN.
+    """Returns the maximum of non-negative ``values``; NaN if one of them is NaN.
 
-    ``add`` and ``most`` reduce over entries or devices. XLA's all-reduce of maxima
-    drops NaN, so NaN takes part as infinity, and a sum tells where it was.
+    ``add`` and ``most`` are the sum and the maximum over entries or devices. XLA's
+    all-reduce of maxima drops NaN. So NaN is replaced by infinity in the maximum, and a
+    sum counts how many there were.
     """
     nan = jnp.isnan(values)
     top = most(jnp.where(nan, jnp.inf, values))

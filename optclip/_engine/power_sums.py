@@ -1,19 +1,21 @@
-"""Sums of powers over the leaves of a pytree, right whatever the size of the entries.
+"""Sums of powers over the leaves of a pytree, correct for entries of any magnitude.
 
-The square of a float32 overflows from 2**64 on and is lost below 2**-63. So the sum of
-squares is taken of the entries as they are, of the entries scaled down and of the
-entries scaled up, and of each group the sum is used that can be trusted:
+In float32, the square of a number overflows from 2**64 on and underflows below 2**-63.
+So there are three sums of squares: of the entries, of the entries scaled down, and of
+the entries scaled up. For each group the one that neither overflowed nor underflowed is
+used:
 
-* On an accelerator all three are taken in one pass, without a condition: arithmetic
-  costs nothing beside reading memory, and a condition makes the host wait.
-* On a CPU the first is taken alone. Only where that one fails, entries are scaled and
-  read once more: there it is the arithmetic that costs.
+* On an accelerator all three are computed in one pass, without a condition. Arithmetic
+  is free there compared with reading memory, and a condition makes the host wait.
+* On a CPU only the first is computed. If it overflowed or underflowed, the entries are
+  scaled and summed in another pass. Arithmetic is the bottleneck on a CPU.
 
-On an accelerator the same sums tell of non-finite entries. NaN comes through every sum
-of squares, and what the sum of the entries scaled up does with an infinity is free to
-choose, since that sum is never used where there is one: it keeps the sign.
+On an accelerator the same sums detect non-finite entries. A NaN makes every sum of
+squares NaN. The sum of the entries scaled up is never used if an entry is infinite, so
+it is free to carry the sign of infinities.
 
-First comes how leaves are read: which ones together, and in which order.
+The first part of this module decides which leaves are reduced by one kernel, and in
+which order.
 """
 
 from __future__ import annotations
@@ -56,36 +58,39 @@ __all__ = [
 ]
 
 
-# Leaves up to this size, if this many are alike, are stacked to be read together: so a
-# program with a thousand leaves is quick to compile. This many at most, since XLA
-# compiles longer stacks slowly, and no more bytes than this at a time, or this share.
+# Leaves of at most SMALL_BYTES are stacked and reduced together if at least MANY_ALIKE
+# have the same type, so that a program with a thousand leaves compiles quickly. A stack
+# has at most MOST_SMALL leaves, since XLA compiles larger ones slowly. It has at most
+# ROOM_BYTES, or ROOM_SHARE of the bytes of all leaves if that is more.
 SMALL_BYTES, MANY_ALIKE, MOST_SMALL = 2**16, 8, 64
 ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
-# On a GPU, a stack of this many leaves takes one kernel in place of one per leaf. XLA
-# fuses a stack of large leaves into the sums. A stack of small ones, such as 64 x 64,
-# it writes out: that moves more bytes, by a fraction of the kernels. Of a longer stack
-# it makes several kernels, which read the leaves again.
+# On a GPU, a stack of up to this many leaves is reduced by one kernel, instead of one
+# per leaf. XLA fuses the stacking of large leaves into the sums. It writes stacks of
+# small leaves, such as 64 x 64, to memory, which moves more bytes but needs far fewer
+# kernels. It splits larger stacks into several kernels that read the leaves again.
 MOST_STACKED = 16
-# A kernel on a GPU has room for the addresses of so many results; for more of them, XLA
-# makes a kernel for each.
-MOST_HANDED_OUT = 64
+# The most results that one kernel on a GPU can return. If there are more, XLA makes one
+# kernel per result.
+MOST_RESULTS = 64
 
 
 class Plan(NamedTuple):
-    """What to measure; hashable, so that one trace serves every call alike.
+    """What to measure; hashable, so that equal plans share one trace.
 
     Attributes:
         order: The norm's order: a float of at least 1, or inf.
-        axes: Per leaf, the axes that a group runs over; all of them for whole leaves.
+        axes: Per leaf, the axes that a group is summed over; all of them for whole
+            leaves.
         groups: Which leaves, or slices of leaves, share a norm.
-        names: Per leaf, the mesh axes that its sums are added up over.
-        drop: Whether entries that are not finite are left out.
+        names: Per leaf, the mesh axes that its sums are reduced over.
+        drop: Whether non-finite entries are left out.
         sharded_over: Per leaf, the mesh axes that its slices are sharded over; empty
             for whole leaves.
-        roles: Per leaf, its path without numbers. Under `jax.jit` a leaf does not tell
-            how it is sharded, and XLA would move leaves to stack them with others that
-            are sharded differently: what has one role in several layers is sharded
-            alike. Empty if there are no paths.
+        roles: Per leaf, its path without numbers; empty if there are no paths. On a
+            GPU, only leaves with the same role are stacked. Under `jax.jit` the type of
+            a leaf does not show its sharding, and XLA would move leaves between devices
+            to stack them with leaves that are sharded differently. Leaves that have one
+            role in several layers typically have the same sharding.
     """
 
     order: float
@@ -111,7 +116,7 @@ class Plan(NamedTuple):
         return [sharded[bucket[0]] for bucket in self.groups.buckets]
 
     def trailing(self, leaves: Sequence[jax.Array]) -> bool:
-        """Returns whether groups run over the last axes of leaves, in memory a row."""
+        """Returns whether groups are summed over last axes, so contiguous in memory."""
         pairs = zip(self.axes, leaves, strict=True)
         return all(
             tuple(sorted(axes)) == tuple(range(x.ndim - len(axes), x.ndim))
@@ -120,7 +125,7 @@ class Plan(NamedTuple):
 
     @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
-        """Per leaf, the mesh axes that it is sharded over."""
+        """Per leaf, all mesh axes that it is sharded over."""
         if not self.sharded_over:
             return self.names
         return tuple(n + a for n, a in zip(self.names, self.sharded_over, strict=True))
@@ -138,17 +143,17 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def spread(values: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Gives ``values``, one a group, the rank of the leaf that was summed over axes."""
+    """Expands ``values``, one per group, to the rank of a leaf summed over ``axes``."""
     return jnp.expand_dims(values, tuple(axes)) if values.ndim else values
 
 
 def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
-    """Returns what belongs to each leaf of each of ``parts``, laid out like norms."""
+    """Returns the slices of ``parts`` for each leaf; parts are laid out like norms."""
     places = plan.groups.rows
 
     def looked_up(parts):
-        # XLA compiles a kernel for each place that it slices at, unless the place is a
-        # number that it can't know: then all leaves of one shape share a kernel.
+        # XLA compiles a kernel for each constant index that it slices at. It can't see
+        # an index behind a barrier, so all leaves of one shape share a kernel.
         at = lambda row: lax.optimization_barrier(np.int32(row))  # noqa: E731
         return [
             tuple(
@@ -160,14 +165,14 @@ def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
     def sliced(parts):
         if plan.in_slices:
             return [tuple(p[k][row] for p in parts) for k, row in places]
-        # What reads one array for all leaves, XLA takes together, in kernels that are
-        # slow to compile. So one kernel hands each leaf its own; without the maximum,
-        # which changes nothing, it would be one kernel for each slice.
-        (own,) = {p[0].dtype for p in parts if p[0].dtype != bool}
-        table = jnp.stack([p[0].astype(own) for p in parts], axis=-1)
+        # XLA would merge everything that reads one array into kernels that are slow to
+        # compile. So one kernel copies out the values of each leaf. The maximum changes
+        # no value; without it, XLA would make one kernel per slice.
+        (dtype,) = {p[0].dtype for p in parts if p[0].dtype != bool}
+        table = jnp.stack([p[0].astype(dtype) for p in parts], axis=-1)
         each: list[jax.Array] = []
-        for start in range(0, len(places), MOST_HANDED_OUT):
-            rows = [row for _, row in places[start : start + MOST_HANDED_OUT]]
+        for start in range(0, len(places), MOST_RESULTS):
+            rows = [row for _, row in places[start : start + MOST_RESULTS]]
             part = table
             if len(rows) < len(places):
                 part = sharding.kept_apart(table[np.asarray(rows)])
@@ -183,7 +188,7 @@ def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
 
 
 def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
-    """Returns the numbers of the leaves, those of one kind and mesh axes together."""
+    """Returns the numbers of the leaves, grouped by type and mesh axes."""
     alike: dict[Any, dict[str, list[int]]] = {}
     for i, x in enumerate(leaves):
         by_role = alike.setdefault((plan.names[i], jax.typeof(x)), {})
@@ -197,14 +202,14 @@ def _role(i: int, plan: Plan) -> str:
 
 
 def bucket_order(leaves: Sequence[jax.Array], plan: Plan) -> list[int]:
-    """Returns the order of leaves that `read` wants, which reorders nothing."""
+    """Returns the order in which `read` needs the leaves: it does not reorder them."""
     if isinstance(plan.groups, SliceGroups):
         return [i for bucket in plan.groups.buckets for i in bucket]
     return [i for at in _alike(leaves, plan) for i in at]
 
 
 def reordered(plan: Plan, order: list[int]) -> Plan:
-    """Returns the plan of the leaves in another order."""
+    """Returns the plan for the leaves in another order."""
     take = lambda each: tuple(each[i] for i in order) if each else ()  # noqa: E731
     return plan._replace(
         axes=take(plan.axes),
@@ -216,14 +221,14 @@ def reordered(plan: Plan, order: list[int]) -> Plan:
 
 
 class Form(NamedTuple):
-    """How leaves are read on one kind of device.
+    """How leaves are reduced on one kind of device.
 
     Attributes:
-        stack_all: Whether leaves of every size are stacked to be read together, else
-            small ones only. XLA fuses a stack into sums over its rows on a GPU, and
-            writes it out for other sums, and on other devices.
-        one_pass: Whether several sums are taken in one pass. Else stacks are written
-            out, and take turns in the same memory.
+        stack_all: Whether leaves of every size are stacked, or small ones only. On a
+            GPU, XLA fuses the stacking into sums over the last axes. For other sums,
+            and on other devices, it writes the stack to memory.
+        one_pass: Whether several sums are computed in one pass. If not, stacks are
+            written to memory, one after another into the same buffer.
     """
 
     stack_all: bool
@@ -231,14 +236,14 @@ class Form(NamedTuple):
 
 
 CPU, GPU, TPU = Form(False, False), Form(True, True), Form(False, True)
-# On a GPU, where groups are columns: each sum in a pass of its own.
+# On a GPU, for groups that are not contiguous in memory: each sum has its own pass.
 COLUMNS = Form(False, True)
 
 
 def _chunks(
     at: Sequence[int], leaves: Sequence[jax.Array], plan: Plan, form: Form, room: float
 ) -> list[list[int]]:
-    """Returns the numbers of leaves of one type in the lots that are read together."""
+    """Splits leaves of one type into chunks that are stacked and reduced together."""
     x = leaves[at[0]]
     size, step = max(x.size * x.dtype.itemsize, 1), 1
     if form.stack_all and plan.trailing(leaves):
@@ -249,12 +254,12 @@ def _chunks(
 
 
 class Segment(NamedTuple):
-    """Leaves whose sums make one array, in chunks that are read together.
+    """Leaves whose sums form one array.
 
     Attributes:
         leaves: The numbers of the leaves.
-        chunks: The same, in lots that are read together.
-        names: The mesh axes that sums are added up over.
+        chunks: The same numbers, in chunks that are stacked and reduced together.
+        names: The mesh axes that sums are reduced over.
     """
 
     leaves: list[int]
@@ -263,7 +268,7 @@ class Segment(NamedTuple):
 
 
 def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segment]:
-    """Returns the leaves in their `bucket_order`, those of one array together."""
+    """Returns the segments of the leaves, which must be in their `bucket_order`."""
     sizes = [x.size * x.dtype.itemsize for x in leaves]
     room, found = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
     if isinstance(plan.groups, SliceGroups):
@@ -273,7 +278,7 @@ def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segmen
         runs = [[*run] for _, run in by_names]
     for run in runs:
         chunks = []
-        # Sharding is part of the type where JAX knows of it.
+        # With explicit sharding, the type of a leaf includes its sharding.
         alike = lambda i: (  # noqa: E731
             jax.typeof(leaves[i]),
             _role(i, plan) if form.stack_all else "",
@@ -292,16 +297,17 @@ def read(
     most: Sequence[bool] | None = None,
     factors: Arrays | None = None,
 ) -> list[list[jax.Array]]:
-    """Returns what ``kernel`` makes of the leaves: per segment, one array for each.
+    """Returns the results of ``kernel`` on the leaves: per segment, one array per sum.
 
     Args:
         leaves: The leaves, real, in their `bucket_order`.
         plan: What to measure.
-        form: How to read on this kind of device.
+        form: How leaves are reduced on this kind of device.
         kernel: A function of stacked leaves, the axes to reduce and a factor, which
             returns several sums.
-        most: Which of them are maxima over devices; the others are summed up.
-        factors: For each leaf what entries are multiplied by, laid out like the sums.
+        most: For each sum, whether it is a maximum; devices are reduced accordingly.
+        factors: What the entries of each leaf are multiplied by, in arrays of the same
+            layout as the sums.
     """
     out, taken = [], {}
     for k, segment in enumerate(segments(leaves, plan, form)):
@@ -310,9 +316,10 @@ def read(
             xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
             in_turns = not form.one_pass and (stacked or plan.drop)
             if in_turns:
-                # Always 1, but XLA can't know: so chunks take turns in the same memory,
-                # and only those of one set of mesh axes, since the product varies over
-                # all.
+                # ``one`` is always 1, but XLA can't know that: each chunk depends on
+                # the one before it, so that they reuse one buffer. Only chunks with the
+                # same mesh axes are chained, since the product varies over the mesh
+                # axes of both factors.
                 along = sharding.varying(xs[0])
                 last = taken.get(along, jnp.zeros([], jnp.float32))
                 one = jnp.where(last < 0, 0, 1).astype(xs[0].dtype)
@@ -333,10 +340,10 @@ def read(
 def _over_devices(
     rows: list, most: Sequence[bool] | None, names: tuple, form: Form
 ) -> list:
-    """Returns the sums, or maxima, of all chunks, over these mesh axes.
+    """Returns the sums, or maxima, of all chunks, reduced over these mesh axes.
 
-    One concatenation and one collective for all sums: XLA merges the small reductions
-    that feed one operation.
+    All sums share one concatenation and one collective: XLA merges small reductions
+    whose results are used by one operation.
     """
     columns: list[Any] = [None] * len(rows[0])
     maxima = [i for i, flag in enumerate(most or ()) if flag]
@@ -345,12 +352,13 @@ def _over_devices(
         if not at:
             continue
         each = jnp.concatenate([row[i] for i in at for row in rows])
-        whole = each.reshape(len(at), len(each) // len(at), *each.shape[1:])
-        whole = reduce(whole, names) if names else whole
+        table = each.reshape(len(at), len(each) // len(at), *each.shape[1:])
+        table = reduce(table, names) if names else table
         if form.one_pass:
-            # Or XLA takes the sum of the sums as one more sum of all entries.
-            whole = lax.optimization_barrier(whole)
-        for i, column in zip(at, whole, strict=True):
+            # Without the barrier, XLA computes a sum of these sums as one more sum over
+            # all entries.
+            table = lax.optimization_barrier(table)
+        for i, column in zip(at, table, strict=True):
             columns[i] = column
     return columns
 
@@ -359,7 +367,7 @@ def _factor(
     factors: Arrays, k: int, segment: Segment, chunk: list[int], rank: int, plan: Plan
 ) -> jax.Array:
     """Returns the factors of a chunk, which broadcast against its stacked leaves."""
-    if not plan.in_slices:  # a chunk is a run of leaves
+    if not plan.in_slices:  # the leaves of a chunk have consecutive numbers
         part = lax.slice(factors[0], (chunk[0],), (chunk[-1] + 1,))
         return part.reshape(-1, *(1,) * (rank - 1))
     start = segment.leaves.index(chunk[0])
@@ -371,9 +379,9 @@ class PowerSums(NamedTuple):
     """The sums of powers of all groups: one array, or one per shape bucket.
 
     Attributes:
-        sums: The sum of |x / unit|**p over each group; for order inf, the maximum. Not
-            finite where an entry is not, unless it is dropped, and nowhere else.
-        units: A power of two, or for an order other than 1, 2 and inf, any number.
+        sums: The sum of |x / unit|**p over each group; for order inf, the maximum.
+            Non-finite if and only if an entry of the group is, and is not dropped.
+        units: Powers of two; for an order other than 1, 2 and inf, any numbers.
         kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
     """
 
@@ -383,16 +391,16 @@ class PowerSums(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Where sums of squares of a dtype can be trusted.
+    """The range in which sums of squares of a dtype are accurate.
 
     Attributes:
         high: A sum of at least this may have overflowed.
-        low: Below this sum, squares that matter may have been lost.
-        down: What entries are scaled by where the sum is too large: 2**32 times the
-            square of the largest number still fits.
-        up: What entries are scaled by where the sum is too small.
-        cap: The largest square of an entry times ``up`` where the sum is below ``low``.
-            A sum of 2**60 of these still fits.
+        low: In a sum below this, significant squares may have underflowed.
+        down: The factor for entries whose sum is too large. A sum of 2**32 squares of
+            the largest number, scaled by it, does not overflow.
+        up: The factor for entries whose sum is too small.
+        cap: The largest square of an entry, scaled by ``up``, if the sum is below
+            ``low``. A sum of 2**60 of these does not overflow.
     """
 
     high: float
@@ -403,7 +411,7 @@ class Range(NamedTuple):
 
     @property
     def small(self) -> float:
-        """The magnitude of an entry whose square is ``cap`` once it is scaled up."""
+        """The magnitude of an entry whose square, scaled up, is ``cap``."""
         return self.cap**0.5 / self.up
 
 
@@ -417,19 +425,21 @@ def range_of(dtype: Any) -> Range:
 
 
 def _signs(x: jax.Array) -> jax.Array:
-    """Returns the infinities of ``x``, and 0 for all else.
+    """Returns ``x`` with all entries but infinities replaced by 0.
 
-    The sum is infinite where infinities of one sign are, and NaN where both are.
+    The sum of these is infinite if the infinities have one sign, and NaN if they have
+    both.
     """
     return jnp.where(jnp.abs(x) == jnp.inf, x, jnp.zeros_like(x))
 
 
 def scaled(x: jax.Array, scale: float) -> jax.Array:
-    """Returns ``x`` times a power of two, so that its square is that of the product.
+    """Returns ``x`` times a power of two, whose square XLA does not rewrite.
 
-    XLA takes the square of a single number times a constant as x**2 times the square of
-    the constant, of which one overflows and one underflows. A select between them keeps
-    it from that; what it leaves out is not needed of that sum.
+    XLA rewrites the square of a single number times a constant as the product of their
+    squares, one of which overflows while the other underflows. A select between the
+    product and its square prevents that. The entries that it replaces by 0 are not
+    needed in the sum that this is for.
     """
     if x.size != 1:
         return x * scale
@@ -438,39 +448,42 @@ def scaled(x: jax.Array, scale: float) -> jax.Array:
 
 
 def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.Array:
-    """Returns what is summed up for the sum called ``name``."""
+    """Returns the terms of the sum called ``name``."""
     if name == "nans":
         return (x != x).astype(x.dtype)
     if name == "signs":
         return _signs(x)
-    own = range_of(x.dtype)
+    limits = range_of(x.dtype)
     if drop:
         x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
     if name == "up":
-        square = jnp.square(scaled(x, own.up))
-        fits = square < own.cap if x.size != 1 else jnp.abs(x) < own.small
-        # In the place of what is too large: infinities, and what can't sum up to one.
-        large = jnp.zeros_like(x) if drop else jnp.where(x == x, x * own.down, 0.0)
+        square = jnp.square(scaled(x, limits.up))
+        fits = square < limits.cap if x.size != 1 else jnp.abs(x) < limits.small
+        # Squares that are too large are replaced by the entry scaled down: infinities
+        # keep their sign, and finite entries can't sum up to infinity.
+        large = jnp.zeros_like(x) if drop else jnp.where(x == x, x * limits.down, 0.0)
         return jnp.where(fits, square, large)
     if unit is not None:
         x = x * unit
     if name == "down":
-        x = scaled(x, own.down)
+        x = scaled(x, limits.down)
     if order == 2.0:
         return jnp.square(x)
     x = jnp.abs(x)
     if order == 1.0:
         return x
     if order == np.inf:
-        # Infinity stands for NaN, which an all-reduce of maxima drops.
+        # NaN is replaced by infinity, since an all-reduce of maxima drops NaN.
         return jnp.where(jnp.isnan(x), jnp.inf, x)
-    zero = x == 0  # the derivative of 0**p is no number that XLA can see for p < 2
+    zero = x == 0  # keeps derivatives of x**p finite at 0 if p < 2
     return jnp.where(zero, 0.0, jnp.where(zero, 1.0, x) ** order)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
-def _sums(x: jax.Array, axes: tuple, factor: Any, names: tuple, how: tuple) -> list:
-    """Returns the sums of these names over ``axes``; for order inf, the maximum."""
+def _sum_kernel(
+    x: jax.Array, axes: tuple, factor: Any, names: tuple, how: tuple
+) -> list:
+    """Returns the sums with these names over ``axes``; for order inf, the maximum."""
     order, drop, dtype = how
     x, found = x.astype(dtype or wide_dtype(x)), []
     for name in names:
@@ -483,11 +496,13 @@ def _sums(x: jax.Array, axes: tuple, factor: Any, names: tuple, how: tuple) -> l
 
 
 def _names(order: float, drop: bool) -> tuple[str, ...]:
-    """Returns which sums are needed to be right at every size, and to see every kind.
+    """Returns the names of the sums that are needed.
 
-    "plain" is the sum of |x|**p, "down" and "up" are the same of the entries scaled
-    down and up. "up" tells of infinities, but where these are dropped; "signs" does so
-    where it can't, and "nans" counts NaN where "plain" does not show it.
+    Together they give the norm for entries of any magnitude, and show which kinds of
+    non-finite entries there are. "plain" is the sum of |x|**p; "down" and "up" are the
+    same sum of the entries scaled down and up. "up" also shows infinities and their
+    signs. If there is no "up", or infinities are dropped from it, "signs" shows them.
+    "nans" counts NaN if "plain" does not show them.
     """
     if order == 2.0:
         return ("plain", "down", "up", *(("signs", "nans") if drop else ()))
@@ -496,30 +511,37 @@ def _names(order: float, drop: bool) -> tuple[str, ...]:
 
 
 def _kernel(names: Sequence[str], leaves: Arrays, plan: Plan) -> Callable:
+    """Returns the kernel for `read` that computes the sums with these names."""
     dtype = None
     if not plan.in_slices:  # one vector of sums
         dtype = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
     how = (plan.order, plan.drop, dtype)
-    return functools.partial(_sums, names=tuple(names), how=how)
+    return functools.partial(_sum_kernel, names=tuple(names), how=how)
 
 
 def plain_sums(
     leaves: Arrays, plan: Plan, form: Form, factors: Arrays | None = None
 ) -> Arrays:
-    """Returns the sums over groups of |x * factor|**p, or maxima, as they come out."""
+    """Returns the sums over groups of |x * factor|**p, or maxima, without checks."""
     most = plan.order == np.inf
     if factors is not None:
-        # Or XLA writes out the one factor of a group in the shape of a leaf.
+        # Without the barrier, XLA broadcasts the factor of a group to the shape of a
+        # leaf and writes that to memory.
         factors = sharding.kept_apart(plan.groups.expanded(factors))
     kernel = _kernel(["plain"], leaves, plan)
     found = read(leaves, plan, form, kernel, [most], factors)
-    # Or XLA takes the sum of the sums as one more sum of all entries.
+    # Without the barrier, XLA computes a sum of these sums as one more sum over all
+    # entries.
     sums = sharding.kept_apart(plan.groups.collected([columns[0] for columns in found]))
     return plan.groups.reduced(sums, most)
 
 
 def _units(leaves: Arrays, plan: Plan, form: Form) -> Arrays | None:
-    """Returns the largest entry of each group, for the orders that need a unit."""
+    """Returns units near the largest entry of each group, for orders that need one.
+
+    |x|**p overflows and underflows sooner than the square if p is large, so entries are
+    divided by the unit of their group. Orders 1, 2 and inf don't need that.
+    """
     if plan.order in (1.0, 2.0, np.inf):
         return None
     largest = plain_sums(leaves, plan._replace(order=np.inf), form)
@@ -530,13 +552,15 @@ def _inverse(units: Arrays | None) -> Arrays | None:
     return None if units is None else tuple(1 / u for u in units)
 
 
-def _kinds(nan: jax.Array, signs: jax.Array, across: tuple[str, ...]) -> jax.Array:
-    """Returns bool[rows, 3]: whether the groups of a row hold NaN, +inf, -inf."""
+def _kinds(
+    nan: jax.Array, signs: jax.Array, sharded_over: tuple[str, ...]
+) -> jax.Array:
+    """Returns bool[rows, 3]: whether any group of a row holds NaN, +inf, -inf."""
     both = signs != signs
     kinds = [nan, both | (signs == jnp.inf), both | (signs == -jnp.inf)]
     kinds = jnp.stack(kinds, axis=-1)
     kinds = jnp.any(kinds, axis=tuple(range(1, kinds.ndim - 1)))
-    return _anywhere(kinds, across)
+    return _anywhere(kinds, sharded_over)
 
 
 def _anywhere(flags: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -544,29 +568,29 @@ def _anywhere(flags: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return lax.pmax(flags.astype(jnp.int32), names) > 0 if names else flags
 
 
-def _seen(column: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns where NaN is, and a sum that is not finite where infinities are."""
+def _nan_and_signs(column: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns whether there is a NaN, and the sum that is non-finite for infinities."""
     nan = column["nans"] > 0 if "nans" in column else column["plain"] != column["plain"]
     return nan, column["signs" if "signs" in column else "up"]
 
 
 def chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of each group that can be trusted, and its unit."""
+    """Returns the accurate one of the sums of each group, and its unit."""
     total = plain = column["plain"]
-    unit, own = jnp.ones_like(plain), range_of(plain.dtype)
+    unit, limits = jnp.ones_like(plain), range_of(plain.dtype)
     if "down" in column:
-        over = ~(plain < own.high)
+        over = ~(plain < limits.high)
         total = jnp.where(over, column["down"], total)
-        unit = jnp.where(over, 1 / own.down, unit)
+        unit = jnp.where(over, 1 / limits.down, unit)
     if order == 2.0:
-        under = plain < own.low
+        under = plain < limits.low
         total = jnp.where(under, column["up"], total)
-        unit = jnp.where(under, 1 / own.up, unit)
+        unit = jnp.where(under, 1 / limits.up, unit)
     return total, unit.astype(plain.dtype)
 
 
 def careful_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
-    """Returns the sums of powers by one pass over the leaves, without a condition."""
+    """Returns the sums of powers, from one pass over the leaves without a condition."""
     units = _units(leaves, plan, form)
     names = _names(plan.order, plan.drop)
     maxima = [plan.order == np.inf and name == "plain" for name in names]
@@ -584,22 +608,23 @@ def careful_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
         group = {name: c[k] for name, c in zip(names, groups, strict=True)}
         total, unit = chosen(group, plan.order)
         if plan.order == np.inf and not plan.drop:
-            total = jnp.where(_seen(group)[0], jnp.nan, total)
-        across = plan.per_array[k]
+            total = jnp.where(_nan_and_signs(group)[0], jnp.nan, total)
+        sharded_over = plan.per_array[k]
         sums.append(total)
         units_used.append(unit)
-        kinds.append(_kinds(*_seen(column), across))
+        kinds.append(_kinds(*_nan_and_signs(column), sharded_over))
     units = tuple(units_used) if units is None else units
     return PowerSums(tuple(sums), units, jnp.concatenate(kinds))
 
 
 @functools.partial(jax.jit, static_argnums=(1,))
 def _counts(x: jax.Array, axes: tuple[int, ...], factor: Any) -> list[jax.Array]:
-    """Returns float32[leaves, 3]: how many entries are NaN, +inf, -inf, in one read."""
+    """Returns float32[leaves, 3]: the counts of NaN, +inf, -inf, from one pass."""
     del axes, factor
     kinds = (x != x, x == jnp.inf, x == -jnp.inf)
     kinds = tuple(kind.astype(jnp.float32) for kind in kinds)
-    # One reduction of three numbers: three reductions would each write out a mask.
+    # One reduction of three numbers: each of three reductions would write its mask to
+    # memory.
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
     zeros = (np.float32(0),) * 3
     counts = lax.reduce(kinds, zeros, add, tuple(range(1, x.ndim)))
@@ -626,13 +651,13 @@ def _nan_groups(leaves: Arrays, plan: Plan, form: Form) -> Arrays:
     return tuple(count > 0 for count in counts)
 
 
-def reread(
+def rescaled_sums(
     leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan, form: Form
 ) -> PowerSums:
-    """Returns the sums of powers where plain ones fail: entries are scaled at need.
+    """Returns the sums of powers if plain sums are inaccurate, by scaling the entries.
 
-    Each sum reads the leaves by itself: XLA writes out on a CPU what several share,
-    such as a leaf in a wider dtype.
+    Each sum has its own pass over the leaves, behind its own barrier: on a CPU, XLA
+    would write values that several passes share, such as a widened leaf, to memory.
     """
     leaves = sharding.kept_apart(leaves)
     if plan.drop:
@@ -644,8 +669,9 @@ def reread(
     elif plan.order in (1.0, 2.0):
         factors = []
         for s, lost in zip(sums, _lowest(leaves, plan), strict=True):
-            own = range_of(s.dtype)
-            factor = jnp.where(s < lost, own.up, jnp.where(s < own.high, 1.0, own.down))
+            limits = range_of(s.dtype)
+            large = jnp.where(s < limits.high, 1.0, limits.down)
+            factor = jnp.where(s < lost, limits.up, large)
             factors.append(factor.astype(s.dtype))
         sums = plain_sums(leaves, plan, form, tuple(factors))
         units = tuple(1 / f for f in factors)
@@ -653,14 +679,14 @@ def reread(
 
 
 def _lost_below(x: jax.Array) -> float:
-    """Returns the sum below which squares of entries of ``x`` may have been lost."""
+    """Returns the sum below which squares of entries of ``x`` may have underflowed."""
     low = range_of(wide_dtype(x)).low
-    # The square of the smallest float16 or float8 is a normal float32.
+    # The squares of float16 and float8 numbers never underflow in float32.
     return low if float(jnp.finfo(x.dtype).tiny) < low else 0.0
 
 
 def _fails(leaves: Arrays, sums: Arrays, plan: Plan) -> jax.Array:
-    """Returns whether a plain sum can't be trusted, on any device that takes part."""
+    """Returns whether a plain sum is inaccurate on any of the devices involved."""
     high = [
         range_of(s.dtype).high if plan.order in (1.0, 2.0) else jnp.inf for s in sums
     ]
@@ -670,14 +696,14 @@ def _fails(leaves: Arrays, sums: Arrays, plan: Plan) -> jax.Array:
         flags += [jnp.any(s < low) for s, low in pairs]
     flag = functools.reduce(jnp.logical_or, flags)
     names = tuple(sorted({a for n in plan.everywhere for a in n}))
-    # Else every device has the same sums anyway.
+    # The sums of whole leaves are the same on all devices.
     return _anywhere(flag, names if plan.in_slices else ())
 
 
 def _lowest(leaves: Arrays, plan: Plan) -> list[float]:
-    """Returns, for each array of sums, that below which entries may have been lost."""
-    # Not an array of them: under `lax.cond`, vmapped over an explicitly sharded axis,
-    # JAX can't place one.
+    """Returns, per array of sums, the sum below which squares may have underflowed."""
+    # These are Python floats, since JAX can't shard a constant array under `lax.cond`
+    # that is vmapped over an explicitly sharded axis.
     lost = [_lost_below(x) if plan.order == 2.0 else 0.0 for x in leaves]
     pairs = zip(plan.groups.rows, lost, strict=True)
     lowest = [0.0] * len(plan.per_array)
@@ -686,42 +712,42 @@ def _lowest(leaves: Arrays, plan: Plan) -> list[float]:
     return lowest
 
 
-def _apart(leaves: Arrays, plan: Plan) -> tuple[str, ...]:
-    """Returns the mesh axes along which each device has sums of its own."""
+def _unreduced_axes(leaves: Arrays, plan: Plan) -> tuple[str, ...]:
+    """Returns the mesh axes that leaves vary over without being reduced over them."""
     pairs = zip(leaves, plan.everywhere, strict=True)
     own = {n for x, names in pairs for n in sharding.varying(x) if n not in names}
     return tuple(sorted(own))
 
 
 def quick_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
-    """Returns plain sums of powers, and those of `reread` where these fail."""
+    """Returns the plain sums of powers, or `rescaled_sums` if these are inaccurate."""
     units = _units(leaves, plan, form)
-    seeing = plan._replace(drop=False)  # else nothing would tell of bad entries
-    sums = plain_sums(leaves, seeing, form, _inverse(units))
+    detecting = plan._replace(drop=False)  # so that non-finite entries make sums fail
+    sums = plain_sums(leaves, detecting, form, _inverse(units))
     ones = lambda s: sharding.spread_over(jnp.ones_like(s), sharding.varying(s))  # noqa: E731
     used = lambda: units or tuple(map(ones, sums))  # noqa: E731
 
     def trusted():
-        # Constants are made in the branch: under `jax.vmap` over an explicitly sharded
-        # axis, JAX can't place those that a branch takes from outside.
+        # Constants are created in the branch: under `jax.vmap` over an explicitly
+        # sharded axis, JAX can't shard constants that a branch closes over.
         none = jnp.zeros((len(leaves), 3), bool)
-        none = sharding.spread_over(none, _apart(leaves, plan))
+        none = sharding.spread_over(none, _unreduced_axes(leaves, plan))
         return PowerSums(sums, used(), none)
 
     return lax.cond(
         _fails(leaves, sums, plan),
-        lambda: reread(leaves, sums, used(), plan, form),
+        lambda: rescaled_sums(leaves, sums, used(), plan, form),
         trusted,
     )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def power_sums(leaves: Arrays, plan: Plan, platform: str | None) -> PowerSums:
-    """Returns sums of p-th powers of groups of leaves, in the form for the device.
+    """Returns the sums of p-th powers of groups of leaves, in the `Form` of the device.
 
     The norm is ``sum ** (1 / p) * unit``; with order inf, ``sum`` is the maximum. A sum
-    is non-finite only where a leaf is, and derivatives flow through the sums alone.
-    ``platform`` is where this runs, or None if that is not known before it is compiled.
+    is non-finite only if a leaf is, and only the sums have derivatives. ``platform`` is
+    the platform that this runs on, or None if it is not known until compilation.
     """
     rows = plan.trailing(leaves)
     forms = {
@@ -730,14 +756,14 @@ def power_sums(leaves: Arrays, plan: Plan, platform: str | None) -> PowerSums:
         "gpu": functools.partial(careful_sums, plan=plan, form=GPU),
     }
     if not rows:
-        # XLA takes no more than two sums over columns in one pass. So the plain sum is
-        # taken alone, although the host has to wait for the condition.
+        # XLA computes at most two sums over columns in one pass. So the plain sum is
+        # computed alone, although the host has to wait for the condition.
         forms["gpu"] = functools.partial(quick_sums, plan=plan, form=COLUMNS)
     if platform in forms:
         return forms[platform](leaves)
     gpu = forms.pop("gpu")  # for CUDA and ROCm
     if rows and segments(leaves, plan, GPU) == segments(leaves, plan, TPU):
-        del forms["tpu"]  # no leaves to stack: a GPU reads them as a TPU does
+        del forms["tpu"]  # no leaves to stack: both forms are the same
     return lax.platform_dependent(leaves, **forms, default=gpu)
 
 

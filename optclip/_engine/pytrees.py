@@ -16,21 +16,24 @@ __all__ = [
     "is_measured",
     "leaves_of",
     "matching",
-    "recalled",
+    "memoized",
     "trained",
 ]
 
-MOST_RECALLED = 64
+# The most results that one memory holds. A training step needs one or two; the limit
+# matters only in a program that goes through many trees.
+MOST_MEMOIZED = 64
 
 
 class Leaves(NamedTuple):
-    """The leaves of a tree that hold real or complex numbers, and the way back.
+    """The leaves of a tree that hold real or complex numbers.
 
     Attributes:
-        leaves: The measured leaves, in the order of the tree.
-        paths: Their paths, as "encoder/0/kernel".
-        rebuild: Puts a list of new leaves in their place.
-        absent: How many entries of the tree are None.
+        leaves: These leaves, in the order of the tree.
+        paths: Their paths, such as "encoder/0/kernel".
+        rebuild: Function of a list of new leaves that returns the tree with these in
+            place of the old ones.
+        absent: The number of entries of the tree that are None.
         structure: The structure of the whole tree.
     """
 
@@ -42,22 +45,22 @@ class Leaves(NamedTuple):
 
     @property
     def kind(self) -> Any:
-        """What an update knows before it sees numbers; None if leaves have no type."""
+        """The structure and types, which are static; None if leaves have no type."""
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in self.leaves):
             return None
         return self.structure, tuple(map(jax.typeof, self.leaves))
 
 
-def recalled(memory: dict, key: Any, make: Callable[[], Any]) -> Any:
-    """Returns ``make()``, or what it gave for this key before; anew for None."""
+def memoized(memory: dict, key: Any, make: Callable[[], Any]) -> Any:
+    """Returns ``make()``, memoized by ``key``; the key None is not memoized."""
     try:
         if key in memory:
             return memory[key]
-    except TypeError:  # the structure of a tree holds something that has no hash
+    except TypeError:  # the structure of the tree contains something unhashable
         return make()
     found = make()
     if key is not None:
-        if len(memory) >= MOST_RECALLED:
+        if len(memory) >= MOST_MEMOIZED:
             memory.clear()
         memory[key] = found
     return found
@@ -72,17 +75,20 @@ def is_measured(leaf: Any) -> bool:
 
 
 def trained(tree: Any) -> Any:
-    """Returns the parameters that gradients are of: `optax.lookahead` has two sets."""
+    """Returns the trained parameters: the fast ones if ``tree`` is `LookaheadParams`.
+
+    `optax.lookahead` keeps two sets of parameters, and gradients are of the fast ones.
+    """
     return tree.fast if isinstance(tree, LookaheadParams) else tree
 
 
 def leaves_of(tree: Any) -> Leaves:
-    """Returns the measured leaves of ``tree``; of `LookaheadParams`, the fast ones."""
+    """Returns the `Leaves` of ``tree``, or of the fast part of `LookaheadParams`."""
     if isinstance(tree, LookaheadParams):
         fast = leaves_of(tree.fast)
         return fast._replace(rebuild=lambda new: tree._replace(fast=fast.rebuild(new)))
     values, treedef = jax.tree.flatten(tree)
-    names, absent = recalled(_NAMES, treedef, lambda: _names_and_holes(tree))
+    names, absent = memoized(_NAMES, treedef, lambda: _names_and_holes(tree))
     at = [i for i, leaf in enumerate(values) if is_measured(leaf)]
 
     def rebuild(new):
@@ -98,12 +104,12 @@ def leaves_of(tree: Any) -> Leaves:
     return Leaves(leaves, [names[i] for i in at], rebuild, absent, treedef)
 
 
-# Names by structure: those of the trees that were looked at last.
+# The memory of `_names_and_holes`, by the structure of a tree.
 _NAMES: dict = {}
 
 
 def _names_and_holes(tree: Any) -> tuple[list[str], int]:
-    """Returns the names of all leaves, and how many entries are None."""
+    """Returns the names of all leaves, and the number of entries that are None."""
     entries = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
     return leaf_names(tree), sum(x is None for x in entries)
 
@@ -117,7 +123,7 @@ def _is_hole(node: Any) -> bool:
 
 
 def matching(updates: Any, params: Any) -> list[jax.Array]:
-    """Returns the leaves of ``params`` that stand where ``updates`` is measured."""
+    """Returns the leaves of ``params`` for the measured leaves of ``updates``."""
     pairs = []
 
     def visit(update, param):

@@ -1,4 +1,4 @@
-"""The interface of a rule, and the check of what one returns."""
+"""The interface of a rule, and checks of what a rule returns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Context", "Limit", "Rule", "apply_rule", "keep_where"]
 
 
 class Limit(NamedTuple):
-    """What a rule allows each group; arrays that broadcast against the norms.
+    """The limits of each group, as arrays that broadcast against the norms.
 
     Attributes:
-        threshold: A group is clipped where its norm is above this.
-        target: The norm that such a group is brought to; most rules give the threshold.
-        low: Element scope only: the smallest value allowed, where it is not
-            ``-target``.
+        threshold: A group is clipped if its norm is above this.
+        target: The norm that a clipped group is scaled to; in most rules it is the
+            threshold.
+        low: Element scope only: the smallest value allowed, if it is not ``-target``.
     """
 
     threshold: jax.Array
@@ -27,18 +27,18 @@ class Limit(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a rule may look at beside the norms.
+    """What a rule may use in addition to the norms.
 
     Attributes:
-        step: int32 scalar. How many updates came before this one.
-        tree_norm: The norm of the whole tree; 0 where it is not finite.
+        step: int32 scalar. The number of updates before this one.
+        tree_norm: The norm of the whole tree, where non-finite norms count as 0.
         params_norm: Function without arguments that returns the norms of the
-            parameters, one for each group; raises ValueError where ``params`` were not
-            given to ``update``.
-        across: Function of an array that returns, entry by entry, its largest value
-            over all devices that hold a part of the norms. The norms of groups are
-            whole on each device: only a rule that looks at several entries of the
-            element scope at once needs it.
+            parameters, one per group. Raises ValueError if ``params`` were not given to
+            ``update``.
+        across: Function that returns the elementwise maximum of an array over all
+            devices that the norms are sharded over. Only a rule for the element scope
+            that combines several entries needs it: in all other scopes, the norms that
+            a rule gets are complete on every device.
     """
 
     step: jax.Array
@@ -50,25 +50,26 @@ class Context(NamedTuple):
 class Rule(NamedTuple):
     """A way to find thresholds: a pair of pure functions on one array of norms.
 
-    The engine calls ``update`` once for each array of norms: a scalar in tree scope, a
-    vector in leaf and label scope, one array for each kind (shape) of leaf in layer and
-    unit scope, one a leaf in element scope. A group that is not finite is handed over
-    as 0, and its state is kept as it was.
+    ``update`` is called once per array of norms. This array is a scalar in tree scope
+    and a vector in leaf and label scope. In layer and unit scope there is one array per
+    shape of leaves, and in element scope one per leaf. A non-finite norm is passed as
+    0, and the state of its group does not change.
 
     Attributes:
         init: Function of the norms (zeros, of the right shape and dtype) that returns
-            the state: a tree of arrays, each of which begins with the norms' shape.
+            the state: a pytree of arrays whose shapes begin with the shape of the
+            norms.
         update: Function of (norm, state, context) that returns (`Limit`, new state).
-        name: How messages call it.
-        signed: Whether it fits numbers that may be negative, such as losses:
-            `skip_steps` asks no other rule about these.
-        elements_only: Whether it makes sense in the element scope alone.
-        needs_norms: Whether ``update`` looks at the norms or the context's tree norm,
-            and not at shapes, dtypes and the step alone. In element scope, a clip that
-            records nothing measures nothing for a rule that does not.
-        for_groups: For a rule that differs by group, as `by_name` does: function of the
-            names of the groups, a label or a path for each row of the norms, that
-            returns the rule for these rows. None for all others.
+        name: The name of the rule in error messages.
+        signed: Whether the rule also works for numbers that may be negative, such as
+            losses. `skip_steps` accepts no other rule for losses.
+        elements_only: Whether the rule works in element scope only.
+        needs_norms: Whether ``update`` uses the norms or ``context.tree_norm``, and not
+            only shapes, dtypes and the step. If it does not, a clip in element scope
+            that records nothing skips measuring.
+        for_groups: Only for a rule that differs by group, such as `by_name`: function
+            of the names of the groups (the label or path for each row of the norms)
+            that returns the rule for these rows. None for all other rules.
     """
 
     init: Callable[[jax.Array], Any]
@@ -81,18 +82,21 @@ class Rule(NamedTuple):
 
 
 def keep_where(
-    kept: jax.Array, old: Any, new: Any, across: Callable[..., Any] = lambda x: x
+    kept: jax.Array,
+    old: Any,
+    new: Any,
+    max_over_devices: Callable[..., Any] = lambda x: x,
 ) -> Any:
-    """Returns a rule's new state, but the old one of the groups that are ``kept``.
+    """Returns a rule's new state, with the old state of the groups that are ``kept``.
 
-    What a state has for all groups at once is kept if all of them are, on all devices
-    (``across`` as in `Context`).
+    An array that all groups share is kept if all groups are, on all devices.
+    ``max_over_devices`` is the `Context`'s ``across``.
     """
 
     def choose(before, after):
         mask = kept
         if before.ndim < kept.ndim:
-            mask = across(jnp.any(~kept).astype(jnp.int32)) == 0
+            mask = max_over_devices(jnp.any(~kept).astype(jnp.int32)) == 0
         elif before.ndim > kept.ndim:
             mask = kept.reshape(kept.shape + (1,) * (before.ndim - kept.ndim))
         return jnp.where(mask, before, jnp.asarray(after).astype(before.dtype))
@@ -104,7 +108,7 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
 
-def _is_whole(x: Any) -> bool:
+def _is_integer(x: Any) -> bool:
     return not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
@@ -117,11 +121,12 @@ def apply_rule(
     signed: bool = False,
     elements: bool = False,
 ) -> tuple[Limit, Any]:
-    """Returns (limit, state) of a rule, once it is known to be what a rule returns.
+    """Calls ``rule.update``, checks its result, and returns (limit, state).
 
-    A threshold or target that is negative or NaN counts as 0: it never flips a sign.
-    Where numbers other than norms are judged, ``signed``, it may be negative. A limit
-    may have a lower bound only in the element scope, ``elements``.
+    A threshold or target that is negative or NaN counts as 0, so that clipping never
+    flips a sign. It may be negative only where the rule is applied to numbers other
+    than norms (``signed``). A limit may have a lower bound only in element scope
+    (``elements``).
     """
     result = rule.update(norm, state, context)
     pair = isinstance(result, tuple) and len(result) == 2
@@ -134,13 +139,14 @@ def apply_rule(
     if _shapes(after) != _shapes(state):
         raise ValueError(
             f"`update` of the rule `{rule.name}` must return a state of the structure "
-            f"and shapes that it was given: {_shapes(state)}, got {_shapes(after)}."
+            f"and shapes that it was given, {_shapes(state)}, got {_shapes(after)}."
         )
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
-    if any(_is_whole(old) and not _is_whole(new) for old, new in pairs):
+    if any(_is_integer(old) and not _is_integer(new) for old, new in pairs):
         raise ValueError(
             f"`update` of the rule `{rule.name}` returns real numbers where its state "
-            "holds whole ones, which would be cut off. Let `init` give a float32 array."
+            "holds integers, so they would be truncated. Return a float32 array from "
+            "`init`."
         )
     for value in limit[:2]:
         fits = jnp.ndim(value) <= norm.ndim and all(
@@ -154,9 +160,9 @@ def apply_rule(
             )
     if limit.low is not None and not elements:
         raise ValueError(
-            f"The rule `{rule.name}` allows values between two bounds, which is about "
-            "entries and not about norms: give `scope=optclip.scopes.element()`, or "
-            "use `optclip.clip_by_value`."
+            f"The rule `{rule.name}` allows values between two bounds, which applies "
+            "to single entries and not to norms. Give "
+            "`scope=optclip.scopes.element()`, or use `optclip.clip_by_value`."
         )
     if limit.low is None and not signed:
         same = limit.target is limit.threshold

@@ -1,10 +1,10 @@
-"""The pipeline for scopes whose groups have many entries: measure, then rescale."""
+"""The pipeline for scopes whose groups have several entries: measure, then scale."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +16,35 @@ from optclip._engine.power_sums import Plan, spread, unpool, widen
 from optclip._engine.rule import Limit, apply_rule, keep_where
 from optclip._engine.update import (
     Call,
-    Figures,
     Outcome,
+    Statistics,
     check_order,
     context_of,
 )
 
 __all__ = ["cast_output", "factors_of", "scale_groups"]
 
-# A norm this many times its limit is scaled in two steps: the factor of one step would
-# be subnormal, and XLA flushes subnormal numbers to zero. Beyond FAR * 2**64 the first
-# step is 2**-126, the smallest normal float32, so that the second stays normal too.
+# A group whose norm exceeds its limit by more than this factor is scaled in two steps.
+# The factor of a single step could be subnormal, and XLA flushes subnormal numbers to
+# zero. Beyond FAR * 2**64, the first factor is 2**-126, the smallest normal float32, so
+# that the second one is normal too.
 FAR = 2.0**96
 SMALLEST = 2.0**-126
-# From this share of the largest number on, a scale counts as constant in derivatives.
+# Above this fraction of the largest number, the scale of a norm is treated as constant
+# in derivatives.
 EDGE = 2.0**-16
-# Scales this near to the smallest, relative to it, differ from it by rounding only.
+# Scales whose relative difference is at most this count as equal: it is much larger
+# than the rounding error of float32, which is 2**-24.
 TIE = 2.0**-16
 
 
 def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
     """Returns the scale of each group as two factors, whose product may be subnormal.
 
-    A norm larger than its dtype can hold reads as the largest number; ``reduced`` is
-    2**-64 times the norm and always right. An action does not depend on the unit, so it
-    is given a norm and its limit in a unit in which both are normal numbers.
+    A norm that overflows its dtype is replaced by the largest number; ``reduced``, the
+    norm times 2**-64, is always accurate. The result of an action does not depend on
+    the unit of the norm and its limit, so both are passed in a unit in which they are
+    normal numbers.
     """
     reduction = group_norms.REDUCTION
     bound = jnp.maximum(limit.threshold, limit.target)
@@ -48,37 +52,40 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
     very_far = far & (reduced > FAR * bound)
     overflowed = norm >= jnp.finfo(norm.dtype).max
     unit = jnp.where(overflowed & ~far, reduction, 1.0)
-    # The limit up, and not the norm down, where an action adds an epsilon to the norm.
+    # Scales the limit up, and not the norm down: some actions add an ``eps`` to the
+    # norm.
     unit = jnp.where(very_far, reduction / SMALLEST, unit).astype(norm.dtype)
-    length = jnp.where(far | overflowed, reduced, norm)
-    near = Limit(limit.threshold * unit, limit.target * unit)
-    scale = jnp.asarray(action(length, near)).astype(norm.dtype)
-    # The derivative by the scale is the group itself, whose sum would overflow here.
+    passed_norm = jnp.where(far | overflowed, reduced, norm)
+    passed_limit = Limit(limit.threshold * unit, limit.target * unit)
+    scale = jnp.asarray(action(passed_norm, passed_limit)).astype(norm.dtype)
+    # The derivative with respect to the scale is a sum over the group, which would
+    # overflow for entries this large.
     edge = norm > jnp.finfo(norm.dtype).max * EDGE
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
-    # Without a threshold, as in the first steps of most rules, no action does anything.
+    # Where there is no threshold, as in the warm-up of most rules, groups are not
+    # changed, whatever the action.
     scale = jnp.where(limit.threshold == jnp.inf, 1.0, scale).astype(norm.dtype)
     first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)
 
 
-def _length_after(norm, reduced, scale, first):
-    """Returns the norm of each group once it is scaled, or the largest number.
+def _norm_after(norm, reduced, scale, first):
+    """Returns the norm of each group after scaling, at most the largest number.
 
-    It follows from what was measured: the updates need not be measured once more.
+    It follows from the norm before scaling, without another pass over the updates.
     """
     largest = jnp.finfo(norm.dtype).max
-    long = jnp.minimum(reduced * scale / group_norms.REDUCTION, largest)
-    plain = jnp.where(norm >= largest, long, norm * scale)
-    # The second factor first: `first` and `scale` together may be subnormal.
+    from_reduced = jnp.minimum(reduced * scale / group_norms.REDUCTION, largest)
+    plain = jnp.where(norm >= largest, from_reduced, norm * scale)
+    # Multiplied in this order, since ``first * scale`` may be subnormal.
     return jnp.where(
         first == 1, plain, reduced * (first / group_norms.REDUCTION) * scale
     )
 
 
 def _for_leaves(parts: Sequence[tuple], call: Call) -> list[tuple[jax.Array, ...]]:
-    """Returns what belongs to each leaf, in shapes that broadcast against it."""
+    """Returns the parts of each leaf, in shapes that broadcast against it."""
     layout = call.cut.layout
     if layout.scalar:
         return [tuple(part[0] for part in parts)] * len(layout.axes)
@@ -86,37 +93,56 @@ def _for_leaves(parts: Sequence[tuple], call: Call) -> list[tuple[jax.Array, ...
     if layout.groups is not None:
         return each
     pairs = zip(each, layout.axes, strict=True)
-    return [tuple(spread(v, axes) for v in own) for own, axes in pairs]
+    return [tuple(spread(v, axes) for v in values) for values, axes in pairs]
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def _scaled(x, scale, first, dead=None, *, policy):
-    """Returns one leaf times its factors, in float32 or wider, not yet rounded."""
+def _scaled(x, scale, first, zeroed=None, *, policy):
+    """Returns one leaf times its factors, in float32 or wider and not yet rounded."""
     y = widen(x)
     real = jnp.finfo(y.dtype).dtype
     if policy == "drop":
         y = jnp.where(jnp.isfinite(y), y, jnp.zeros_like(y))
-    scale = jnp.minimum(scale, jnp.finfo(real).max)  # it may be of a wider dtype
-    # Chosen where it is 1, not multiplied: that would flush subnormal numbers.
+    scale = jnp.minimum(scale, jnp.finfo(real).max)  # the scale's dtype may be wider
+    # Where the scale is 1, the leaf is selected and not multiplied, since a product
+    # would flush subnormal numbers.
     product = (y * first.astype(real)) * scale.astype(real)
     y = jnp.where(scale == 1, y, product)
-    return y if dead is None else jnp.where(dead, jnp.zeros_like(y), y)
+    return y if zeroed is None else jnp.where(zeroed, jnp.zeros_like(y), y)
 
 
 def cast_output(y: jax.Array, like: jax.Array, update_dtype: Any) -> jax.Array:
-    """Rounds once, to the dtype of ``like`` or to an ``update_dtype`` wider than it."""
+    """Casts ``y`` to the dtype of ``like``, or to ``update_dtype`` if it is wider."""
     dtype = like.dtype
     if update_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
         if jnp.finfo(dtype).bits < jnp.finfo(update_dtype).bits:
             dtype = jnp.dtype(update_dtype)
     y = y.astype(dtype)
     if getattr(like, "weak_type", False) and dtype == like.dtype:
-        y = like.at[...].set(y)  # which keeps the weak type of ``like``
+        y = like.at[...].set(y)  # keeps the weak type of ``like``
     return y
 
 
+class _Scaling(NamedTuple):
+    """How the groups of one array of norms are scaled.
+
+    Attributes:
+        limit: Their thresholds and targets.
+        scale: The second factor; 1 where the norm is non-finite.
+        first: The first factor, as in `factors_of`.
+        zeroed: Whether each group is set to zero; None if ``nonfinite`` never does so.
+        norm_after: Their norms after scaling.
+    """
+
+    limit: Limit
+    scale: jax.Array
+    first: jax.Array
+    zeroed: jax.Array | None
+    norm_after: jax.Array
+
+
 def scale_groups(call: Call, rule_state: tuple) -> Outcome:
-    """Runs the rule on each array of norms, and scales each leaf by what comes out."""
+    """Runs the rule on each array of norms and scales each leaf."""
     options, cut, leaves = call.options, call.cut, call.found.leaves
     shapes = call.cut.shapes
     norms = [n.reshape(s) for n, s in zip(call.measured.norm, shapes, strict=True)]
@@ -126,7 +152,7 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
     tree_norm = group_norms.total(safe, cut)
     skipped = call.bad & (options.nonfinite == "skip")
 
-    new_state, scales, firsts, deads, afters, limits = [], [], [], [], [], []
+    new_state, results = [], []
     for k, (norm, bad) in enumerate(zip(safe, bads, strict=True)):
         context = context_of(call, k, tree_norm)
         limit, after = apply_rule(call.rules[k], norm, rule_state[k], context)
@@ -139,21 +165,22 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
             )
         )
         scale, first = factors_of(options.action, norm, reduced[k], limit)
-        dead = {"zero": bad, "skip": jnp.broadcast_to(skipped, bad.shape)}.get(
+        zeroed = {"zero": bad, "skip": jnp.broadcast_to(skipped, bad.shape)}.get(
             options.nonfinite
         )
-        scales.append(jnp.where(bad, 1.0, scale))
-        firsts.append(jnp.where(bad, 1.0, first))
-        deads.append(dead)
-        limits.append(limit)
-        length = _length_after(norm, reduced[k], scales[-1], first)
-        length = jnp.where(bad, norms[k], length)
-        afters.append(length if dead is None else jnp.where(dead, 0.0, length))
+        scale = jnp.where(bad, 1.0, scale)
+        norm_after = _norm_after(norm, reduced[k], scale, first)
+        norm_after = jnp.where(bad, norms[k], norm_after)
+        if zeroed is not None:
+            norm_after = jnp.where(zeroed, 0.0, norm_after)
+        first = jnp.where(bad, 1.0, first)
+        results.append(_Scaling(limit, scale, first, zeroed, norm_after))
 
-    parts = [tuple(p) for p in (scales, firsts, deads) if p[0] is not None]
-    # Without the barrier XLA shares one widened copy of the leaves between measuring
-    # and scaling, and writes it out. With it, XLA fuses the scaling into the optimizer
-    # update.
+    columns = zip(*((r.scale, r.first, r.zeroed) for r in results), strict=True)
+    parts = [column for column in columns if column[0] is not None]
+    # Without the barrier, XLA shares one widened copy of the leaves between measuring
+    # and scaling, and writes it to memory. With it, XLA fuses the scaling into the
+    # optimizer update.
     leaves, parts = sharding.kept_apart((list(leaves), parts))
     factors = _for_leaves(parts, call)
     new = [
@@ -164,50 +191,52 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
         )
         for i, (x, factor) in enumerate(zip(leaves, factors, strict=True))
     ]
-    total = [s * f for s, f in zip(scales, firsts, strict=True)]
-    figures = None
+    limits = [r.limit for r in results]
+    total = [r.scale * r.first for r in results]
+    statistics = None
     if options.record:
-        figures = Figures(
+        statistics = Statistics(
             before=group_norms.total(norms, cut),
-            after=group_norms.total(afters, cut),
+            after=group_norms.total([r.norm_after for r in results], cut),
             **_summary(safe, limits, total, cut.plan, options.action),
         )
     return Outcome(
         leaves=new,
         rule_state=tuple(new_state),
-        figures=figures,
-        stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
+        statistics=statistics,
+        group_stats=(tuple(norms), tuple(li.threshold for li in limits), tuple(total)),
     )
 
 
 def _summary(norms: list, limits: list, scales: list, plan: Plan, action: Any) -> dict:
-    """Returns the figures of the group that was shortened most, and how many were."""
-    across = plan.per_array
-    every = list(zip(norms, limits, scales, across, strict=True))
+    """Returns the smallest scale, its threshold, and the fraction of clipped groups."""
+    sharded_over = plan.per_array
+    every = list(zip(norms, limits, scales, sharded_over, strict=True))
 
     def least(x, names):
         low = jnp.min(x, initial=jnp.inf)
         return lax.pmin(low, names) if names else low
 
-    chosen = jnp.min(jnp.stack([least(s, a) for _, _, s, a in every]))
-    # Of groups that are scaled alike, as in a warm-up, the smallest threshold: which of
-    # them rounding puts first would differ from machine to machine.
-    last = chosen + TIE * chosen
+    smallest = jnp.min(jnp.stack([least(s, a) for _, _, s, a in every]))
+    # Several groups may have the smallest scale, as in a warm-up. Rounding decides
+    # which of them is the smallest, and differs between machines. So the smallest of
+    # their thresholds is taken.
+    last = smallest + TIE * smallest
     thresholds = [
         least(jnp.where(s <= last, li.threshold, jnp.inf), a) for _, li, s, a in every
     ]
-    # Hard clipping with an `eps` scales down norms just below the threshold as well.
+    # `rescale` with an ``eps`` also clips norms just below the threshold.
     padded = getattr(action, "func", None) is actions.rescale
     over, count = 0.0, 0
     for norm, limit, scale, names in every:
         clipped = norm > limit.threshold
         if padded:
             clipped |= scale < 1
-        mine = jnp.sum(clipped).astype(jnp.float32)
-        over = over + (lax.psum(mine, names) if names else mine)
+        number = jnp.sum(clipped).astype(jnp.float32)
+        over = over + (lax.psum(number, names) if names else number)
         count += norm.size * group_norms.devices_along(names)
     return {
         "threshold": jnp.min(jnp.stack(thresholds)),
-        "scale": chosen,
+        "scale": smallest,
         "clipped": over / max(count, 1),
     }

@@ -1,4 +1,4 @@
-"""Mesh axes that leaves are sharded over, collectives along them, and sharding."""
+"""Mesh axes that leaves are sharded over, collectives over them, and placement."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = [
     "kept_apart",
     "leaf_axes",
     "leaf_specs",
-    "lying_like",
     "most",
     "on_all",
     "placement",
+    "sharded_like",
     "spread_over",
     "varying",
     "zeros_of",
@@ -29,20 +29,20 @@ __all__ = [
 
 
 def zeros_of(tree: Any) -> Any:
-    """Returns zeros, float32 or complex64, for measured leaves, and None for others."""
+    """Returns float32 or complex64 zeros for measured leaves, and None for others."""
 
     def zeros(x):
         if not is_measured(x):
             return None
         complex_ = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
         zero = jnp.zeros(jnp.shape(x), jnp.complex64 if complex_ else jnp.float32)
-        return lying_like(zero, x)
+        return sharded_like(zero, x)
 
     return jax.tree.map(zeros, trained(tree))
 
 
 def varying(x: jax.Array) -> tuple[str, ...]:
-    """Returns the manual mesh axes that ``x`` varies over, as its type says."""
+    """Returns the manual mesh axes that ``x`` varies over, according to its type."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
     names = getattr(manual, "varying", None) if manual is not None else None
@@ -52,7 +52,7 @@ def varying(x: jax.Array) -> tuple[str, ...]:
 
 
 def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
-    """Returns ``tree`` as something that varies over these mesh axes."""
+    """Returns ``tree`` with arrays whose types vary over these mesh axes."""
 
     def spread(x):
         missing = tuple(n for n in names if n not in varying(x))
@@ -66,7 +66,7 @@ def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def placement(x: Any) -> tuple:
-    """Returns how the type of ``x`` says it is sharded: () but in explicit mode."""
+    """Returns the sharding in the type of ``x``; () unless an axis is explicit."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return ()
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
@@ -74,8 +74,8 @@ def placement(x: Any) -> tuple:
     return names if any(n is not None for n in names) else ()
 
 
-def lying_like(tree: Any, x: Any) -> Any:
-    """Returns ``tree``; what is as large as ``x`` in it is sharded like it."""
+def sharded_like(tree: Any, x: Any) -> Any:
+    """Returns ``tree`` with all arrays of the shape of ``x`` sharded like ``x``."""
     if not placement(x):
         return tree
     return jax.tree.map(
@@ -91,11 +91,11 @@ def _flat(entries: Any) -> tuple[str, ...]:
 
 
 def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """Returns the mesh axes to sum a leaf over, and those that its groups lie along."""
+    """Returns the mesh axes to sum a leaf over, and those that shard its groups."""
     if not _is_names(spec):
         raise ValueError(
             '`axis_name` must be the name of a mesh axis or several, "auto", or a tree '
-            f"of names or PartitionSpecs, got {spec!r}."
+            f"of names or PartitionSpecs with one per leaf, got {spec!r}."
         )
     if not _is_spec(spec):
         return _flat([spec] if isinstance(spec, str) else spec or ()), ()
@@ -117,27 +117,28 @@ def _is_names(node: Any) -> bool:
     )
 
 
-def _mapped() -> tuple[set[str], set[str]]:
-    """Returns the mesh axes that types tell of here, and those that none tells of.
+def _manual_axes() -> tuple[set[str], set[str]]:
+    """Returns the manual mesh axes that types show here, and those that they don't.
 
-    No type does in `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``.
+    Types show no mesh axes in `jax.pmap`, and in `jax.shard_map` with
+    ``check_vma=False``.
     """
-    here = set(jax.sharding.get_abstract_mesh().manual_axes)
-    told = {n for n in here if n in varying(lax.axis_index(n))}
-    return told, here - told
+    bound = set(jax.sharding.get_abstract_mesh().manual_axes)
+    in_types = {n for n in bound if n in varying(lax.axis_index(n))}
+    return in_types, bound - in_types
 
 
 def check_bound(names: Iterable[str]) -> None:
-    """Raises unless these are mesh axes that this code is mapped over."""
+    """Raises unless these are bound mesh axes."""
     for name in names:
         try:
             lax.axis_index(name)
         except (NameError, KeyError) as error:
-            here = sorted(jax.sharding.get_abstract_mesh().manual_axes)
+            bound = sorted(jax.sharding.get_abstract_mesh().manual_axes)
             raise ValueError(
-                f"`axis_name` names {name!r}, which is no mesh axis here, but "
-                f"{here or 'nothing'} is. It is for use inside `jax.shard_map` or "
-                "`jax.pmap`; under `jax.jit` leave it out."
+                f"`axis_name` names {name!r}, which is not a bound mesh axis: "
+                f"{bound or 'none'} can be named here. Use `axis_name` inside "
+                "`jax.shard_map` or `jax.pmap`; under `jax.jit` leave it out."
             ) from error
 
 
@@ -153,14 +154,14 @@ def _for_each_leaf(axis_name: Any, tree: Any, count: int) -> list[Any]:
         jax.tree.map(visit, axis_name, trained(tree), is_leaf=_is_names)
     except ValueError as error:
         raise ValueError(
-            "`axis_name` must be laid out as the updates, or as the first levels "
-            f"of them. JAX says: {error}"
+            "`axis_name` must be a tree with the structure of the updates, or a prefix "
+            f"of it. JAX says: {error}"
         ) from error
     return wanted
 
 
 def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
-    """Returns the PartitionSpec of each leaf; () where only names are given."""
+    """Returns the PartitionSpec of each leaf; () if only names are given."""
     each = _for_each_leaf(axis_name, tree, len(found.leaves))
     return tuple(tuple(spec) if _is_spec(spec) else () for spec in each)
 
@@ -168,34 +169,37 @@ def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
 def axis_names(
     axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Returns the mesh axes of each leaf: those to sum over, those groups lie along."""
+    """Returns, per leaf, the mesh axes to sum over, and those that shard its groups.
+
+    If leaves are split into slices (``local``), the groups of a leaf can be sharded.
+    """
     count = len(found.leaves)
     if axis_name is None:
         return ((),) * count, ((),) * count
     if isinstance(axis_name, str) and axis_name == "auto":
-        untold = sorted(_mapped()[1])
-        if untold:
+        not_in_types = sorted(_manual_axes()[1])
+        if not_in_types:
             raise ValueError(
-                '`axis_name="auto"` asks the types of leaves along which mesh axes '
-                f"they are cut, and in `jax.pmap` or with `check_vma=False` they don't "
-                f"tell about {untold}. Name the axes or give PartitionSpecs; "
-                "leave it out for gradients that are averaged already."
+                '`axis_name="auto"` reads the mesh axes that leaves are sharded over '
+                "from their types, but in `jax.pmap` or with `check_vma=False` types "
+                f"don't show {not_in_types}. Name the axes or give PartitionSpecs; "
+                "leave `axis_name` out for gradients that are averaged already."
             )
         names = tuple(varying(x) for x in found.leaves)
         if local and any(names):
             raise ValueError(
-                '`axis_name="auto"` can\'t tell along which axes a leaf is sharded, '
-                "which layers and units need. Give the tree of PartitionSpecs of the "
-                "updates instead."
+                '`axis_name="auto"` can\'t find out which dimensions of a leaf are '
+                "sharded, which layer and unit scope need to know. Give the tree of "
+                "PartitionSpecs of the updates instead."
             )
         return names, ((),) * count
     wanted = _for_each_leaf(axis_name, tree, count)
     pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
     sums, groups = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-    if not local:  # a leaf that is whole by its type is counted once
-        told = _mapped()[0]
+    if not local:  # a leaf whose type says that it is replicated is counted once
+        in_types = _manual_axes()[0]
         sums = tuple(
-            tuple(n for n in names if n not in told or n in varying(x))
+            tuple(n for n in names if n not in in_types or n in varying(x))
             for names, x in zip(sums, found.leaves, strict=True)
         )
     return sums, groups
@@ -208,7 +212,7 @@ def leaf_axes(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple[str, ...]
 
 
 def most(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Returns the largest value over the devices along these mesh axes."""
+    """Returns the elementwise maximum over the devices along these mesh axes."""
     return lax.pmax(x, names) if names else x
 
 
@@ -224,18 +228,19 @@ def _barrier(arrays: list[jax.Array]) -> list[jax.Array]:
 
 @_barrier.defjvp
 def _barrier_jvp(primals: tuple, tangents: tuple) -> tuple:
-    # JAX 0.12 can't transpose a barrier of which some tangents are constant.
+    # The tangents skip the barrier: JAX 0.12 can't transpose a barrier if some of its
+    # tangents are constant.
     return _barrier(*primals), tangents[0]
 
 
 def kept_apart(tree: Any) -> Any:
-    """Returns ``tree`` behind a barrier, across which XLA shares no work."""
+    """Returns ``tree`` behind a barrier, across which XLA neither fuses nor shares."""
     flat, treedef = jax.tree.flatten(tree)
-    # Before JAX 0.12 what comes out of one barrier varies over all the mesh axes that
-    # any part of it varied over.
+    # Arrays that vary over different mesh axes get different barriers: before JAX 0.12,
+    # every output of a barrier varies over the mesh axes of all its inputs.
     along = list(map(varying, flat))
     for names in sorted(set(along)):
-        at = [i for i, own in enumerate(along) if own == names]
+        at = [i for i, axes in enumerate(along) if axes == names]
         behind = _barrier([flat[i] for i in at])
         for i, x in zip(at, behind, strict=True):
             flat[i] = x
@@ -243,15 +248,15 @@ def kept_apart(tree: Any) -> Any:
 
 
 def in_one_array(values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns the scalars ``values``, out of one array behind a barrier.
+    """Returns the scalars ``values``, read from one array behind a barrier.
 
-    Of what follows from them XLA makes one kernel on a GPU, where it would make one for
-    each. Those of another dtype, or that vary over other mesh axes, have another array.
+    On a GPU, XLA then computes all that follows from them in one kernel, and not in one
+    kernel per scalar. There is one array per dtype and set of mesh axes.
     """
     values = list(values)
     kinds = [(str(v.dtype), varying(v)) for v in values]
     for kind in sorted(set(kinds)):
-        at = [i for i, own in enumerate(kinds) if own == kind]
+        at = [i for i, other in enumerate(kinds) if other == kind]
         behind = lax.optimization_barrier(jnp.stack([values[i] for i in at]))
         for i, value in zip(at, behind, strict=True):
             values[i] = value

@@ -1,4 +1,4 @@
-"""The state of a clip: what it did at the last step, and how often it did it."""
+"""The state of a clip: statistics of the last update, and counts of all updates."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ __all__ = [
 
 
 class NonfiniteStats(NamedTuple):
-    """What non-finite entries a transformation met.
+    """The non-finite entries that a transformation has encountered.
 
     Attributes:
-        nonfinite_steps: int32 scalar. Updates that held a NaN or inf; 0 at first.
-        last_nonfinite_step: int32 scalar. The number of the last such update, where the
-            first update is number 0; -1 if there was none.
-        nonfinite_kinds: int32[leaves, 3]. 1 where a leaf held NaN, +inf, -inf at that
-            update, else 0; 0 at first.
+        nonfinite_steps: int32 scalar. The number of updates with a NaN or inf; 0 at
+            first.
+        last_nonfinite_step: int32 scalar. The number of the last such update, counted
+            from 0; -1 if there was none.
+        nonfinite_kinds: int32[leaves, 3]. Whether (1 or 0) each leaf held NaN, +inf,
+            -inf at that update; 0 at first.
         leaf_code: int32[leaves]. A code of each leaf's path, by which
             `nonfinite_leaves` and `leaf_metrics` find its name.
     """
@@ -51,18 +52,19 @@ class NonfiniteStats(NamedTuple):
 
 
 class GroupStats(NamedTuple):
-    """What happened to each group at the last update.
+    """Statistics of each group at the last update.
 
-    Each field is one float32 vector where whole leaves are grouped. Where leaves are
-    split into layers it is a tuple of arrays, one per kind (shape) of leaf, with a row
-    per leaf of that kind.
+    If groups consist of whole leaves, the first three fields are float32 vectors with
+    one entry per group. If leaves are split into layers, these fields are tuples of
+    float32 arrays, one per shape of leaves, with one row per leaf of that shape.
 
     Attributes:
-        group_norm: The norms before the clip; 0 at first.
-        group_threshold: The thresholds; 0 at first, and the largest float32 where there
-            is none.
-        group_scale: The factors; 1 at first.
-        group_of_leaf: int32[leaves]. Which group (or which kind) a leaf belongs to.
+        group_norm: The norms before clipping; 0 at first.
+        group_threshold: The thresholds; 0 at first. The largest float32 stands for no
+            threshold.
+        group_scale: The factors that groups were multiplied by; 1 at first.
+        group_of_leaf: int32[leaves]. The number of the group, or of the array, that
+            each leaf belongs to.
     """
 
     group_norm: Any
@@ -74,26 +76,28 @@ class GroupStats(NamedTuple):
 class ClipState(NamedTuple):
     """State of every transformation made by `optclip.clip_by_rule`.
 
-    All arrays have shapes and dtypes that never change. Read them with
+    The shapes and dtypes of all arrays never change. Read the state with
     `optclip.metrics`, `optclip.leaf_metrics` and `optclip.nonfinite_leaves`.
 
     Attributes:
-        rule_state: What the rule remembers, a tuple with one entry for each array of
-            norms; it never holds a NaN or inf of the gradients.
-        norm_before: float32 scalar. Norm of the whole tree before the clip, non-finite
-            if the updates are; 0 at first. In element scope, the largest magnitude.
-        norm_after: float32 scalar. The same after the clip.
-        threshold: float32 scalar. Threshold of the group with the smallest scale, of
-            several scaled alike the smallest; the largest float32 where there is none,
-            as in a warm-up; 0 at first.
+        rule_state: The state of the rule, a tuple with one entry per array of norms.
+            NaN and inf in the gradients never enter it.
+        norm_before: float32 scalar. The norm of the whole tree before clipping; 0 at
+            first, and non-finite if the updates are. In element scope, the largest
+            magnitude.
+        norm_after: float32 scalar. The same norm after clipping.
+        threshold: float32 scalar. The threshold of the group with the smallest scale;
+            the smallest threshold if several groups have that scale. 0 at first. The
+            largest float32 stands for no threshold, as in a warm-up.
         scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
             first.
-        clipped: float32 scalar. Share of the groups whose norm was above the threshold,
-            or that an ``eps`` scaled down just below it; between 0 and 1. In element
-            scope, of the leaves with such an entry.
-        steps: int32 scalar. Updates so far. All counters stop at 2**31 - 1.
-        clipped_steps: int32 scalar. Updates in which a group was above its threshold;
-            stops when ``steps`` does.
+        clipped: float32 scalar. The fraction of groups whose norm was above the
+            threshold, or just below it and scaled down because of an ``eps``. In
+            element scope, the fraction of leaves with such an entry.
+        steps: int32 scalar. The number of updates so far. All counters stop at
+            2**31 - 1.
+        clipped_steps: int32 scalar. The number of updates in which a group was above
+            its threshold; stops when ``steps`` does.
         nonfinite: A `NonfiniteStats`: the non-finite entries.
         groups: A `GroupStats` in leaf, label and layer scope, else None.
     """
@@ -111,11 +115,11 @@ class ClipState(NamedTuple):
 
 
 class UnrecordedState(NamedTuple):
-    """State of a clip that keeps no figures: ``record=False``.
+    """State of a clip that keeps no statistics: ``record=False``.
 
     Attributes:
         rule_state: As in `ClipState`.
-        steps: int32 scalar. Updates so far; stops at 2**31 - 1.
+        steps: int32 scalar. The number of updates so far; stops at 2**31 - 1.
     """
 
     rule_state: tuple
@@ -123,36 +127,36 @@ class UnrecordedState(NamedTuple):
 
 
 def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns a new scalar array: no two fields of a state may share a buffer."""
+    """Returns a new scalar array: fields of a donated state can't share a buffer."""
     return jnp.array(value, dtype)
 
 
 def tree_copy(tree: Any) -> Any:
-    """Returns a tree of new arrays: no two fields of a state may share a buffer."""
+    """Returns a tree of new arrays: fields of a donated state can't share a buffer."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def tree_where(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
-    """Returns one of two trees, entry by entry: nothing is multiplied by zero."""
+    """Returns ``if_set`` where ``flag`` is set, else ``otherwise``, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_set, otherwise)
 
 
 def to_finite_f32(tree: Any) -> Any:
-    """Returns statistics as new float32 arrays, in which finite ones stay finite."""
+    """Returns statistics as new float32 arrays, where finite values stay finite."""
     largest = float(jnp.finfo(jnp.float32).max)
 
-    def figure(x):
+    def convert(x):
         bounded = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
         return jnp.array(bounded, jnp.float32, copy=True)
 
-    return jax.tree.map(figure, tree)
+    return jax.tree.map(convert, tree)
 
 
 def finite_threshold(tree: Any) -> Any:
-    """Returns thresholds as new float32 arrays; an infinite one is the largest float32.
+    """Returns thresholds as new float32 arrays, with inf as the largest float32.
 
-    So a threshold that does not exist yet is a number in JSON, and no inf in a state
-    means that something overflowed.
+    Before there is a threshold, rules return inf. JSON has no inf, and an inf in a
+    state should always mean that the updates were non-finite.
     """
     largest = float(jnp.finfo(jnp.float32).max)
     return jax.tree.map(
@@ -162,7 +166,7 @@ def finite_threshold(tree: Any) -> Any:
 
 
 def init_nonfinite(paths: Sequence[str]) -> NonfiniteStats:
-    """Returns the `NonfiniteStats` of a transformation that has met nothing yet."""
+    """Returns the `NonfiniteStats` of a transformation before its first update."""
     return NonfiniteStats(
         nonfinite_steps=scalar(0, jnp.int32),
         last_nonfinite_step=scalar(-1, jnp.int32),
@@ -172,7 +176,7 @@ def init_nonfinite(paths: Sequence[str]) -> NonfiniteStats:
 
 
 def init_clip_state(paths: Sequence[str]) -> ClipState:
-    """Returns the `ClipState` of a transformation without a rule and groups."""
+    """Returns the `ClipState` of a transformation without a rule or groups."""
     return ClipState(
         (),
         scalar(0.0),
@@ -187,27 +191,27 @@ def init_clip_state(paths: Sequence[str]) -> ClipState:
     )
 
 
-def row_numbers(seen: NonfiniteStats, paths: Sequence[str]) -> jax.Array:
-    """Returns which row of a state each leaf has; past the end if `init` had it not.
+def row_numbers(stats: NonfiniteStats, paths: Sequence[str]) -> jax.Array:
+    """Returns the row of each leaf in the state, or the number of rows if it has none.
 
-    For updates in which some leaves are None that `init` saw: the others are found by
-    the codes of their paths.
+    Leaves that `init` saw may be None in the updates, so the rows of the others are
+    found by the codes of their paths.
     """
-    codes = jnp.asarray(seen.leaf_code)
-    mine = jnp.asarray(path_codes(list(paths)))
+    codes = jnp.asarray(stats.leaf_code)
+    wanted = jnp.asarray(path_codes(list(paths)))
     order = jnp.argsort(codes)
-    place = jnp.searchsorted(codes, mine, sorter=order)
+    place = jnp.searchsorted(codes, wanted, sorter=order)
     row = order[jnp.minimum(place, codes.size - 1)].astype(jnp.int32)
-    return jnp.where(codes[row] == mine, row, codes.size)
+    return jnp.where(codes[row] == wanted, row, codes.size)
 
 
 def per_leaf(
-    values: jax.Array, like: jax.Array, seen: NonfiniteStats, paths: Sequence[str]
+    values: jax.Array, like: jax.Array, stats: NonfiniteStats, paths: Sequence[str]
 ) -> jax.Array:
-    """Returns a row per leaf of the updates as rows per leaf that `init` saw."""
+    """Converts rows for the leaves of the updates to rows for those that `init` saw."""
     if values.shape == like.shape:
         return values
-    rows = row_numbers(seen, paths)
+    rows = row_numbers(stats, paths)
     return jnp.zeros(like.shape, values.dtype).at[rows].set(values, mode="drop")
 
 
@@ -216,36 +220,36 @@ def count_event(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the counts of steps and of events after one more step.
 
-    At the end of int32 both stop, so that their quotient stays a share of the steps.
+    Both stop at the largest int32, so that their quotient remains a fraction.
     """
-    going = steps < LAST_COUNT
+    counting = steps < LAST_COUNT
     return (
         increment(steps),
-        jnp.where(happened & going, increment(events), events),
+        jnp.where(happened & counting, increment(events), events),
     )
 
 
 def record_nonfinite(
-    seen: NonfiniteStats,
+    stats: NonfiniteStats,
     kinds: jax.Array,
     bad: jax.Array,
     step: jax.Array,
     paths: Sequence[str],
 ) -> NonfiniteStats:
     """Returns the statistics after an update with these non-finite entries."""
-    kinds = per_leaf(kinds.astype(jnp.int32), seen.nonfinite_kinds, seen, paths)
+    kinds = per_leaf(kinds.astype(jnp.int32), stats.nonfinite_kinds, stats, paths)
     return NonfiniteStats(
         nonfinite_steps=jnp.where(
-            bad, increment(seen.nonfinite_steps), seen.nonfinite_steps
+            bad, increment(stats.nonfinite_steps), stats.nonfinite_steps
         ),
-        last_nonfinite_step=jnp.where(bad, step, seen.last_nonfinite_step),
-        nonfinite_kinds=jnp.where(bad, kinds, seen.nonfinite_kinds),
-        leaf_code=seen.leaf_code,
+        last_nonfinite_step=jnp.where(bad, step, stats.last_nonfinite_step),
+        nonfinite_kinds=jnp.where(bad, kinds, stats.nonfinite_kinds),
+        leaf_code=stats.leaf_code,
     )
 
 
-# What has a row per leaf that `init` saw. Updates may have fewer leaves, where nothing
-# else in the state depends on them.
+# The fields with one row per leaf that `init` saw. If only these depend on the number
+# of leaves, the updates may have fewer leaves.
 _ROWS = {"nonfinite/leaf_code", "nonfinite/nonfinite_kinds", "leaf_norm"}
 
 
@@ -260,56 +264,56 @@ def _without_empty_fields(state: Any) -> Any:
 
 
 def _has_more_rows(state: Any, wanted: Any, absent: int) -> bool:
-    """Returns whether a state fits, but that `init` saw leaves which are None now."""
-    got, right = _shapes(state), _shapes(wanted)
-    differ = {p for p in right if got.get(p) != right[p]}
+    """Returns whether a state fits, except for rows of leaves that are None now."""
+    got, expected = _shapes(state), _shapes(wanted)
+    differ = {p for p in expected if got.get(p) != expected[p]}
     return (
-        got.keys() == right.keys()
+        got.keys() == expected.keys()
         and (bool(differ) or absent > 0)
         and differ <= _ROWS
-        and all(got[p][1:] == right[p][1:] for p in differ)
-        and all(0 < got[p][0] - right[p][0] <= absent for p in differ)
+        and all(got[p][1:] == expected[p][1:] for p in differ)
+        and all(0 < got[p][0] - expected[p][0] <= absent for p in differ)
         and _without_empty_fields(state) == _without_empty_fields(wanted)
     )
 
 
 _LEFT_OUT = (
-    ". If gradients are None where parameters are not trained, leave these out in "
+    ". If the gradients of frozen parameters are None, leave these parameters out in "
     "`init` too, as in `tx.init(eqx.filter(model, eqx.is_inexact_array))`"
 )
 
 
 def _difference(state: Any, wanted: Any) -> str:
-    """Says where a state first differs from one of the right layout; "" if nowhere."""
-    got, right = _shapes(state), _shapes(wanted)
-    if got == right:
+    """Describes the first difference between a state and the wanted one; "" if none."""
+    got, expected = _shapes(state), _shapes(wanted)
+    if got == expected:
         alike = jax.tree.structure(state) == jax.tree.structure(wanted)
-        return "" if alike else "its arrays are nested in another way"
+        return "" if alike else "its arrays are nested differently"
     codes = "nonfinite/leaf_code"
-    if codes in got and got[codes] != right.get(codes, got[codes]):
-        more = got[codes] > right[codes]
+    if codes in got and got[codes] != expected.get(codes, got[codes]):
+        more = got[codes] > expected[codes]
         return (
-            f"`init` saw {got[codes][0]} leaves of real or complex numbers, and the "
-            f"updates have {right[codes][0]}{_LEFT_OUT if more else ''}"
+            f"`init` saw {got[codes][0]} leaves of real or complex numbers, but the "
+            f"updates have {expected[codes][0]}{_LEFT_OUT if more else ''}"
         )
-    path = next(p for p in right | got if got.get(p) != right.get(p))
+    path = next(p for p in expected | got if got.get(p) != expected.get(p))
     if path not in got:
         return f"it has no `{path}`"
-    if path not in right:
+    if path not in expected:
         field = path.split("/")[0]
-        more = any(p.startswith(f"{field}/") for p in right)
-        return f"it has `{path}`, which has no place in it{_LEFT_OUT if more else ''}"
+        more = any(p.startswith(f"{field}/") for p in expected)
+        return f"it has an unexpected `{path}`{_LEFT_OUT if more else ''}"
     local = ""
     if jax.sharding.get_abstract_mesh().manual_axes:
         local = (
-            ". Inside `jax.shard_map` it is the local shape that counts: give the "
-            "state the PartitionSpecs that `optclip.state_specs` returns"
+            ". Inside `jax.shard_map` this is the local shape: give the state the "
+            "PartitionSpecs that `optclip.state_specs` returns"
         )
-    return f"`{path}` has the shape {got[path]} and should have {right[path]}{local}"
+    return f"`{path}` must have shape {expected[path]}, got {got[path]}{local}"
 
 
 def kind_of(found: Any, state: Any) -> Any:
-    """Returns the types of updates and the layout of a state, or None without types."""
+    """Returns the types of updates and the layout of a state; None without types."""
     leaves, structure = jax.tree.flatten(state)
     shapes = tuple(getattr(x, "shape", None) for x in leaves)
     return found.kind and (found.kind, structure, shapes)
@@ -318,11 +322,11 @@ def kind_of(found: Any, state: Any) -> Any:
 def validate_state(
     state: Any, init: Callable[[], Any], foreign: Sequence[str] = (), absent: int = 0
 ) -> Any:
-    """Returns ``state``, once it is known to be laid out as what ``init`` returns.
+    """Returns ``state`` after checking that it is laid out like the result of ``init``.
 
-    Types, structure and shapes are compared, but for the fields ``foreign``: a compiled
-    step pays nothing, and batched, sharded and NumPy arrays pass. A state made for up
-    to ``absent`` more leaves passes where it has only rows of telemetry for them.
+    Compares types, structure and shapes, but not the fields ``foreign``. This costs a
+    compiled step nothing, and batched, sharded and NumPy arrays are accepted. So is a
+    state with rows of telemetry for up to ``absent`` more leaves.
     """
     wanted = jax.eval_shape(init)
     kind = type(wanted)
@@ -334,14 +338,13 @@ def validate_state(
             "change of optimizer."
         )
     blank = dict.fromkeys(foreign, ())
-    mine, wanted = state._replace(**blank), wanted._replace(**blank)
-    difference = _difference(mine, wanted)
-    if difference and not _has_more_rows(mine, wanted, absent):
+    compared, wanted = state._replace(**blank), wanted._replace(**blank)
+    difference = _difference(compared, wanted)
+    if difference and not _has_more_rows(compared, wanted, absent):
         raise ValueError(
             f"`state` is a `{kind.__name__}` that does not fit here: {difference}. "
-            "A state of other parameters, of other options or of another version does "
-            "not fit either. Call `init` again with the parameters; they and the "
-            'optimizer\'s own state can be kept: see "Checkpoints" in the '
-            "documentation."
+            "It may be of other parameters, of other options or of another version of "
+            "optclip. Call `init` again with the parameters. You can keep these and "
+            'the optimizer\'s own state: see "Checkpoints" in the documentation.'
         )
     return state

@@ -1,4 +1,4 @@
-"""Thresholds that the user gives: a number, an array, a schedule, or a map by name."""
+"""Thresholds given by the user: a number, an array, a schedule, or a map by name."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def limit_at(threshold: jax.typing.ArrayLike, norm: jax.Array) -> Limit:
 
 
 def constant(value: jax.typing.ArrayLike) -> Rule:
-    """Returns the rule whose threshold is ``value``, always.
+    """Returns the rule whose threshold is always ``value``.
 
     Args:
-        value: The threshold, in the units of the norm: a number of at least 0, or an
-            array that broadcasts against the norms (in leaf scope, one a leaf). 0 clips
-            everything to zero, inf nothing. An array is not checked; its entries that
-            are negative or NaN count as 0.
+        value: The threshold, in the units of the norm: a non-negative number, or an
+            array that broadcasts against the norms (in leaf scope, one per leaf). 0
+            clips everything to zero; inf clips nothing. The entries of a JAX array are
+            not checked: those that are negative or NaN count as 0.
 
     Returns:
         A stateless rule.
 
     Raises:
         ValueError: If a number is negative or NaN.
-        TypeError: If it is no number.
+        TypeError: If ``value`` is not a number or an array.
 
     Example:
         >>> import optclip
@@ -65,17 +65,17 @@ def constant(value: jax.typing.ArrayLike) -> Rule:
 
 
 def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
-    """Returns the rule whose threshold is ``fn(step)``: any Optax schedule.
+    """Returns the rule whose threshold is ``fn(step)``, for any Optax schedule ``fn``.
 
     Args:
-        fn: A function from the number of updates so far (int32, 0 at the first) to the
-            threshold. Values that are negative or NaN count as 0.
+        fn: A function from the number of updates so far (int32, 0 at the first update)
+            to the threshold. Values that are negative or NaN count as 0.
 
     Returns:
-        A stateless rule; the step is counted by the clip.
+        A stateless rule: the clip counts the steps.
 
     Raises:
-        TypeError: If ``fn`` can't be called.
+        TypeError: If ``fn`` is not callable.
 
     Example:
         >>> import optax, optclip
@@ -89,8 +89,8 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
         value = fn(context.step)
         if isinstance(value, tuple):
             raise TypeError(
-                "The threshold is a function, and so a schedule: it must return a "
-                f"number for each step, got a {type(value).__name__}. If it makes a "
+                "A function given as threshold is a schedule: it must return a number "
+                f"for each step, got a {type(value).__name__}. If the function makes a "
                 "rule, call it, as in `optclip.rules.constant(1.0)`."
             )
         return limit_at(value, norm)
@@ -99,7 +99,7 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
 
 
 def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
-    """Returns the rule that allows values between ``low`` and ``high``: element scope.
+    """Returns the rule that clips each entry between ``low`` and ``high``.
 
     Args:
         low: The smallest value allowed.
@@ -110,6 +110,7 @@ def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
 
     Raises:
         ValueError: If ``low`` is above ``high``, or one of them is NaN.
+        TypeError: If one of them is not a number.
     """
     validation.ordered(low=low, high=high)
 
@@ -122,19 +123,19 @@ def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
 
 
 def fixed(value: Any, name: str = "value") -> Rule:
-    """Returns the rule of a threshold given by the user, whatever form it has.
+    """Returns the rule of a threshold, given as a number, a schedule or a map.
 
     Args:
-        value: A number or array, as for `constant`, a function, as for `schedule`, or a
+        value: A number or array, as for `constant`; a function, as for `schedule`; or a
             map, as for `by_name`.
-        name: How messages call it.
+        name: The name of the value in error messages.
 
     Returns:
         The rule.
 
     Raises:
         ValueError: If a number is negative or NaN.
-        TypeError: If it is none of these.
+        TypeError: If ``value`` is none of these.
 
     Example:
         >>> import optclip
@@ -150,7 +151,7 @@ def fixed(value: Any, name: str = "value") -> Rule:
 
 
 def as_rule(value: Any, name: str) -> Rule:
-    """Returns ``value`` if it is a rule, else the rule that has it for a threshold."""
+    """Returns ``value`` if it is a rule, else the rule whose threshold it is."""
     if isinstance(value, Rule):
         return value
     if isinstance(value, tuple):
@@ -162,13 +163,13 @@ def as_rule(value: Any, name: str) -> Rule:
     return fixed(value, name)
 
 
-def _of(name: Any, value: Any) -> Rule:
-    """Returns the rule of the threshold that ``name`` has in a table."""
+def _rule_of(name: Any, value: Any) -> Rule:
+    """Returns the rule of the threshold that a table has for ``name``."""
     return as_rule(value, f"table[{name!r}]")
 
 
-def _found(table: Any, name: Any) -> Any:
-    """Returns what a table says of a group: by its label first, then by patterns."""
+def _threshold_of(table: Any, name: Any) -> Any:
+    """Returns the threshold of a group in a table: by its label, else by a pattern."""
     if not isinstance(table, Mapping):
         return table(name)
     if name in table:
@@ -177,12 +178,13 @@ def _found(table: Any, name: Any) -> Any:
 
 
 def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
-    values = [_found(table, name) for name in names]
+    """Returns the rule of the groups with these names, one per row of the norms."""
+    values = [_threshold_of(table, name) for name in names]
     missing = [name for name, v in zip(names, values, strict=True) if v is None]
     if missing:
-        known = f" It has {list(table)}." if isinstance(table, Mapping) else ""
+        keys = f" Its keys are {list(table)}." if isinstance(table, Mapping) else ""
         raise ValueError(
-            f"`by_name` has no threshold for the group {missing[0]!r}.{known} Add its "
+            f"`by_name` has no threshold for the group {missing[0]!r}.{keys} Add its "
             'label or a pattern that `re.search` finds in it; "" matches every name, '
             "and inf leaves a group unclipped."
         )
@@ -192,8 +194,8 @@ def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
         same = [k for k, v in enumerate(distinct) if v is value]
         which.append(same[0] if same else len(distinct))
         distinct += [] if same else [value]
-    said = [names[which.index(k)] for k in range(len(distinct))]
-    each = [_of(name, v) for name, v in zip(said, distinct, strict=True)]
+    first_names = [names[which.index(k)] for k in range(len(distinct))]
+    each = [_rule_of(name, v) for name, v in zip(first_names, distinct, strict=True)]
     if any(r.elements_only or r.for_groups for r in each) and len(each) > 1:
         raise ValueError(
             "`by_name` takes numbers, schedules and rules of norms, got "
@@ -203,7 +205,7 @@ def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
 
 
 def _selected(each: list[Rule], which: np.ndarray) -> Rule:
-    """Returns the rule of an array of norms of which each row has one of several."""
+    """Returns the rule that applies rule number ``which[i]`` to row i of the norms."""
 
     def init(norm):
         return tuple(rule.init(norm) for rule in each)
@@ -211,8 +213,8 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
     def update(norm, state, context):
         row = which.reshape(-1, *(1,) * (norm.ndim - 1))
         limits, after = [], []
-        for rule, own in zip(each, state, strict=True):
-            limit, new = rule.update(norm, own, context)
+        for rule, old in zip(each, state, strict=True):
+            limit, new = rule.update(norm, old, context)
             limits.append(limit)
             after.append(new)
 
@@ -232,33 +234,32 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
 def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     """Returns the rule that gives each group the threshold of its label or path.
 
-    A map means this rule where it is given for a threshold, to `optclip.clip_by_rule`
-    or to a clip with a fixed threshold: ``clip_by_leaf_norm({"embedding": 0.1, "":
-    1.0})``.
+    `optclip.clip_by_rule` and clips with a fixed threshold use this rule if they are
+    given a map, as in ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
 
-    | scope                   | a group is found by                                   |
+    | scope                   | the key of a group                                    |
     | ----------------------- | ----------------------------------------------------- |
-    | label                   | its label, or a pattern in it                         |
-    | leaf, layer, unit       | a pattern in the path of its leaf                     |
-    | element                 | a pattern in the path of its leaf                     |
-    | tree                    | refused: there is one group                           |
+    | label                   | its label, or a pattern that matches it               |
+    | leaf, layer, unit       | a pattern that matches the path of its leaf           |
+    | element                 | a pattern that matches the path of its leaf           |
+    | tree                    | an error: there is only one group                     |
 
-    The first key that is equal to the name counts, then the first pattern, a regular
-    expression for `re.search`, that is found in it; the pattern ``""`` is found in all.
-    A key that finds no group is ignored: `optclip.leaf_metrics` has the threshold that
-    each leaf got.
+    A key that equals the name of the group is used first. If there is none, the first
+    key that matches as a regular expression (with `re.search`) is used; ``""`` matches
+    every name. Keys that match no group are ignored. `optclip.leaf_metrics` shows the
+    threshold that each leaf got.
 
     Args:
         table: A map from label or pattern to a number, a schedule or a rule, or a
             function of the name that returns one of these.
 
     Returns:
-        A rule whose state holds that of each rule in ``table``, for all groups.
+        A rule whose state holds the state of each rule in ``table`` for all groups.
 
     Raises:
         TypeError: If ``table`` is neither a map nor a function.
-        ValueError: If it is empty or holds a negative number; when the updates are
-            first seen, if a group has no threshold.
+        ValueError: If ``table`` is empty or holds a negative number. In ``init``, if a
+            group has no threshold.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -273,17 +274,18 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
         if not table:
             raise ValueError("`table` must have a threshold for each group, got {}.")
         for name, value in table.items():
-            _of(name, value)
+            _rule_of(name, value)
     elif not callable(table):
         raise TypeError(
             "`table` must be a map from label or pattern to a threshold, or a function "
-            f"of the name of a group, got {table!r}."
+            f"from the name of a group to its threshold, got {table!r}."
         )
 
     def unbound(*args):
         raise ValueError(
-            "Thresholds by name need groups that have names: use them in "
-            "`optclip.clip_by_rule` and the named clips, in any scope but the tree."
+            "Thresholds by name need groups that have names, which there are not here. "
+            "Use them in `optclip.clip_by_rule` and the named clips, in any scope but "
+            "`scopes.tree()`."
         )
 
     return Rule(

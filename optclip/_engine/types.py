@@ -1,4 +1,4 @@
-"""Types of the arguments that many functions share."""
+"""Types of arguments that many functions share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DType", "NonfinitePolicy", "Order", "RecordedNorm"]
 NonfinitePolicy: TypeAlias = Literal["propagate", "zero", "drop", "skip"]
 # The order of a norm: a number of at least 1, inf or "rms".
 Order: TypeAlias = float | Literal["rms"]
-# Which norm enters the history of a rule: that before the clip, or that after it.
+# Which norm enters the history of a rule: the norm before clipping, or after it.
 RecordedNorm: TypeAlias = Literal["raw", "clipped"]
-# A dtype that updates are returned in, or None for their own.
+# The dtype that updates are returned in, or None for the dtype that they have.
 DType: TypeAlias = jax.typing.DTypeLike | None

@@ -1,4 +1,4 @@
-"""What the two pipelines of the engine share: their inputs, outputs and small steps."""
+"""What the two pipelines of the engine share: inputs, outputs and common steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from optclip._engine.types import NonfinitePolicy
 
 __all__ = [
     "Call",
-    "Figures",
     "Options",
     "Outcome",
+    "Statistics",
     "check_order",
     "context_of",
     "cut_of",
@@ -30,7 +30,7 @@ POLICIES = ("propagate", "zero", "drop", "skip")
 
 
 class Options(NamedTuple):
-    """What was chosen when the transformation was built."""
+    """The options that a transformation was built with."""
 
     rule: Rule
     scope: scopes.Scope
@@ -43,15 +43,16 @@ class Options(NamedTuple):
 
     @property
     def measures(self) -> bool:
-        """Whether an update measures the norms."""
+        """Whether updates measure norms."""
         needed = self.record or self.rule.needs_norms or self.nonfinite == "skip"
         return needed or not self.scope.by_element
 
 
 class Call(NamedTuple):
-    """One update: the measured leaves, their norms, and what a rule may look at.
+    """One update: its leaves, their norms, and what rules may use.
 
-    ``measured`` and ``bad`` are None where nothing is measured.
+    ``bad`` is whether any entry is non-finite. ``measured`` and ``bad`` are None if
+    norms are not measured.
     """
 
     options: Options
@@ -64,8 +65,8 @@ class Call(NamedTuple):
     params_norms: Callable[[], tuple]
 
 
-class Figures(NamedTuple):
-    """The figures that the state of a clip keeps."""
+class Statistics(NamedTuple):
+    """The statistics of the whole tree that the state of a clip holds."""
 
     before: jax.Array
     after: jax.Array
@@ -75,18 +76,22 @@ class Figures(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an update did; ``figures`` are None where none are recorded."""
+    """The result of an update.
+
+    ``statistics`` is None if nothing is recorded. ``group_stats`` holds the norms,
+    thresholds and scales of all groups; it is None in element scope.
+    """
 
     leaves: list
     rule_state: tuple
-    figures: Figures | None
-    stats: tuple | None = None
+    statistics: Statistics | None
+    group_stats: tuple | None = None
 
 
 def cut_of(
     options: Options, updates: Any, found: pytrees.Leaves, mapped: bool = True
 ) -> group_norms.Cut:
-    """Returns how these updates are cut into groups and measured."""
+    """Returns how these updates are split into groups and measured."""
     updates = pytrees.trained(updates)
     layout = options.scope.layout(updates, found.paths, found.leaves)
     return group_norms.cut_by(
@@ -108,7 +113,7 @@ def measure_updates(
     params: Any,
     step: jax.Array,
 ) -> Call:
-    """Measures the updates, once, and gathers all that an update needs."""
+    """Measures the updates once, and returns all that a pipeline needs."""
     measured = bad = None
     if options.measures:
         measured = group_norms.norms_of(found.leaves, cut)
@@ -117,25 +122,25 @@ def measure_updates(
     def params_norms():
         if params is None:
             raise ValueError(
-                f"`{options.rule.name}` compares the updates with the parameters: call "
-                "`update(updates, state, params)`."
+                f"`{options.rule.name}` compares the updates with the parameters, but "
+                "`params` is None. Call `update(updates, state, params)`."
             )
-        whole = cut._replace(plan=cut.plan._replace(drop=False))
-        return group_norms.norms_of(pytrees.matching(updates, params), whole).norm
+        keep_all = cut._replace(plan=cut.plan._replace(drop=False))
+        return group_norms.norms_of(pytrees.matching(updates, params), keep_all).norm
 
     rules = rules_for(options, cut)
     return Call(options, rules, found, cut, measured, bad, step, _once(params_norms))
 
 
 def _any_bad(measured: group_norms.Measured, cut: group_norms.Cut) -> Any:
-    """Returns whether an entry of any leaf, on any device, is not finite."""
+    """Returns whether any entry of any leaf, on any device, is non-finite."""
     if cut.layout.groups is not None and not cut.plan.drop:
         return jnp.any(~jnp.isfinite(measured.norm[0]))
     return jnp.any(measured.kinds)
 
 
 def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
-    """Returns the rule of each array of norms; one for each leaf in element scope."""
+    """Returns the rule of each array of norms; in element scope, of each leaf."""
     rule, layout = options.rule, cut.layout
     names, groups = layout.names, cut.plan.groups
     if rule.for_groups is None:
@@ -143,7 +148,7 @@ def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
         return (rule,) * len(layout.axes if by_element else cut.shapes)
     if layout.scalar:
         raise ValueError(
-            f"`{rule.name}` has a threshold for each group of leaves, and the scope is "
+            f"`{rule.name}` has a threshold for each group of leaves, but the scope is "
             "the whole tree, which is one group. Give a scope such as "
             "`optclip.scopes.label(...)` or `optclip.scopes.leaf()`, or one threshold."
         )
@@ -157,18 +162,20 @@ def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
 
 
 def check_order(options: Options, limit: Limit) -> None:
-    """Raises for an array of thresholds in label scope: labels have no sure order."""
+    """Raises for an array of thresholds in label scope, where groups have no order."""
     fixed = options.rule.name in ("constant", "schedule")
     if options.scope.name == "label" and fixed and np.size(limit.threshold) > 1:
         raise ValueError(
             "In label scope a threshold must be a number, a schedule, a rule or a map "
             f"from label to one of these, got an array of shape "
-            f"{np.shape(limit.threshold)}: JAX sorts the keys of a dict, so its order "
-            'would not be the one you wrote. Give a map, as {"encoder": 1.0, ...}.'
+            f"{np.shape(limit.threshold)}. JAX sorts the keys of a dict, so the order "
+            "of the labels is not the order in which you wrote them. Give a map, as "
+            '{"encoder": 1.0, ...}.'
         )
 
 
 def _once(function: Callable) -> Callable:
+    """Returns ``function`` with its result cached."""
     kept: list = []
 
     def call():
@@ -180,7 +187,7 @@ def _once(function: Callable) -> Callable:
 
 
 def context_of(call: Call, index: int, tree_norm: jax.Array) -> Context:
-    """Returns what the rule may look at for the array of norms number ``index``."""
+    """Returns the `Context` of the rule for the array of norms number ``index``."""
 
     def params_norm():
         norm = call.params_norms()[index]

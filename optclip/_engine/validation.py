@@ -1,8 +1,8 @@
-"""Checks on hyperparameters, made once, when a transformation is built.
+"""Checks of hyperparameters, made once, when a transformation is built.
 
-A hyperparameter may be a tracer (`optax.inject_hyperparams` makes it one), and a tracer
-has no truth value. Every check therefore looks at Python and NumPy numbers and lets JAX
-arrays, tracers and schedules pass.
+A hyperparameter may be a tracer, as under `optax.inject_hyperparams`, and a tracer has
+no truth value. So the values of Python and NumPy numbers are checked, and those of JAX
+arrays and tracers are not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import optax
 
 
 def concrete(value: Any) -> Any:
-    """Returns ``value`` if it is a number or NumPy array known now, else None."""
+    """Returns ``value`` if it is a Python number or a NumPy array, else None."""
     is_number = isinstance(value, (int, float, np.generic, np.ndarray))
     return None if isinstance(value, bool) or not is_number else value
 
@@ -30,13 +30,13 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
             )
         if callable(value):
             raise TypeError(
-                f"`{name}` must be a number {rule}, got a function. To have it follow "
-                "a schedule, wrap the transformation in `optax.inject_hyperparams`."
+                f"`{name}` must be a number {rule}, got a function. To use a schedule, "
+                "wrap the transformation in `optax.inject_hyperparams`."
             )
         if isinstance(value, Mapping):
             raise TypeError(
-                f"`{name}` must be a number {rule} or an array, got a map. Where it "
-                "differs from group to group, use a rule for each: "
+                f"`{name}` must be a number {rule} or an array, got a map. To use "
+                "different values for different groups, give each group a rule: "
                 "`optclip.clip_by_rule(optclip.rules.by_name({pattern: rule}), "
                 "scope=...)`."
             )
@@ -51,38 +51,38 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
 
 
 def positive(**named: Any) -> None:
-    """Raises for the first number that is not above zero (NaN is not)."""
+    """Raises for the first number that is not positive; NaN is not."""
     _require("> 0", lambda x: x > 0, named)
 
 
 def non_negative(**named: Any) -> None:
-    """Raises for the first number that is not zero or above (NaN is not)."""
+    """Raises for the first number that is negative or NaN."""
     _require(">= 0", lambda x: x >= 0, named)
 
 
 def threshold(**named: Any) -> None:
-    """Raises for the first threshold that is not a number of at least 0."""
+    """Raises for the first threshold that is not a non-negative number."""
     for name, value in named.items():
         if value is None:
             raise TypeError(
-                f"`{name}` must be a number >= 0, got None. Pass inf to switch the "
-                "clip off."
+                f"`{name}` must be a number >= 0, got None. Pass inf to switch "
+                "clipping off."
             )
     non_negative(**named)
 
 
 def fraction(**named: Any) -> None:
-    """Raises for the first number that is not between 0 and 1 (NaN is not)."""
+    """Raises for the first number that is not between 0 and 1; NaN is not."""
     _require("between 0 and 1", lambda x: (x >= 0) & (x <= 1), named)
 
 
 def decay(**named: Any) -> None:
-    """Raises for the first number that is not at least 0 and below 1 (NaN is not)."""
+    """Raises for the first number that is not in [0, 1); NaN is not."""
     _require(">= 0 and < 1", lambda x: (x >= 0) & (x < 1), named)
 
 
 def percentile(**named: Any) -> None:
-    """Raises for the first number that is not between 0 and 100 (NaN is not)."""
+    """Raises for the first number that is not between 0 and 100; NaN is not."""
     _require("between 0 and 100", lambda x: (x >= 0) & (x <= 100), named)
 
 
@@ -92,7 +92,7 @@ def not_nan(**named: Any) -> None:
 
 
 def size(name: str, value: Any, least: int = 1) -> int:
-    """Returns an int of at least ``least`` that shapes arrays of the state."""
+    """Returns an int of at least ``least`` that determines the shape of the state."""
     value = value.value if isinstance(value, Static) else value
     known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if known and value >= least:
@@ -100,14 +100,14 @@ def size(name: str, value: Any, least: int = 1) -> int:
     hint = ""
     if hasattr(value, "dtype") and not known:
         hint = (
-            " It shapes the state, so it can't be an array; under "
+            " It determines the shape of the state, so it can't be an array. Under "
             f'`optax.inject_hyperparams` pass `static_args=("{name}",)`.'
         )
     raise ValueError(f"`{name}` must be an int >= {least}, got {value!r}.{hint}")
 
 
 def steps(**named: Any) -> None:
-    """Raises for the first number of steps that is not whole and at least 0."""
+    """Raises for the first number that is not a non-negative whole number."""
     _require("a whole number >= 0", lambda x: (x >= 0) & (x == np.floor(x)), named)
 
 
@@ -119,21 +119,21 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 
 
 class Static:
-    """A default number that shapes the program, and so must never be traced.
+    """A default number that must be static, since compilation depends on it.
 
-    `optax.inject_hyperparams` makes every int and float an array; this is neither.
+    `optax.inject_hyperparams` turns ints and floats into arrays, and leaves this alone.
     """
 
     def __init__(self, value: int):
-        """Holds ``value``."""
+        """Stores ``value``."""
         self.value = value
 
     def __repr__(self) -> str:
-        """Looks like the number."""
+        """Returns the repr of the number, for signatures."""
         return repr(self.value)
 
     def __float__(self) -> float:
-        """Is the number."""
+        """Returns the number."""
         return float(self.value)
 
 
@@ -151,14 +151,14 @@ def order(value: Any) -> float | str:
     hint = ""
     if not known and hasattr(value, "dtype"):
         hint = (
-            " The order shapes the compiled program, so it can't be an array; under "
-            '`optax.inject_hyperparams` pass `static_args=("ord",)`.'
+            " The compiled program depends on the order, so it can't be an array. "
+            'Under `optax.inject_hyperparams` pass `static_args=("ord",)`.'
         )
     raise ValueError(f'`ord` must be a number >= 1, inf or "rms", got {value!r}.{hint}')
 
 
 def ordered(*, low: Any, high: Any) -> None:
-    """Raises unless ``low`` is at most ``high``, as far as both are known now."""
+    """Raises unless ``low`` is at most ``high``; JAX arrays are not checked."""
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, (bool, str, bytes, type(None), complex)):
             raise TypeError(f"`{name}` must be a number, got {value!r}.")
@@ -177,7 +177,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def instance(name: str, value: Any, kind: type, described: str) -> None:
-    """Raises unless ``value`` is a ``kind``."""
+    """Raises unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be a {kind.__name__} {described}, got {value!r}."
@@ -185,7 +185,7 @@ def instance(name: str, value: Any, kind: type, described: str) -> None:
 
 
 def floating(name: str, value: Any) -> None:
-    """Raises unless ``value`` names a dtype of real numbers."""
+    """Raises unless ``value`` is a dtype of real floating-point numbers."""
     try:
         known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except TypeError:
@@ -197,18 +197,18 @@ def floating(name: str, value: Any) -> None:
 
 
 def transformation(**named: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns the one transformation given, which then takes extra arguments."""
+    """Returns the given transformation, with support for extra arguments."""
     ((name, value),) = named.items()
     if isinstance(value, optax.MultiSteps):
         raise TypeError(
             f"`{name}` must be a transformation, got `optax.MultiSteps`: pass what its "
-            "method `gradient_transformation()` returns."
+            "method `gradient_transformation()` returns instead."
         )
     inner = getattr(value, "tx", None)
     if isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"`{name}` must be an Optax transformation, got {type(value).__name__}, "
-            "which holds one: pass its `tx`."
+            "which contains one: pass its `tx`."
         )
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""A recurrent network on real text, without a clip and with two: what clipping does.
+"""Trains a recurrent network on real text, without clipping and with two methods.
 
 Run it as ``python -m optclip.demo``; it needs the extra ``optclip[demo]``. Nothing here
 is imported by the library itself.

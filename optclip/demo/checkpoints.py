@@ -1,7 +1,8 @@
-"""Orbax checkpoints: one folder a chunk, of which the last complete one counts.
+"""Orbax checkpoints: one folder per chunk; the last complete one is used.
 
-Orbax writes into a folder with a temporary name and renames it when all is on disk, and
-the one before is deleted after that: there is no moment without a whole checkpoint.
+Orbax writes into a folder with a temporary name and renames it once everything is on
+disk. The previous checkpoint is deleted only after that, so there is always a complete
+checkpoint.
 """
 
 import shutil
@@ -22,7 +23,7 @@ def _folder(output: Path) -> Path:
 
 
 def _complete(output: Path) -> list[Path]:
-    """Returns the complete checkpoints, the oldest first."""
+    """Returns the complete checkpoints, oldest first."""
     folders = [p for p in _folder(output).glob("*") if p.name.isdigit() and p.is_dir()]
     return sorted(folders, key=lambda p: int(p.name))
 
@@ -53,7 +54,7 @@ def _load(path: Path, **items: Any) -> Any:
         # Orbax and TensorStore raise errors of many types for a damaged checkpoint.
         raise ValueError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}). Start "
-            "anew without --resume."
+            "again without --resume."
         ) from error
 
 
@@ -63,7 +64,7 @@ def clear(output: Path) -> None:
 
 
 def save(output: Path, progress: Progress, settings: dict[str, Any]) -> None:
-    """Saves progress and settings, and then deletes older checkpoints."""
+    """Saves progress and settings, then deletes older checkpoints."""
     older = _complete(output)
     with _checkpointer() as checkpointer:
         checkpointer.save(
@@ -81,7 +82,7 @@ def read_settings(output: Path) -> dict[str, Any]:
     """Returns the settings of the newest checkpoint.
 
     Raises:
-        ValueError: If there is none, or it cannot be read.
+        ValueError: If there is none, or if it cannot be read.
     """
     loaded = _load(_newest(output), settings=ocp.args.JsonRestore())
     return loaded["settings"]
@@ -95,11 +96,12 @@ def restore(output: Path, blank: Progress) -> Progress:
         blank: Progress of the same runs at step 0, for structure and shapes.
 
     Raises:
-        ValueError: If there is none, or it cannot be read.
+        ValueError: If there is none, or if it cannot be read.
     """
     path = _newest(output)
-    # NumPy arrays, put on the default device as a first state is: arrays that Orbax
-    # places are bound to their device, for which jit compiles once more.
+    # Returns NumPy arrays, placed on the default device in the same way as a fresh
+    # state: arrays that Orbax places are committed to their device, which would make
+    # jit compile once more.
     target = ocp.args.StandardRestore(jax.device_get(_tree(blank)))
     loaded = _load(path, progress=target)["progress"]
     states = jax.tree.map(jnp.asarray, loaded["states"])

@@ -1,4 +1,4 @@
-"""The clips that the demo can run, by name, with thresholds that suit its task."""
+"""The clipping methods that the demo can run, by name, with thresholds for its task."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ __all__ = ["BASELINE", "METHODS", "Method"]
 
 
 class Method(NamedTuple):
-    """A clip of optclip as the demo offers it.
+    """One of optclip's methods, as the demo offers it.
 
     Attributes:
-        factory: Takes the threshold, returns the transformation.
-        threshold: What ``--threshold`` is by default, at the default learning rate.
+        factory: Takes the threshold and returns the transformation.
+        threshold: The default of ``--threshold``, for the default learning rate.
         meaning: What the threshold bounds, in words.
     """
 

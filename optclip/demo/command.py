@@ -1,4 +1,4 @@
-"""What ``python -m optclip.demo`` does: prepare, train by chunks, and show."""
+"""What ``python -m optclip.demo`` does: prepare, train in chunks, show the results."""
 
 import importlib.util
 import shlex
@@ -14,7 +14,7 @@ from optclip.demo.options import DEFAULTS, Options, Parser, Sizes, merge
 
 __all__ = ["main"]
 
-# Of a shell's convention: 128 + SIGINT.
+# A shell convention: 128 + SIGINT.
 _INTERRUPTED = 130
 _SIZES = Sizes()
 
@@ -49,13 +49,13 @@ def _open_folder(output: Path) -> None:
 
 
 class _Task(NamedTuple):
-    """All that training needs, checked.
+    """Everything that training needs, validated.
 
     Attributes:
         options: The user's choices.
         sizes: The network's sizes.
         text: The text to learn.
-        resumed: Whether to go on from a checkpoint.
+        resumed: Whether to continue from a checkpoint.
     """
 
     options: Options
@@ -64,7 +64,7 @@ class _Task(NamedTuple):
     resumed: bool
 
     def settings(self) -> dict[str, Any]:
-        """Returns what a checkpoint has to know besides the progress, for JSON."""
+        """Returns what a checkpoint stores in addition to the progress, for JSON."""
         options = self.options._asdict()
         del options["output"]
         path = options["text"]
@@ -95,7 +95,7 @@ def _prepare(given: dict[str, Any], resume: bool, sizes: Sizes) -> _Task:
     if text.digest != settings["digest"]:
         raise ValueError(
             "The text is not the one that the checkpoint was trained on: the file or "
-            "the Python has changed. Start anew without --resume."
+            "the Python version has changed. Start again without --resume."
         )
     _open_folder(options.output)
     return _Task(options, sizes, text, resumed=True)
@@ -145,7 +145,7 @@ def _show(task: _Task, runs: list[Any], progress: Any) -> None:
     figure.draw(output / "figure.png", runs, progress, entropy, meaning)
     print(f"\n{table.render(runs, progress, entropy)}\n")
     print("final loss: mean over the last tenth of the steps; median of the seeds")
-    print("diverged: ended above the loss it began with, or not finite\n")
+    print("diverged: ended above its initial loss, or non-finite\n")
     print(f"Wrote {output / 'figure.png'} and {output / records.LOG}.")
 
 
@@ -168,14 +168,14 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
     """Runs the demo.
 
     Args:
-        argv: The command line, by default the process's own.
-        sizes: Sizes of the network; a resumed run keeps those it began with.
+        argv: The command line; by default, that of the process.
+        sizes: Sizes of the network; a resumed run keeps the sizes it started with.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr, if an option is wrong.
+        SystemExit: With code 2 and one line on stderr, if an option is invalid.
     """
     parser = Parser()
     given = vars(parser.parse_args(argv))
@@ -204,9 +204,9 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
         parser.error(f"a result could not be written ({error}). Free some space.")
     except KeyboardInterrupt:
         if output is None:
-            print("\nStopped before it began.", file=sys.stderr)
+            print("\nStopped before training started.", file=sys.stderr)
         else:
             how = _how_to_resume(output, diagnose)
-            print(f"\nStopped. To go on where it was:\n  {how}", file=sys.stderr)
+            print(f"\nStopped. To resume:\n  {how}", file=sys.stderr)
         return _INTERRUPTED
     return 0

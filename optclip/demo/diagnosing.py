@@ -1,4 +1,4 @@
-"""The report of the run without a clip: ``--diagnose``."""
+"""The report of the run without clipping: ``--diagnose``."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _BATCHES = 16
 
 
 def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
-    """Returns a diagnosis of the network at its start, as the first seed has it."""
+    """Returns a diagnosis of the network at initialization, with the first seed."""
     try:
         from optclip.diagnosis._diagnose import diagnose
     except ImportError:
@@ -41,7 +41,7 @@ def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
 
 
 def write(options: Options, sizes: Sizes, codes: Any, name: str) -> tuple[Path, Path]:
-    """Writes the report of the first seed of a run, and returns its files."""
+    """Writes the report for the first seed of a run, and returns its files."""
     run = pick(read_run(options.output / LOG), name, 0)
     diagnosis = _diagnosis(options, sizes, jnp.asarray(codes))
     return write_report(run, diagnosis=diagnosis, output=options.output)

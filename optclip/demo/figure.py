@@ -1,4 +1,4 @@
-"""The demo's picture: loss per character, and gradient norms with the threshold."""
+"""The demo's figure: loss per character, and gradient norms with the threshold."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from optclip.demo.training import Progress, Run
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; the dashes let
-# the second of two equal curves show the first.
+# Okabe and Ito's colors, distinguishable with every kind of color vision; the dashes
+# keep the first of two equal curves visible under the second.
 _STYLES = (
     {"color": "#D55E00", "linestyle": "-"},
     {"color": "#56B4E9", "linestyle": "-"},
@@ -27,14 +27,14 @@ _WINDOW = 11
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the running median of one value a step; NaN where that is not finite."""
+    """Returns the running median of one value per step; NaN where it is not finite."""
     padded = np.pad(values, _WINDOW // 2, mode="edge")
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(padded, _WINDOW), -1)
     return np.where(np.isfinite(smooth), smooth, np.nan)
 
 
 def _curves(axes: Any, runs: list[Run], progress: Progress, field: str) -> None:
-    """Draws each seed thin, their median thick, and a mark where a seed is lost."""
+    """Draws each seed thin, their median thick, and a mark where a seed diverges."""
     steps = np.arange(progress.step)
     every = zip(runs, progress.records, _STYLES, strict=True)
     for order, (run, record, style) in enumerate(every):
@@ -63,7 +63,7 @@ def _curves(axes: Any, runs: list[Run], progress: Progress, field: str) -> None:
 
 
 def _note(axes: Any, height: float, words: str) -> None:
-    """Writes above a horizontal line, at the right."""
+    """Writes text above a horizontal line, at the right."""
     axes.annotate(
         words,
         xy=(1, height),
@@ -78,7 +78,7 @@ def _note(axes: Any, height: float, words: str) -> None:
 
 
 def _thresholds(axes: Any, runs: list[Run], progress: Progress, meaning: str) -> None:
-    """Draws the thresholds of the clips; two that are the same once."""
+    """Draws the thresholds of the methods; equal thresholds are drawn once."""
     drawn: list[np.ndarray] = []
     for run, record in reversed(list(zip(runs, progress.records, strict=True))):
         level = median(record["threshold"][: progress.step])

@@ -14,11 +14,12 @@ __all__ = ["CharRNN", "create", "define", "loss"]
 class CharRNN(nnx.Module):
     """Predicts the next character: h' = tanh(embed(x) + W h + b), logits = V h' + c.
 
-    W starts orthogonal, so that gradients first neither vanish nor explode over time.
+    W is initialized orthogonal, so that gradients at first neither vanish nor explode
+    over time.
     """
 
     def __init__(self, symbols: int, hidden: int, *, rngs: nnx.Rngs):
-        """Makes the network's parameters."""
+        """Initializes the network's parameters."""
         small = nnx.initializers.normal(0.1)
         orthogonal = nnx.initializers.orthogonal()
         self.embed = nnx.Embed(symbols, hidden, embedding_init=small, rngs=rngs)
@@ -45,7 +46,7 @@ def define(symbols: int, hidden: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def create(symbols: int, hidden: int, seeds: jax.Array) -> dict[str, Any]:
-    """Returns first parameters, a dict of arrays with one entry for each seed."""
+    """Returns initial parameters, a dict of arrays whose first axis is over seeds."""
 
     def create_one(seed):
         network = CharRNN(symbols, hidden, rngs=nnx.Rngs(jax.random.key(seed)))

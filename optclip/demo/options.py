@@ -1,4 +1,4 @@
-"""The demo's options: how they are read, checked, and merged with a checkpoint's."""
+"""The demo's options: how they are parsed, checked, and merged with a checkpoint's."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 class Options(NamedTuple):
-    """What the user can choose; the attributes are the options of the same names."""
+    """What the user can choose: one attribute for each option."""
 
     method: str
     threshold: float
@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
     Attributes:
         symbols: Size of the alphabet.
         hidden: Units of the network.
-        length: Characters that gradients flow back over.
-        batch: Windows of text a step.
-        chunk: Steps between two checkpoints.
+        length: Characters that gradients are backpropagated over.
+        batch: Windows of text per step.
+        chunk: Steps between checkpoints.
     """
 
     symbols: int = 64
@@ -87,7 +87,7 @@ def _methods() -> str:
 
 
 class Parser(OneLineParser):
-    """Reads the demo's command line."""
+    """Parses the demo's command line."""
 
     def __init__(self):
         """Declares the options."""
@@ -95,9 +95,9 @@ class Parser(OneLineParser):
             prog="python -m optclip.demo",
             description=(
                 "Trains a recurrent network on text, character by character, three\n"
-                "times: without a clip, with Optax's clip_by_global_norm, and with a\n"
-                "clip of optclip. Shows a table, and writes figure.png and\n"
-                "metrics.jsonl. Ctrl-C stops it; --resume goes on where it was."
+                "times: without clipping, with Optax's clip_by_global_norm, and with\n"
+                "one of optclip's methods. Shows a table, and writes figure.png and\n"
+                "metrics.jsonl. Ctrl-C stops it; --resume continues the run."
             ),
             epilog=_methods(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -108,19 +108,19 @@ class Parser(OneLineParser):
             "--method",
             choices=tuple(clips.METHODS),
             metavar="NAME",
-            help=f"clip of optclip, one of those below (default {DEFAULTS['method']})",
+            help=f"method of optclip, see below (default {DEFAULTS['method']})",
         )
         add(
             "--threshold",
             type=_positive,
             metavar="X",
-            help="its threshold (default: see below)",
+            help="threshold of the method (default: see below)",
         )
         add(
             "--learning-rate",
             type=_positive,
             metavar="X",
-            help=f"of plain SGD (default {DEFAULTS['learning_rate']})",
+            help=f"learning rate of plain SGD (default {DEFAULTS['learning_rate']})",
         )
         add(
             "--steps",
@@ -132,7 +132,7 @@ class Parser(OneLineParser):
             "--seeds",
             type=_whole,
             metavar="N",
-            help=f"networks that a run trains at once (default {DEFAULTS['seeds']})",
+            help=f"networks trained in parallel per run (default {DEFAULTS['seeds']})",
         )
         add(
             "--output",
@@ -151,24 +151,24 @@ class Parser(OneLineParser):
         add(
             "--resume",
             action="store_true",
-            help="go on with the run in the output folder, with its options",
+            help="continue the run in the output folder, with its options",
         )
         add(
             "--diagnose",
             action="store_true",
-            help="then diagnose the run without a clip: report.png and report.html",
+            help="then diagnose the run without clipping: report.png and report.html",
         )
 
 
 def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:
-    """Returns the options, from those given and those of a checkpoint or the defaults.
+    """Returns the options: those given, completed by a checkpoint's or by the defaults.
 
     Args:
-        given: Options by name, None where the user said nothing.
+        given: Options by name, None where the user gave none.
         stored: Those of the checkpoint to resume, as `Options`, or None.
 
     Raises:
-        ValueError: If one that was given differs from the checkpoint's.
+        ValueError: If a given option differs from the checkpoint's.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "text" in given:
@@ -183,6 +183,6 @@ def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:
             old = "Python's documentation" if stored[name] is None else stored[name]
             raise ValueError(
                 f"{option} {value} differs from the checkpoint's ({old}). Leave it "
-                "out, or start anew without --resume."
+                "out, or start again without --resume."
             )
     return Options(**(stored | {"output": given.get("output", DEFAULTS["output"])}))

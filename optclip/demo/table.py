@@ -1,4 +1,4 @@
-"""The demo's figures in a table."""
+"""The demo's results in a table."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ __all__ = ["Summary", "median", "render", "summarize"]
 
 
 class Summary(NamedTuple):
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
         name: Name of the run.
@@ -26,13 +26,13 @@ class Summary(NamedTuple):
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """Returns the lower median over the last axis; what is not finite ranks last."""
+    """Returns the lower median over the last axis; non-finite values rank last."""
     ordered = np.sort(np.where(np.isfinite(values), values, np.inf), axis=-1)
     return ordered[..., (ordered.shape[-1] - 1) // 2]
 
 
 def summarize(run: Run, record: dict[str, np.ndarray]) -> Summary:
-    """Returns what came of a run."""
+    """Returns the outcome of a run."""
     loss = record["loss"].astype(np.float64)
     final = loss[-max(1, len(loss) // 10) :].mean(axis=0)
     final = np.where(np.isfinite(final), final, np.inf)

@@ -10,20 +10,20 @@ __all__ = ["SHORTEST", "Text", "encode", "load"]
 
 SHORTEST = 1000
 
-# Python 3.11 ships 466,000 characters and later versions more: with this many, all of
-# them train on nearly the same amount.
+# Python 3.11 ships 466,000 characters and later versions more: with this limit, all
+# versions train on nearly the same amount.
 _LENGTH = 450_000
 
 
 class Text(NamedTuple):
-    """A text in numbers.
+    """A text as numbers.
 
     Attributes:
-        codes: int32[characters]. 0 is the most frequent character; the last code stands
-            for all characters that are too rare for one of their own.
+        codes: int32[characters]. 0 is the most frequent character; the last code
+            represents all characters that are too rare for a code of their own.
         entropy: Unigram entropy of the codes in nats: the loss of a model that knows
-            how frequent characters are, and looks at none before.
-        digest: Tells one text from another.
+            how frequent each character is, and ignores the context.
+        digest: A hash that identifies the text.
     """
 
     codes: np.ndarray
@@ -56,7 +56,7 @@ def _read(path: Path) -> str:
 
 
 def encode(text: str, symbols: int) -> Text:
-    """Returns the text in at most ``symbols`` different codes."""
+    """Returns the text encoded with at most ``symbols`` different codes."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     _, characters, counts = np.unique(points, return_inverse=True, return_counts=True)
     rank = np.empty(len(counts), np.int32)
@@ -71,7 +71,7 @@ def load(path: Path | None, symbols: int) -> Text:
     """Returns the text of a file, or Python's own documentation.
 
     Raises:
-        ValueError: If it cannot be read, or there is too little to learn from.
+        ValueError: If it cannot be read, or if it is too short.
     """
     text = _documentation() if path is None else _read(path)
     if len(text) < SHORTEST:

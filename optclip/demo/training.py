@@ -1,7 +1,7 @@
-"""Three runs on the same data from the same start, which differ in the clip alone.
+"""Three runs on the same data, with the same initialization and different clipping.
 
-All seeds of a run train at once under `jax.vmap`, a chunk of steps in one
-`jax.lax.scan`; telemetry is read from the optimizer state inside the jitted step.
+All seeds of a run train together under `jax.vmap`, one chunk of steps per
+`jax.lax.scan`; the metrics are read from the optimizer state inside the jitted step.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ class Run(NamedTuple):
     """One way to train.
 
     Attributes:
-        name: What it is called in the table, the figure and the log.
-        transformation: Clip and optimizer.
-        threshold: The clip's, infinite where there is no clip.
+        name: Its name in the table, the figure and the log.
+        transformation: The clipping and the optimizer.
+        threshold: The clipping threshold, infinite without clipping.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the runs have come: what a checkpoint holds.
+    """The progress of the runs: what a checkpoint holds.
 
     Attributes:
         step: Steps taken.
@@ -60,14 +60,14 @@ class Progress(NamedTuple):
 
 
 def plan(options: Options) -> list[Run]:
-    """Returns the runs: without a clip, with Optax's, and with optclip's."""
+    """Returns the runs: without clipping, with Optax's, and with optclip's."""
     method = clips.METHODS[options.method]
     own = options.threshold
     same = options.method == clips.BASELINE
     usual = own if same else clips.METHODS[clips.BASELINE].threshold
 
     def run(name, clip, threshold):
-        # `record_norms` measures the same norm in all runs, whatever the clip looks at.
+        # `record_norms` measures the same norm in all runs, whichever norm is clipped.
         descent = optax.sgd(options.learning_rate)
         chain = optax.chain(
             optclip.record_norms(), clip, optclip.record_norms(), descent
@@ -82,14 +82,14 @@ def plan(options: Options) -> list[Run]:
 
 
 def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
-    """Returns what happened to the gradients at the last step."""
+    """Returns the metrics of the gradients at the last step."""
     seen = optclip.metrics(opt_state)
     norm = seen["norms/global_norm"]
     norms = {"norm_before": norm, "norm_after": seen["norms_2/global_norm"]}
     if "clip/scale" in seen:
         own = ("threshold", "scale", "clipped")
         mine = {name: seen[f"clip/{name}"] for name in own}
-        # The largest number stands for a threshold that does not exist yet.
+        # The largest float32 means that there is no threshold yet.
         none = mine["threshold"] >= jnp.finfo(jnp.float32).max
         mine["threshold"] = jnp.where(none, jnp.inf, mine["threshold"])
         return norms | mine
@@ -102,7 +102,7 @@ def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
 
 
 def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
-    """Returns the progress of runs that have not begun."""
+    """Returns the progress of runs that have not started."""
     params = model.create(sizes.symbols, sizes.hidden, jnp.arange(options.seeds))
     states = [(params, jax.vmap(run.transformation.init)(params)) for run in runs]
     shape = (options.steps, options.seeds)
@@ -111,9 +111,9 @@ def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
 
 
 def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Array:
-    """Returns the batch of a step: windows of text, [batch, length + 1].
+    """Returns the batch for a step: windows of text, [batch, length + 1].
 
-    It depends on seed and step alone, so that a resumed run sees the same.
+    It depends only on seed and step, so that a resumed run sees the same batches.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     last = codes.shape[0] - sizes.length
@@ -124,7 +124,7 @@ def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Arra
 def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
     """Returns a jitted function of (state, steps, seeds, codes) for all seeds of a run.
 
-    It returns the new state and the telemetry, with axes [steps, seeds].
+    The function returns the new state and the metrics, with axes [steps, seeds].
     """
     definition = model.define(sizes.symbols, sizes.hidden)
 
@@ -148,7 +148,7 @@ def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
 def advance(
     progress: Progress, chunks: list[Callable[..., Any]], steps: int, codes: jax.Array
 ) -> Progress:
-    """Returns the progress after so many more steps of every run."""
+    """Returns the progress after this many more steps of every run."""
     begun, ended = progress.step, progress.step + steps
     numbers = jnp.arange(begun, ended)
     states, records = [], []

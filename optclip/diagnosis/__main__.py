@@ -33,7 +33,7 @@ def _parser() -> OneLineParser:
         "--output",
         type=_path,
         metavar="FOLDER",
-        help="where the report goes (default: beside the log)",
+        help="where the report goes (default: next to the log)",
     )
     add(
         "--run",
@@ -50,24 +50,24 @@ def _others(runs: Sequence[Run], shown: Run) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report of a run, and prints what it says first.
+    """Writes the report of a run, and prints its headline.
 
     Args:
-        argv: The command line, by default the process's own.
+        argv: The command line; by default, that of the process.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr, if something is wrong.
+        SystemExit: With code 2 and one line on stderr, if an argument is invalid.
     """
     parser = _parser()
     given = parser.parse_args(argv)
-    beside = given.folder.parent if given.folder.is_file() else given.folder
+    next_to = given.folder.parent if given.folder.is_file() else given.folder
     try:
         runs = read_run(given.folder)
         run = pick(runs, given.run, given.seed)
-        paths = write_report(run, output=given.output or beside)
+        paths = write_report(run, output=given.output or next_to)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Axes, colours and the form of a panel, which all parts of the report share."""
+"""Axes, colors and the `Panel` type, shared by all parts of the report."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 __all__ = ["Panel", "drawable", "log_axis", "tidy"]
 
-# Okabe and Ito's colours, told apart with every kind of colour vision.
+# Okabe and Ito's colors, distinguishable with every kind of color vision.
 BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#E69F00"
-VERMILLION, PURPLE, GREEN = "#D55E00", "#CC79A7", "#009E73"
+VERMILION, PURPLE, GREEN = "#D55E00", "#CC79A7", "#009E73"
 
-# Where there are more points, they have no markers.
+# Lines with more points than this have no markers.
 FEW = 60
 
 
 class Panel(NamedTuple):
-    """A picture of one thing.
+    """A plot of one quantity.
 
     Attributes:
         title: What it shows.
-        says: The same in a sentence, for those who can't see it.
+        says: The same in one sentence, as alternative text.
         draw: Draws it into a figure or a part of one.
         wide: Whether it needs the whole width of the page.
         height: In inches, on a page of ten.
@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 
 
 def _power(value: float, _: Any = None) -> str:
-    """Returns a tick's label: a short number, or a power of ten."""
+    """Returns the label of a tick: a short number, or a power of ten."""
     if value <= 0:
         return ""
     exponent = round(math.log10(value))
@@ -48,7 +48,8 @@ def _power(value: float, _: Any = None) -> str:
 def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
     """Makes an axis logarithmic, with ticks that suit the range of the values.
 
-    It spans ``least`` decades or more, so that what hardly changes looks level.
+    The axis spans at least ``least`` decades, so that nearly constant values look
+    level.
     """
     low, high = float(np.min(values)), float(np.max(values))
     if (lacking := 10 ** (least / 2) / math.sqrt(high / low)) > 1:
@@ -56,9 +57,9 @@ def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
     decades = math.log10(high) - math.log10(low)
     room = max(0.06 * decades, 0.03)
     powers = max(math.log10(low) - room, -300), min(math.log10(high) + room, 307)
-    ends = tuple(10**power for power in powers)  # within what a float can be
+    ends = tuple(10**power for power in powers)  # within the range of a float
     axis.axes.set(**{f"{axis.axis_name}lim": ends})
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # the limits stay
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # keeps the limits from changing
     if decades < 0.7:
         axis.set_major_locator(MaxNLocator(4))
     else:
@@ -69,11 +70,11 @@ def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
 
 
 def tidy(axes: Any) -> None:
-    """Gives axes a faint grid, and no box."""
+    """Gives axes a light grid, and no box."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Returns what a logarithmic axis can show, NaN in place of the rest."""
+    """Returns what a logarithmic axis can show, with NaN in place of the rest."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)

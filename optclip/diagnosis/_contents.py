@@ -1,4 +1,4 @@
-"""What stands on the page, in words: the same for the picture and for the browser."""
+"""The text of the report: the same for the PNG and for the HTML page."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from optclip.telemetry import NonfiniteLeaf
 
 __all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
 
-# More paths or nonfinite_leaves than this are counted, not named.
+# Lists longer than this are summarized by a count.
 _NAMED, _CULPRITS = 6, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A line of its own, and rows of (label, text) below it."""
+    """A line of text, and rows of (label, text) below it."""
 
     lead: str
     rows: tuple[tuple[str, str], ...] = ()
@@ -40,15 +40,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """All that the page shows.
+    """Everything that the page shows.
 
     Attributes:
         title: Which run it is about.
         headline: What happened, in one sentence.
         run: The numbers to draw.
-        sites: The diagnosis' `Site`s; empty without one.
-        sections: What is said below the pictures.
-        suggestion: The threshold suggested.
+        sites: The `Site`s of the diagnosis; empty without one.
+        sections: The text below the plots.
+        suggestion: The suggested threshold.
     """
 
     title: str
@@ -113,7 +113,7 @@ def _culprits(nonfinite_leaves: Sequence[NonfiniteLeaf]) -> Section:
 
 
 def suggestion_of(run: Run, diagnosis: Diagnosis | None) -> Suggestion:
-    """Returns a threshold from the norms of a run until it diverged."""
+    """Returns a suggested threshold, from the norms up to where the run diverged."""
     place = diverged_at(run)
     if not place:
         return suggest_threshold(run.norms, diagnosis=diagnosis)
@@ -146,7 +146,7 @@ def contents_of(
     diagnosis: Diagnosis | None,
     nonfinite_leaves: Sequence[NonfiniteLeaf] | None,
 ) -> Contents:
-    """Returns what the page says of a run."""
+    """Returns the content of the report of a run."""
     suggestion = suggestion_of(run, diagnosis)
     sections = [] if diagnosis is None else [_findings(diagnosis)]
     if nonfinite_leaves:

@@ -31,7 +31,7 @@ def _loud(words: str) -> None:
 
 
 def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
-    """Returns the signals by name, as a report holds them."""
+    """Returns the signals by name, in the form that a report holds."""
     plan = probe.tapped and probe.tapped.plan
     seen = len(plan.sites) if plan else 0
     depth, time = signals.depth, signals.time
@@ -62,7 +62,7 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
 
 
 def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> list[str]:
-    """Returns what could not be looked at, and why."""
+    """Returns what could not be inspected, and why."""
     words = []
     if probe.tapped is None:
         words.append(
@@ -125,51 +125,54 @@ def diagnose(
     """Finds out why gradients explode, where in the model, and what to do about it.
 
     It measures the gradients of the batches, the signals at each use of a parameter
-    (see `optclip.diagnosis.tap`), and what a few steps do. Then it tries remedies,
-    without changing anything of yours: the same program with smaller weights, with
-    relu, in float32, and with smaller steps. What helps most is named first.
+    (see `optclip.diagnosis.tap`), and the effect of a few steps. Then it tries
+    remedies, without changing your parameters or state: the same program with smaller
+    weights, with relu, in float32, and with smaller steps. The findings are ordered by
+    how much their remedy helps.
 
     | cause            | what is measured                                        |
     | ---------------- | ------------------------------------------------------- |
-    | `initialization` | weights beside He initialization; the gradient with those |
+    | `initialization` | weights relative to He initialization; gradient with those |
     | `depth`          | growth of the signal over the layers                    |
     | `recurrence`     | growth of the signal over the steps of a scan           |
     | `activation`     | gain of each activation; the gradient with relu         |
-    | `learning_rate`  | fall of the loss beside that predicted; twelve steps    |
-    | `bad_batch`      | norms of the batches beside their median                |
+    | `learning_rate`  | fall of the loss relative to the prediction; twelve steps |
+    | `bad_batch`      | norms of the batches relative to their median           |
     | `overflow`       | the same program in float32                             |
-    | `loss_sum`       | loss of a batch beside that of its halves               |
+    | `loss_sum`       | loss of a batch relative to that of its halves          |
     | `vanishing`      | the opposite of growth                                  |
     | `uphill`         | the change of the loss that the gradient predicts       |
 
-    Nothing that is not finite is called healthy. Parts of the program that can't be
-    looked inside, as functions with a custom derivative, are judged from outside, by
-    gradients, losses and trial steps; the headline then says so. It costs about 60
-    training steps and compiles five programs or so: run it when a run goes wrong, or
-    before a long one.
+    A model with non-finite values is never reported as healthy. Parts of the program
+    that can't be inspected, such as functions with a custom derivative, are judged from
+    outside, by gradients, losses and trial steps; the headline then says so. A
+    diagnosis costs about 60 training steps and compiles about five programs: run it
+    when a run fails, or before a long run.
 
     Args:
-        loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over keys of
-            dropout and over batch statistics, so that two calls give the same loss.
-        params: A tree of arrays, a Flax NNX model or an Equinox model. The model itself
-            is not changed; it is given to ``loss_fn`` as a copy.
-        batches: Batches of the training data, at least one, better 8 to 24. They are
-            numbered from 0 in the order in which they come.
+        loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over dropout
+            keys and batch statistics, so that two calls give the same loss.
+        params: A pytree of arrays, a Flax NNX model or an Equinox model. The model
+            itself is not changed; it is given to ``loss_fn`` as a copy.
+        batches: Batches of the training data, at least one, preferably 8 to 24. They
+            are numbered from 0 in their order.
         optimizer: The Optax optimizer of the run, with its clip.
-        opt_state: Its state, if the run has begun; by default ``optimizer.init``'s.
-            A run that has begun settles at a rate where each step brings little; then
-            only a loss that rises tells of a learning rate that is too high.
+        opt_state: Its state, if the run has started; by default, that of
+            ``optimizer.init``. In a run that has started, small progress per step is
+            normal; then only a rising loss indicates a learning rate that is too high.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: How many batches to look at, at most.
-        progress: Whether each stage is announced on stderr.
+        progress: Whether to print each stage on stderr.
 
     Returns:
         A `Diagnosis`. Print it.
 
     Raises:
-        TypeError: If ``optimizer`` is no transformation, or ``batches`` are no batches.
-        ValueError: If the loss is no real scalar, there is no batch, ``params`` hold no
-            real or complex numbers, or ``opt_state`` does not fit.
+        TypeError: If ``optimizer`` is not a transformation, or ``batches`` does not
+            hold batches.
+        ValueError: If the loss is not a real scalar, there is no batch, ``params``
+            holds no real or complex numbers, or ``opt_state`` does not match
+            ``params``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optclip

@@ -10,24 +10,24 @@ from optclip.diagnosis.taps import Site
 
 __all__ = ["Growth", "Layer", "depth_growth", "he_ratios", "layers_of", "time_growth"]
 
-# Uses of one leaf from which on they are a recurrence and not weight sharing.
+# From this many uses of one leaf on, they are a recurrence and not weight sharing.
 USES = 4
-# Fewest layers or steps whose growth can be told from noise.
+# The fewest layers or steps whose growth can be distinguished from noise.
 FEWEST = 4
 
 
 class Layer(NamedTuple):
-    """One matrix product or convolution in the order of depth.
+    """One matrix product or convolution, in the order of depth.
 
     Attributes:
         leaf: Path of its parameters.
         back_in: Norm of the backward signal at its input, over all steps.
         back_out: The same at its output.
-        rms_in: Of its input.
-        rms_out: Of its output.
+        rms_in: Root mean square of its input.
+        rms_out: Root mean square of its output.
         he: Root mean square of its weights over that of He initialization.
         activation: Functions between the layer before and this one, or None.
-        source: Place of that layer in the list, or None.
+        source: Index of that layer in the list, or None.
     """
 
     leaf: str
@@ -48,7 +48,7 @@ class Growth(NamedTuple):
             to the first.
         forward: Decades by which the forward signal grows from the first to the last.
         count: Layers or steps.
-        leaves: Paths of the leaves concerned.
+        leaves: Paths of the leaves involved.
         each: Factor for each layer or step.
         half: Decades over the earlier half of the steps alone.
     """
@@ -68,7 +68,7 @@ def _log(values: np.ndarray | list[float]) -> np.ndarray:
 
 
 def _ends(logs: np.ndarray) -> float:
-    """Returns the last quarter's mean less the first's, of the finite ones in order."""
+    """Returns the mean of the last quarter minus that of the first (finite values)."""
     logs = logs[np.isfinite(logs)]
     if len(logs) < 2:
         return 0.0
@@ -87,7 +87,7 @@ def _usual(number) -> float:
 
 
 def _columns(site: Site) -> list[tuple[float, ...]]:
-    """Returns the five figures of a site, once for each layer that it stands for."""
+    """Returns the five statistics of a site, once for each layer that it represents."""
     figures = (
         site.signal_in,
         site.signal_out,
@@ -110,7 +110,7 @@ def _is_layer(site: Site) -> bool:
 
 
 def repeated(sites: tuple[Site, ...]) -> set[str]:
-    """Returns the leaves that an unrolled program uses again and again."""
+    """Returns the leaves that an unrolled program uses repeatedly."""
     uses = collections.Counter(s.leaf for s in sites if _is_layer(s))
     return {leaf for leaf, count in uses.items() if count >= USES}
 
@@ -122,7 +122,7 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
     first = {leaf: next(s.order for s in chosen if s.leaf == leaf) for leaf in again}
     chosen = [s for s in chosen if first.get(s.leaf, s.order) == s.order]
     blocks: list[list[Site]] = []
-    for site in chosen:  # neighbours in one scan of layers take turns
+    for site in chosen:  # sites in one scan over layers are interleaved
         length = len(_columns(site))
         stacked = site.stacked and length > 1
         before = blocks[-1][-1] if blocks else None
@@ -201,13 +201,13 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
         return max(g.back, g.forward)
 
     most = max(grown, key=size)
-    # All that takes part in the steps sees the same growth.
+    # Every leaf that takes part in the steps sees the same growth.
     alike = [g.leaves[0] for g in grown if size(g) > 0.9 * size(most)]
     return most._replace(leaves=tuple(dict.fromkeys(alike)))
 
 
 def he_ratios(layers: list[Layer]) -> dict[str, float]:
-    """Returns how large the weights are beside He initialization, by leaf."""
+    """Returns the size of the weights relative to He initialization, by leaf."""
     ratios = collections.defaultdict(list)
     for layer in layers:
         ratios[layer.leaf].append(layer.he)
@@ -215,7 +215,7 @@ def he_ratios(layers: list[Layer]) -> dict[str, float]:
 
 
 def activation_gains(layers: list[Layer]) -> list[tuple[Layer, float, float]]:
-    """Returns, for layers after an activation, its backward and forward gain."""
+    """Returns the backward and forward gain at each layer after an activation."""
     found = []
     for layer in layers:
         if not layer.activation or layer.source is None:

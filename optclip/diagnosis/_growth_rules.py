@@ -20,14 +20,14 @@ __all__ = [
 
 
 class Candidate(NamedTuple):
-    """A finding, and by how many decades its remedy betters things."""
+    """A finding, and by how many decades its remedy improves the norm."""
 
     finding: Finding
     benefit: float
 
 
 def lowered(before: float, after: float) -> float:
-    """Returns by how many decades a remedy lowers the norm; inf if it makes it one."""
+    """Returns by how many decades a remedy lowers the norm; inf if then finite."""
     if not math.isfinite(after):
         return 0.0
     if not math.isfinite(before):
@@ -56,7 +56,7 @@ def activation(s: Signals) -> Candidate | None:
         return None
     strong = strong or s.gains
     if s.first.finite:
-        # What the activations magnify must be a good part of the growth.
+        # The gain of the activations must explain a substantial part of the growth.
         share = sum(math.log10(gain(pair)) for pair in strong)
         if share < 0.4 * max(_growing(s), LIMITS.drop):
             return None
@@ -113,7 +113,7 @@ def _clip_bound(s: Signals) -> float:
 
 
 def _worse(s: Signals) -> bool:
-    """Whether weights of the usual size would raise the loss: they were learnt."""
+    """Whether typically sized weights would raise the loss: then they were learned."""
     before = s.first.loss
     return s.first.finite and s.scaled_loss > max(1.1 * before, before + 0.1)
 
@@ -125,10 +125,10 @@ def initialization(s: Signals) -> Candidate | None:
     if not s.scaled or not enough or _worse(s) or _by_depth(s):
         return None
     if s.time is not None and recurrence(s) and set(s.scaled) & set(s.time.leaves):
-        return None  # the recurrence's own weights
+        return None  # these are the recurrence's own weights
     largest = max(s.he[leaf] for leaf in s.scaled)
     if largest < LIMITS.weights:
-        return None  # of a usual size; other things make the signal grow
+        return None  # of a typical size; something else makes the signal grow
     factor = round(statistics.geometric_mean(s.scaled.values()), 4)
     leaves = tuple(s.scaled)
     finding = Finding(
@@ -152,7 +152,7 @@ def initialization(s: Signals) -> Candidate | None:
 
 
 def _by_depth(s: Signals) -> bool:
-    """Whether many layers, each a little too strong, make a signal grow."""
+    """Whether many layers, each a little too large, make a signal grow."""
     if s.depth is None or s.depth.count < LIMITS.many or s.depth.each > LIMITS.layer:
         return False
     evened = lowered(s.norm, s.scaled_norm) > LIMITS.drop and not _worse(s)

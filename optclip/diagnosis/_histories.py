@@ -1,4 +1,4 @@
-"""The gradient norms that someone recorded, or that a rule in a state remembers."""
+"""The gradient norms that were recorded, or that a rule keeps in its state."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ _RECORD = (
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Norms, and what is known of those that are not among them.
+    """Norms, and what is known about those that are not included.
 
     Attributes:
         norms: float64[n], non-finite ones included where they were recorded.
-        ordered: Whether they stand in the order of the steps.
-        steps: How many steps they stand for.
+        ordered: Whether they are in the order of the steps.
+        steps: How many steps they represent.
         nonfinite: How many of these were not finite.
-        note: What to know about their origin, in words; "" if nothing.
+        note: A remark about their origin; "" if there is none.
         missing: Why there are no norms; "" if there are.
     """
 
@@ -75,7 +75,7 @@ def _of_numbers(values: Any) -> History:
 
 
 def _memories(rule_state: Any) -> Iterator[Any]:
-    """Yields the parts of a rule's state that remember something of the norms."""
+    """Yields the parts of a rule's state that keep information about the norms."""
 
     def remembers(node):
         return bool(_MEMORIES & set(getattr(node, "_fields", ())))
@@ -86,7 +86,7 @@ def _memories(rule_state: Any) -> Iterator[Any]:
 
 
 def _window(memory: Any) -> np.ndarray:
-    """Returns the norms in a ring, the oldest first."""
+    """Returns the norms in a ring buffer, oldest first."""
     ring = np.asarray(memory.recent_norms, np.float64).reshape(-1)
     count = int(np.reshape(memory.recorded, ()))
     if count <= len(ring):
@@ -95,7 +95,7 @@ def _window(memory: Any) -> np.ndarray:
 
 
 def _histogram(memory: Any) -> np.ndarray:
-    """Returns a norm in the middle of its bin for each that was counted."""
+    """Returns the center of its bin for each norm that was counted."""
     counts = np.rint(np.asarray(memory.norm_counts, np.float64).reshape(-1))
     middles = (np.arange(BINS) + 0.5 - FIRST_BIN) * (OCTAVES / BINS)
     norms = np.exp2(float(np.reshape(memory.first_log, ())) + middles)
@@ -103,7 +103,7 @@ def _histogram(memory: Any) -> np.ndarray:
 
 
 def _summary(memory: Any) -> str:
-    """Says what a rule keeps that is not a norm itself."""
+    """Describes what a rule keeps instead of norms."""
     if "log_quantile" in memory._fields:
         value, name = np.exp(float(np.ravel(memory[0])[0])), "running quantile"
     else:
@@ -164,8 +164,8 @@ def history_of(source: Any) -> History:
     """Returns the norms in ``source``: numbers, or an optimizer state.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If the numbers are no norms, or can't be read here.
+        TypeError: If ``source`` is neither.
+        ValueError: If the numbers are not norms, or can't be read here.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(source)):
         raise ValueError(

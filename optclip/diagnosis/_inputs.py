@@ -1,4 +1,4 @@
-"""What a diagnosis is given, checked before anything is measured."""
+"""Validates the arguments of a diagnosis before anything is measured."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ __all__ = ["batches_of", "broken_parts", "fitted", "not_finite_leaves", "outside
 
 
 def outside_jit(name: str, *trees: Any) -> None:
-    """Raises where an argument is traced: what is measured must come to the host."""
+    """Raises if an argument is traced: the measurements are needed on the host."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
         raise ValueError(f"`{name}` runs programs of its own: call it outside of jit.")
 
@@ -38,11 +38,12 @@ def _as_array(leaf: Any, path: str, number: int) -> jax.Array:
 
 
 def batches_of(batches: Any, most: int) -> tuple[list[Any], bool]:
-    """Returns at most so many batches as trees of arrays, and whether there are more.
+    """Returns at most this many batches as arrays, and whether there are more.
 
     Raises:
-        TypeError: If it is no iterable of batches, or one holds what is no array.
-        ValueError: If there is none.
+        TypeError: If it is not an iterable of batches, or a batch holds a leaf that is
+            not an array.
+        ValueError: If there is no batch.
     """
     if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -85,7 +86,7 @@ def _lost(what: str, tree: Any) -> None:
 
 
 def _bare(tree: Any) -> Any:
-    """Returns the tree with Flax NNX's variables replaced by what they hold."""
+    """Returns the tree with Flax NNX's variables replaced by their values."""
     nnx = getattr(sys.modules.get("flax"), "nnx", None)
     if nnx is None:
         return tree
@@ -99,13 +100,13 @@ def _bare(tree: Any) -> Any:
 
 
 def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
-    """Returns the optimizer's state, laid out as ``optimizer.init(params)`` would be.
+    """Returns the optimizer state in the structure of ``optimizer.init(params)``.
 
-    A state for the parameters with their integers in it is cut to those that are
-    diagnosed, and the variables of Flax NNX are taken out of their boxes.
+    A state for parameters that include integers is reduced to the parameters that are
+    diagnosed, and Flax NNX variables are replaced by their values.
 
     Raises:
-        ValueError: If it does not fit, or if arrays were deleted.
+        ValueError: If it does not match ``params``, or if arrays were deleted.
     """
     if hasattr(opt_state, "tx") and hasattr(opt_state, "opt_state"):
         raise ValueError(
@@ -133,7 +134,7 @@ def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
 
 
 def broken_parts(params: Any, batches: list[Any]) -> dict[str, Any]:
-    """Returns what of the arguments may be why no batch has a finite gradient."""
+    """Returns the arguments that may explain why no batch has a finite gradient."""
     bad = [str(i) for i, batch in enumerate(batches) if not_finite_leaves(batch)]
     empty = [str(i) for i, b in enumerate(batches) if _is_empty(b)]
     found = {

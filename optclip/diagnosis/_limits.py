@@ -1,4 +1,4 @@
-"""The limits from which on a signal counts."""
+"""The limits above which a measurement counts as a symptom."""
 
 import dataclasses
 
@@ -7,35 +7,36 @@ __all__ = ["LIMITS", "Limits"]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Where a signal begins to count; `diagnose` shows them in its signals.
+    """The limits of the rules; `diagnose` includes them in its signals.
 
     Attributes:
         growth: Decades over the layers of a network.
-        mild_growth: The same where there are ``many`` layers, and evening it out lowers
-            the norm.
-        many: Layers.
+        mild_growth: The same where there are ``many`` layers, and removing the growth
+            lowers the norm.
+        many: The number of layers that counts as many.
         time_growth: Decades over the earlier half of the steps of a recurrence. A sum
             of equal contributions makes 0.3 there.
-        shrink: Decades over the layers by which a signal dies out.
+        shrink: Decades over the layers by which a signal vanishes.
         drop: Decades by which a remedy must lower the norm.
-        mild_drop: The same if it also makes a step keep its promise.
-        weights: Weights beside He initialization.
-        layer: Growth of each layer from which on it is the weights' fault and not the
-            depth's.
-        activation: Gain of an activation.
+        mild_drop: The same if it also makes a step achieve the predicted fall of the
+            loss.
+        weights: Size of the weights relative to He initialization.
+        layer: Growth per layer above which the weights are the cause and not the depth.
+        activation: Gain of an activation that counts as a symptom.
         outlier: Decades by which a bad batch stands out.
         outlier_z: The same in robust standard deviations.
-        few: The largest share of batches that can be bad ones.
-        trust: Share of the predicted fall of the loss that comes true.
-        mild_trust: The same, if steps of a tenth keep all of their promise.
+        few: The largest share of batches that can be outliers.
+        trust: Share of the predicted fall of the loss that is achieved.
+        mild_trust: The same, if steps a tenth as large achieve what is predicted.
         trust_after: The same with smaller steps.
-        twice: What counts as twice a loss.
-        rise: Factor by which the loss must rise in a rehearsal of a run that has begun.
-        lost: Share of what such a run has gained over parameters of 0, which it must
-            lose as well.
+        twice: Range of ratios that count as twice a loss.
+        rise: Factor by which the loss must rise in a rehearsal of a run that has
+            started.
+        lost: Share of such a run's improvement over parameters of 0 that it must also
+            lose.
         leap: The same at any step of a rehearsal, for any run.
-        worse: Share of the first loss by which a rehearsal must end higher than one
-            with smaller steps.
+        worse: Share of the initial loss by which a rehearsal must end above one with
+            smaller steps.
     """
 
     growth: float = 2.0

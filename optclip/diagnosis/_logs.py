@@ -40,11 +40,11 @@ def _rows_of(path: Path) -> list[Row]:
         except (
             ValueError,
             RecursionError,
-        ):  # no JSON, or such as no log would hold
+        ):  # not JSON, or JSON that no log would contain
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif i != numbered[-1][0] or not rows:  # the last may be half written
+        elif i != numbered[-1][0] or not rows:  # the last line may be incomplete
             raise ValueError(f"{path}: line {i} is no JSON object. Is it a log?")
     return rows
 
@@ -60,11 +60,11 @@ def _rows_of_arrays(columns: Mapping[str, Any]) -> list[Row]:
 
 
 def rows_in(source: Any) -> tuple[list[Row], str]:
-    """Returns the rows in ``source``, and what messages call it.
+    """Returns the rows in ``source``, and the name for it in messages.
 
     Raises:
-        TypeError: If it is nothing that can hold rows.
-        ValueError: If it is a file that can't be read, or arrays of several shapes.
+        TypeError: If ``source`` can't hold rows.
+        ValueError: If it is a file that can't be read, or arrays of different shapes.
     """
     if isinstance(source, (str, Path)):
         path = _file_in(Path(source))

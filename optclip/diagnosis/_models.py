@@ -1,4 +1,4 @@
-"""Models of other libraries as trees of arrays: nothing of theirs is imported here."""
+"""Converts other libraries' models to pytrees of arrays, without importing them."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, *args):
-        # New variables at each call, which may change them.
+        # Copied at each call, because the call may modify them.
         mine = jax.tree.map(lambda x: x, rest)
         return loss_fn(nnx.merge(graph, params, mine), *args)
 
@@ -28,11 +28,12 @@ def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
 
 
 def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
-    """Returns a loss of a tree of arrays alone, and that tree.
+    """Returns a loss that takes a pytree of arrays only, and that pytree.
 
-    A Flax NNX model is split, and merged at each call: what a call changes in it, as
-    batch statistics and counts of keys, is gone after it. Of other trees, as Equinox's,
-    leaves that are no arrays of real or complex numbers are kept as they are.
+    A Flax NNX model is split, and merged again at each call: changes that a call makes
+    to it, such as batch statistics and key counters, are discarded. In other trees,
+    such as Equinox models, leaves that are not arrays of real or complex numbers are
+    kept as they are.
     """
     nnx = getattr(sys.modules.get("flax"), "nnx", None)
     if nnx is not None and isinstance(params, nnx.Module):

@@ -1,4 +1,4 @@
-"""What is known of the parts of a model that can't be looked inside."""
+"""What is known about the parts of a model that can't be inspected."""
 
 import collections
 import math
@@ -17,11 +17,11 @@ __all__ = ["norms_by_path", "unseen_ratios"]
 def unseen_ratios(
     tapped: Tapped | None, params: Any, seen: Collection[str]
 ) -> dict[str, float]:
-    """Returns the size of weights that no site showed, relative to He initialization.
+    """Returns the size of weights without a measured site, relative to He's.
 
-    Of the matrix products and convolutions that are written in the program but can't
-    be measured there, as those in a function with a custom derivative: the signal is
-    out of reach, and the parameters are not.
+    These are the weights of matrix products and convolutions that appear in the program
+    but can't be measured there, for example in a function with a custom derivative: the
+    signal is out of reach, but the parameters are not.
     """
     if tapped is None:
         return {}
@@ -42,7 +42,7 @@ def unseen_ratios(
 def norms_by_path(
     paths: Sequence[str], rows: Sequence[Sequence[float]]
 ) -> dict[str, tuple[float, ...]]:
-    """Returns the numbers of each leaf by its path, given one row for each step."""
+    """Returns the numbers of each leaf by its path, given one row per step."""
     if not rows:
         return {}
     return dict(zip(paths, zip(*rows, strict=True), strict=True))

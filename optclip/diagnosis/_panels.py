@@ -11,7 +11,7 @@ from optclip.diagnosis._axes import (
     ORANGE,
     PURPLE,
     SKY,
-    VERMILLION,
+    VERMILION,
     Panel,
     drawable,
     log_axis,
@@ -24,9 +24,9 @@ from optclip.diagnosis.summary import diverged_at
 
 __all__ = ["panels_of"]
 
-# Of more points only ranges are drawn, of so many parts of the run.
+# Above so many points, only the range within each of so many parts is drawn.
 _MANY, _BINS = 2000, 250
-# Fewer norms are no distribution.
+# Fewer norms than this do not make a distribution.
 _HISTOGRAM = 10
 
 
@@ -34,7 +34,7 @@ _HISTOGRAM = 10
 
 
 def _curve(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """Draws a line; of very many points their range, and the middle of it."""
+    """Draws a line; for very many points, their range and its middle."""
     if len(x) <= _MANY:
         marker = "o" if len(x) <= FEW else None
         axes.plot(x, y, color=BLUE, linewidth=1.3, marker=marker, markersize=4)
@@ -50,19 +50,19 @@ def _curve(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _marks(run: Run) -> list[tuple[str, np.ndarray, str]]:
-    """Returns the kinds of steps to mark: name, which steps, colour."""
+    """Returns the kinds of steps to mark: name, which steps, color."""
     kinds = (
         ("clipped", run.clipped, ORANGE),
         ("left out", run.skipped, PURPLE),
-        ("not finite", run.nonfinite, VERMILLION),
+        ("not finite", run.nonfinite, VERMILION),
     )
     return [(name, f, c) for name, f, c in kinds if f is not None and f.any()]
 
 
 def _bars(run: Run, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns where bars stand, how high they are, and how wide.
+    """Returns the positions, heights and width of the bars.
 
-    A bar is a step, or in a long run some steps: it is the higher, the more of them are
+    A bar is one step, or several steps in a long run: it is higher the more of them are
     marked.
     """
     first, last = float(run.steps[0]), float(run.steps[-1])
@@ -77,10 +77,10 @@ def _bars(run: Run, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 def _strip(axes: Any, run: Run) -> None:
     """Draws a row of bars for each kind of step that occurred."""
     marks = _marks(run)[::-1]
-    for row, (_, flags, colour) in enumerate(marks):
+    for row, (_, flags, color) in enumerate(marks):
         lefts, heights, width = _bars(run, flags)
         drawn = 0.8 * width if len(run.steps) <= FEW else width
-        axes.bar(lefts + width / 2, heights, drawn, row + 0.1, color=colour)
+        axes.bar(lefts + width / 2, heights, drawn, row + 0.1, color=color)
         axes.annotate(
             f"{int(flags.sum()):,}",
             (1, row + 0.5),
@@ -96,7 +96,7 @@ def _strip(axes: Any, run: Run) -> None:
 
 
 def _threshold(axes: Any, run: Run) -> None:
-    """Draws the threshold, and writes what it is at the right of the data."""
+    """Draws the threshold, and labels it at the right of the data."""
     if run.thresholds is None:
         return
     axes.plot(run.steps, run.thresholds, color="black", linewidth=1.3)
@@ -131,7 +131,7 @@ def _draw_norms(run: Run, figure: Any) -> None:
     log_axis(axes.yaxis, values[np.isfinite(values)])
     place = diverged_at(run)
     if place is not None:
-        axes.axvline(run.steps[place], color=VERMILLION, linestyle=(0, (4, 2)))
+        axes.axvline(run.steps[place], color=VERMILION, linestyle=(0, (4, 2)))
         right = place > len(shown) / 2
         axes.annotate(
             f"diverged, step {run.steps[place]}",
@@ -139,7 +139,7 @@ def _draw_norms(run: Run, figure: Any) -> None:
             (-4 if right else 4, 4),
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
-            color=VERMILLION,
+            color=VERMILION,
             ha="right" if right else "left",
         )
     tidy(axes)
@@ -161,7 +161,7 @@ def _draw_histogram(norms: np.ndarray, figure: Any) -> None:
     low, high = float(logs.min()), float(logs.max())
     room = 0.05 if high - low < 0.1 else 0.0
     quarters = np.quantile(logs, [0.25, 0.75])
-    width = 2 * np.ptp(quarters) / len(logs) ** (1 / 3)  # Freedman and Diaconis
+    width = 2 * np.ptp(quarters) / len(logs) ** (1 / 3)  # Freedman-Diaconis rule
     bins = int(np.clip((high - low) / max(width, 1e-3), 8, 80))
     counts, edges = np.histogram(logs, bins, (low - room, high + room))
     axes.stairs(counts, 10.0**edges, fill=True, color=SKY)
@@ -184,7 +184,7 @@ def _draw_histogram(norms: np.ndarray, figure: Any) -> None:
     axes.set_ylabel("steps")
 
 
-# --- all of them ----------------------------------------------------------------------
+# --- all panels -----------------------------------------------------------------------
 
 
 def panels_of(contents: Contents) -> list[Panel]:

@@ -1,4 +1,4 @@
-"""A command line whose errors are one line."""
+"""A command-line parser whose errors are one line."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ __all__ = ["OneLineParser"]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reads a command line. An error is one line on stderr and exit code 2."""
+    """Parses a command line. An error is one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Exits with one line instead of a usage notice."""

@@ -1,7 +1,7 @@
 """Where a program uses its parameters: matmuls, convolutions, lookups and scales.
 
-A program is a jaxpr. Each of its values is made of constants, of parameters alone, or
-of data; where data meets parameters there is a site. Nothing is computed here.
+A program is a jaxpr. Each of its values depends on constants, on parameters alone, or
+on data; a site is an equation where data and parameters meet. Nothing is computed here.
 """
 
 import math
@@ -33,12 +33,12 @@ __all__ = ["plan_program", "scan_layout"]
 
 
 class _Place(NamedTuple):
-    first: int = 0  # number of the first site
-    lengths: tuple[int, ...] = ()  # of the scans around it
+    first: int = 0  # index of the first site
+    lengths: tuple[int, ...] = ()  # of the enclosing scans
 
 
 def scan_layout(eqn: Any) -> tuple[int, int]:
-    """Returns how many constants and carries a scan has, read off the ranks."""
+    """Returns how many constants and carries a scan has, inferred from ranks."""
     inner = closed(eqn.params["jaxpr"]).jaxpr
     ranks = zip(eqn.outvars, inner.outvars, strict=True)
     carries = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in ranks)
@@ -48,7 +48,7 @@ def scan_layout(eqn: Any) -> tuple[int, int]:
 
 
 def _together(mades: list[Made]) -> Made:
-    """Returns what a value of all these is made of."""
+    """Returns the provenance of a value computed from all of these."""
     if any(m.data for m in mades):
         return DATA
     leaves = frozenset().union(*(m.leaves for m in mades))
@@ -117,7 +117,8 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
         return None
     first, second = mades[:2]
     if kind == "embedding":
-        # One row looked up by a loop's counter is a layer's slice, not a lookup.
+        # One row looked up by a loop counter is a layer's slice, not an embedding
+        # lookup.
         many = math.prod(eqn.invars[1].aval.shape[:-1]) > 1
         if not (first.leaves and not first.data and many):
             return None
@@ -150,7 +151,7 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
 
 
 def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
-    """Plans a scan's body: a carry is of parameters only if it stays so."""
+    """Plans a scan's body: a carry depends on parameters only if it stays so."""
     consts, carries = scan_layout(eqn)
     program = closed(eqn.params["jaxpr"])
     inside = place._replace(lengths=(*place.lengths, eqn.params["length"]))
@@ -171,13 +172,13 @@ def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
 
 
 def _crossing(made: Made) -> Made:
-    """Returns what a value is made of on the other side of a program's border."""
+    """Returns the provenance of a value after it is passed into another program."""
     if made.chain is None or not made.chain.functions:
         return made
     return made._replace(chain=made.chain._replace(before=LOST))
 
 
-# What the user wrote, for the name of a primitive.
+# The names that users write for these primitives.
 BETTER = {
     "while": "jax.lax.while_loop",
     "custom_vjp_call": "the custom derivative",
@@ -190,7 +191,7 @@ BETTER = {
 
 
 class _Beyond(NamedTuple):
-    """Sites out of reach: why, for each, and those that are written down."""
+    """Sites out of reach: the reason for each, and those that appear in the program."""
 
     reasons: tuple[str, ...] = ()
     unseen: tuple[SiteSpec, ...] = ()
@@ -223,14 +224,14 @@ def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
 
 
 def _outs_of(step: Step) -> list[Made]:
-    """Returns what the results of an opened equation are made of."""
+    """Returns the provenance of the results of an opened equation."""
     if len(step.plans) == 1 and step.eqn.primitive.name in INLINED:
         return [_crossing(m) for m in step.plans[0].outs]
     return [_together(list(o)) for o in zip(*(p.outs for p in step.plans), strict=True)]
 
 
 def _result(eqn: Any, made: list[Made], used: bool) -> Made:
-    """Returns what the result of any other equation is made of."""
+    """Returns the provenance of the result of any other equation."""
     if eqn.primitive.name in ("dynamic_slice", "gather") and made[0].leaves:
         return made[0]  # a layer's own slice, wherever the index comes from
     whole = DATA if used else _together(made)
@@ -238,7 +239,7 @@ def _result(eqn: Any, made: list[Made], used: bool) -> Made:
 
 
 def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
-    """Finds the sites of a program, given what its arguments are made of."""
+    """Finds the sites of a program, given the provenance of its arguments."""
     jaxpr = program.jaxpr
     env: dict[Any, Made] = dict.fromkeys(jaxpr.constvars, CONSTANT)
     env.update(zip(jaxpr.invars, mades, strict=True))

@@ -16,18 +16,18 @@ from optclip.diagnosis.taps import Site, Tapped, tapped
 
 __all__ = ["Batch", "Probe", "Step", "halves_of"]
 
-# A step's updates are tried at these parts of their size.
+# A step's updates are tried at these fractions of their size.
 PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
 
 
 class Step(NamedTuple):
-    """What the next step of the optimizer would be.
+    """Predictions and measurements for the next step of the optimizer.
 
     Attributes:
-        finite: Whether its updates are.
+        finite: Whether its updates are finite.
         zero: Whether they are all 0.
-        slope: By how much the gradient predicts the loss to change; below 0 downhill.
-        trust: How much of the predicted change comes true, by part of the updates.
+        slope: The change of the loss that the gradient predicts; negative is downhill.
+        trust: Share of the predicted change that is achieved, by part of the updates.
     """
 
     finite: bool
@@ -37,13 +37,13 @@ class Step(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one batch gave.
+    """The measurements of one batch.
 
     Attributes:
         loss: Its loss.
         norm: Norm of its gradient.
         bad_leaves: Paths of leaves whose gradient is not finite.
-        sites: What was seen in the program, or nothing.
+        sites: What was measured in the program, if anything.
         leaf_norms: Norm of the gradient of each leaf.
     """
 
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are."""
+        """Whether the loss and the gradient are finite."""
         return bool(np.isfinite(self.loss) and np.isfinite(self.norm))
 
 
@@ -83,15 +83,15 @@ def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Probe:
-    """A model under diagnosis: its programs, and what it costs to ask them.
+    """A model under diagnosis: its programs, compiled once.
 
     Attributes:
         loss_fn: ``loss_fn(params, batch)`` returns a scalar.
         optimizer: The optimizer.
-        show: Called with a few words before each stage.
-        tapped: The program that was read, or None where that failed.
-        why_not: Why it failed, in words.
-        no_steps: Why no steps can be tried, in words; "" if they can.
+        show: Called with a short message before each stage.
+        tapped: The loss's program, or None if it could not be read.
+        why_not: The reason why it could not be read.
+        no_steps: The reason why no steps can be tried; "" if they can.
         paths: Paths of the parameters, known even where the program can't be read.
     """
 
@@ -104,7 +104,7 @@ class Probe:
     paths: tuple[str, ...] = ()
 
     def read(self, params: Any, batch: Any) -> None:
-        """Reads the program of the loss, if this version of JAX can be read."""
+        """Reads the program of the loss, if this version of JAX is supported."""
         self.paths = tuple(path_names.leaf_names(params))
         self._programs: dict[Any, Tapped | None] = {}
         self.tapped = self._read(params, batch)
@@ -115,14 +115,14 @@ class Probe:
         self._changed = jax.jit(self._changed_norm, static_argnums=2)
 
     def try_steps(self, params: Any, opt_state: Any, batch: Any) -> None:
-        """Finds out whether the optimizer can be run, before it costs anything."""
+        """Checks whether the optimizer can be run, before any expensive measurement."""
         try:
             jax.eval_shape(self._one_step, params, opt_state, batch, 1.0)
         except Exception as error:
             self.no_steps = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def _read(self, params: Any, batch: Any) -> Tapped | None:
-        """Returns the program for batches of these shapes, None if it can't be read."""
+        """Returns the program for batches of these shapes; None if it can't be read."""
         key = (
             jax.tree.structure(batch),
             tuple(
@@ -142,7 +142,7 @@ class Probe:
         return self._programs[key]
 
     def _gradients(self, params, batch):
-        """Returns loss, gradients, their norms, and the figures of all sites."""
+        """Returns loss, gradients, their norms, and the statistics of all sites."""
         seen = self._read(params, batch)
         if seen is None:
             loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
@@ -157,12 +157,13 @@ class Probe:
             (loss, figures), (grads, signals) = both(params, probes)
         fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
         norm, each = norms.global_norm(grads), _each_norm(grads)
-        # Of complex parameters JAX gives the conjugate of what leads downhill.
+        # For complex parameters, JAX's gradient is the conjugate of the ascent
+        # direction.
         grads = jax.tree.map(jnp.conj, grads)
         return (loss, norm, each, jnp.stack(fine), figures, signals), grads
 
     def _changed_norm(self, params, batch, change):
-        """Returns loss and norm of the gradient of the program with a change."""
+        """Returns loss and gradient norm of the program with a change."""
         seen = self._read(params, batch)
         assert seen is not None
         run = seen.run
@@ -180,7 +181,7 @@ class Probe:
         return optax.apply_updates(params, updates), opt_state, loss, each
 
     def _updates(self, grads, opt_state, params, batch, loss):
-        """Returns the updates, with all that optimizers of Optax may ask for."""
+        """Returns the updates, with every argument that Optax's optimizers may take."""
         more = {
             "value": loss,
             "grad": grads,
@@ -196,7 +197,7 @@ class Probe:
         return updates, slope, norms.global_norm(updates)
 
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
-        """Returns what one batch gives, and its gradients."""
+        """Returns the measurements of one batch, and its gradients."""
         found, grads = self._gradient(params, batch)
         loss, norm, each, fine, figures, signals = found
         seen = self._read(params, batch)
@@ -207,12 +208,12 @@ class Probe:
         return Batch(float(loss), float(norm), bad, sites, sizes), grads
 
     def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
-        """Returns loss and norm with a change, NaN where it can't be made."""
+        """Returns loss and norm with a change; NaN if the change can't be made."""
         if self.tapped is None:
             return float("nan"), float("nan")
         try:
             loss, norm = self._changed(params, batch, change)
-        except Exception:  # a counterfactual that can't be built tells nothing
+        except Exception:  # a change that can't be built tells nothing
             return float("nan"), float("nan")
         return float(loss), float(norm)
 
@@ -223,13 +224,13 @@ class Probe:
     def step(
         self, params: Any, opt_state: Any, batch: Any, grads: Any, loss: float
     ) -> Step:
-        """Returns what the next step would be, and how much of it comes true."""
+        """Returns the next step, and how much of its predicted change is achieved."""
         value = jnp.asarray(loss, jnp.float32)
         updates, slope, size = self._next(grads, opt_state, params, batch, value)
         slope, size = float(slope), float(size)
         found = {}
         for part in PARTS if np.isfinite(size) else ():
-            # A change below rounding says nothing.
+            # A change below rounding error tells nothing.
             if not abs(part * slope) > 1e-5 * abs(loss):
                 continue
             moved = self._moved(params, updates, part)
@@ -246,7 +247,7 @@ class Probe:
         """Trains a few steps, with ``part`` of each update.
 
         Returns:
-            The loss of each step, and the norm of its gradient for each leaf.
+            The loss of each step, and the gradient norm of each leaf.
         """
         losses, sizes = [], []
         for batch in batches:

@@ -1,4 +1,4 @@
-"""The words of a planned program: what values are made of, sites, steps."""
+"""The data structures of a planned program: provenance, sites, steps."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ __all__ = [
     "opaque_uses",
 ]
 
-# Elementwise functions that are linear in their one argument of data, and moves.
+# Elementwise functions that are linear in their one data argument, and copies.
 LINEAR = {
     "add",
     "add_any",
@@ -101,7 +101,7 @@ LOST = "in another program"
 INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 OPENED = INLINED | {"scan", "cond"}
 RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-# What these do with their operands is not written in the program, or not as a product.
+# The program does not show what these do with their operands, or not as a product.
 OPAQUE = {
     "custom_linear_solve",
     "ffi_call",
@@ -115,21 +115,22 @@ OPAQUE = {
 
 
 class Chain(NamedTuple):
-    """The way of a value from a site's output through elementwise functions alone."""
+    """The path of a value from a site's output through elementwise functions alone."""
 
     site: int
     functions: tuple[str, ...]
-    before: Any  # the variable before the first function that is not linear
+    before: Any  # the variable before the first nonlinear function
 
 
 class Made(NamedTuple):
-    """What a value is made of.
+    """The provenance of a value: what it was computed from.
 
     Attributes:
-        leaves: Numbers of the parameter leaves, for a value of parameters alone.
+        leaves: Indices of the parameter leaves, for a value computed from parameters
+            alone.
         data: Whether data or a site went into it.
-        chain: Its way from a site, or None.
-        stacked: Whether it is a slice of a scanned leaf: one layer's own parameters.
+        chain: Its path from a site, or None.
+        stacked: Whether it is a slice of a scanned leaf: the parameters of one layer.
     """
 
     leaves: frozenset = frozenset()
@@ -138,7 +139,7 @@ class Made(NamedTuple):
     stacked: bool = False
 
     def without_chain(self) -> "Made":
-        """Returns the same, for another program to begin with."""
+        """Returns the same provenance, to start another program with."""
         return self._replace(chain=None)
 
 
@@ -150,15 +151,15 @@ class SiteSpec(NamedTuple):
 
     Attributes:
         kind: "matmul", "conv", "embedding" or "scale".
-        leaves: Numbers of the leaves used.
-        number: Its number in the order of execution.
+        leaves: Indices of the leaves used.
+        number: Its index in the order of execution.
         fan_in: Inputs that one output sums over.
         fan_out: Outputs that one input goes into.
         data_at: Which operand is the data.
-        functions: Nonlinear functions between the site before and this one.
-        source: Number of that site, or None.
+        functions: Nonlinear functions between the previous site and this one.
+        source: Index of the previous site, or None.
         before: The variable that the first of these functions was applied to.
-        lengths: Lengths of the scans that it is in, the outermost first.
+        lengths: Lengths of the enclosing scans, outermost first.
         stacked: Whether each step of the innermost scan has parameters of its own.
         dtype: The dtype of the result.
     """
@@ -183,8 +184,8 @@ class Step(NamedTuple):
     Attributes:
         eqn: The equation.
         site: The site that it is, or None.
-        plans: The programs in it.
-        opened: Whether these have sites that are to be reached.
+        plans: The programs inside the equation.
+        opened: Whether these have sites that can be reached.
     """
 
     eqn: Any
@@ -201,9 +202,9 @@ class Plan(NamedTuple):
         steps: Its equations.
         sites: All sites, those of containers included, in the order of execution.
         hidden: Reasons for the sites that can't be reached, one for each.
-        outs: What its results are made of.
-        unseen: Those of the hidden sites that are written in the program all the same,
-            as in a function with a custom derivative.
+        outs: The provenance of its results.
+        unseen: The hidden sites that nevertheless appear in the program, for example in
+            a function with a custom derivative.
     """
 
     jaxpr: Any
@@ -222,7 +223,7 @@ def name_of(eqn: Any) -> str:
 
 
 def inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
-    """Returns the programs in an equation, and what their arguments are made of."""
+    """Returns the programs in an equation, and the provenance of their arguments."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         start = params["cond_nconsts"]
@@ -240,10 +241,10 @@ def inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
 
 
 def opaque_uses(eqn: Any, made: list[Made]) -> int:
-    """Returns how many operands of parameters meet data where nothing can be read."""
+    """Returns how many parameters meet data in an equation that can't be read."""
     impl = getattr(eqn.primitive, "impl", None)
     module = getattr(getattr(impl, "func", impl), "__module__", None) or "jax"
-    # The primitives of other libraries do with their operands what they like.
+    # Primitives of other libraries may do anything with their operands.
     if eqn.primitive.name not in OPAQUE and module.split(".")[0] == "jax":
         return 0
     if not any(m.data for m in made):

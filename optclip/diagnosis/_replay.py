@@ -1,4 +1,4 @@
-"""Runs a planned program, with probes at its sites or with something changed in it."""
+"""Runs a planned program, with probes at its sites or with a change in it."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from optclip.diagnosis._program import LOST, Plan, Step
 
 __all__ = ["Change", "magnitude", "no_probes", "replay"]
 
-BEYOND = 1e9  # for a number that was too large for float16
+BEYOND = 1e9  # stands for a number that was too large for float16
 LOW = (jnp.float16, jnp.bfloat16)
 
 
@@ -23,8 +23,8 @@ class Change(NamedTuple):
     """What is changed in a program.
 
     Attributes:
-        relu: Whether functions between two sites become a relu.
-        wide: Whether float16 and bfloat16 become float32.
+        relu: Whether functions between two sites are replaced by relu.
+        wide: Whether float16 and bfloat16 are replaced by float32.
     """
 
     relu: bool = False
@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 
 def magnitude(x: jax.Array, mean: bool = False) -> jax.Array:
-    """Returns the norm of all entries, or their rms, right where squares overflow."""
+    """Returns the norm of all entries, or their rms, even where squares overflow."""
     if not x.size:
         return jnp.zeros([], jnp.float32)
     sizes = jnp.abs(x).astype(jnp.float32)
@@ -65,12 +65,12 @@ _probed.defvjp(_probed_fwd, _probed_bwd)
 
 
 def no_probes(plan: Plan) -> list[jax.Array]:
-    """Returns the zeros to be differentiated for: two a site, at its in- and output."""
+    """Returns the zeros to differentiate for: two per site, at its input and output."""
     return [jnp.zeros((*s.lengths, 2), jnp.float32) for s in plan.sites]
 
 
 def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Carries one equation out in float32 where it was written in less."""
+    """Evaluates one equation in float32 where it was written in lower precision."""
 
     def wide(x):
         low = getattr(x, "dtype", None) in LOW
@@ -93,7 +93,7 @@ def _is_low(value: Any) -> bool:
 def _site(
     jaxpr: Any, step: Step, values: list, probe: Any, plain: Any, change: Change
 ) -> tuple:
-    """Carries a site out; returns its result and what was measured there."""
+    """Evaluates a site; returns its result and what was measured there."""
     spec = step.site
     assert spec is not None
     at, values = spec.data_at, list(values)
@@ -131,7 +131,7 @@ def _scan(step: Step, values: list, probes: list, change: Change) -> tuple:
         carry = [o.astype(c.dtype) for o, c in zip(outs[:carries], carry, strict=True)]
         return carry, (outs[carries:], seen)
 
-    if change.wide:  # a carry must begin in the dtype that it will have
+    if change.wide:  # the initial carry needs the dtype of the final one
         start = [
             x.astype(jnp.float32) if getattr(x, "dtype", None) in LOW else x
             for x in start
@@ -149,7 +149,7 @@ def _scan(step: Step, values: list, probes: list, change: Change) -> tuple:
 
 
 def _cond(step: Step, values: list, probes: list, change: Change) -> tuple:
-    """Carries a conditional out; the sites of the branches not taken see nothing."""
+    """Evaluates a conditional; the sites of the branches not taken measure nothing."""
     shapes = [jax.ShapeDtypeStruct((*p.shape[:-1], 3), jnp.float32) for p in probes]
     starts = [0]
     for plan in step.plans:
@@ -194,8 +194,8 @@ def replay(
 
     Args:
         plan: The plan.
-        values: Arguments of its program.
-        probes: As `no_probes` gives them, or none at all.
+        values: The arguments of its program.
+        probes: What `no_probes` returns, or none at all.
         change: What to change.
 
     Returns:
@@ -245,7 +245,7 @@ def replay(
 
 
 def _wide_constant(value: Any) -> Any:
-    """Returns a constant in float32; one that left float16's range became infinite."""
+    """Returns a constant in float32, with an infinity as a large finite number."""
     if getattr(value, "dtype", None) not in LOW:
         return value
     value = value.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""From signals to causes: each rule looks for one, and says what its remedy does."""
+"""From signals to causes: each rule looks for one cause and describes its remedy."""
 
 import math
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def _bad_batch(s: Signals) -> Candidate | None:
         tuple(f"batch {i}" for i in numbers),
         f"{len(bad)} of {len(s.batches)} batches: {', '.join(words)}, where the median "
         f"of all is {bound:.3g}.",
-        "Look at these batches, and drop or mend them. `optclip.skip_steps` leaves "
+        "Look at these batches, and drop or fix them. `optclip.skip_steps` leaves "
         f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
         "high" if broken else "medium",
         "measured",
@@ -92,7 +92,7 @@ def _loss_sum(s: Signals) -> Candidate | None:
 
 
 def _promise(trust: float, smaller: float, part: float) -> str:
-    """Returns how much of the predicted fall of the loss comes true, in words."""
+    """Describes how much of the predicted fall of the loss is achieved."""
     if not (math.isfinite(trust) and math.isfinite(smaller)):
         return ""
 
@@ -105,7 +105,7 @@ def _promise(trust: float, smaller: float, part: float) -> str:
 
 
 def _run_of(s: Signals, part: float, start: float, peak: float | None) -> str:
-    """Returns how the rehearsals went, in words."""
+    """Describes how the rehearsals went."""
 
     def end_of(tried: float) -> str:
         end = ended(s.rehearsals[tried])
@@ -121,7 +121,7 @@ def _run_of(s: Signals, part: float, start: float, peak: float | None) -> str:
 
 
 def _uphill(s: Signals) -> Candidate | None:
-    # The momentum of a run that has begun may well lead uphill for a step.
+    # In a run that has started, momentum may go uphill for a step.
     if s.begun or not s.slope > 1e-5 * abs(s.first.loss):
         return None
     finding = Finding(
@@ -158,22 +158,22 @@ def _learning_rate(s: Signals) -> Candidate | None:
     good = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
     distrusted = trust < LIMITS.trust and any(p <= 0.3 for p in good)
     diverged = end > start + margin and better
-    # A step that brings half of what a smaller one would is on the way to bring none,
-    # unless the run gets ahead by such steps.
+    # A step that achieves only half of what a smaller one would is close to achieving
+    # nothing, unless the run makes faster progress with such steps.
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
     mild = mild and not end < slow - min(margin, 0.5 * abs(slow))
     hopeless = math.isinf(end) and math.isinf(slow)
     leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
     early = mild or diverged or (distrusted and better)
-    if s.begun:  # a run settles where a step brings little, and trains there
+    if s.begun:  # a run settles where a step achieves little, and still trains there
         gained = s.empty_loss - start
         floor = start + (LIMITS.lost * gained if gained > 0 else 0.0)
-        # Near a loss of 0 a batch that is less well known is many times as much.
+        # Near a loss of 0, a harder batch can have a loss many times as large.
         leaped = leaped and max(whole) > floor
         early = better and end > max(LIMITS.rise * abs(start), floor)
     else:
-        # Nothing but far smaller steps could be right: all that were tried are wrong.
+        # All parts that were tried are wrong, so only far smaller steps could be right.
         wrong = s.trust and min(s.trust) <= 0.01 and max(s.trust.values()) < 0
         early = early or (wrong and end > start + margin and slow > start + margin)
     if not (hopeless or leaped or early):
@@ -197,7 +197,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
         "by elimination" if hopeless and not rehearsed else "measured",
         (Remedy("scale_learning_rate", part),),
     )
-    # Other causes make steps fail as well: what mends more stands before this.
+    # Other causes make steps fail as well: findings whose remedy helps more come first.
     relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
     relative = 0.0 if hopeless else max(relative, 0.0)
     return Candidate(finding, min(math.log10(1 + relative), 0.9))
@@ -287,17 +287,17 @@ RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
     _learning_rate,
     vanishing,
 )
-# What explains the growth of a signal; of several, the one whose remedy helps most.
+# Explanations for a growing signal; of several, the one whose remedy helps most.
 GROWTH = {"activation", "recurrence", "initialization", "depth"}
 
 
 def judge(signals: Signals) -> tuple[Finding, ...]:
-    """Returns the causes, the one whose remedy helps most first."""
+    """Returns the causes, ordered by how much their remedy helps."""
     if (given := _given(signals)) is not None:
         return (given,)
     found = [c for rule in RULES if (c := rule(signals)) is not None]
     causes = {c.finding.cause for c in found}
-    # These explain growth over layers.
+    # These causes explain growth over the layers, so it is not due to depth.
     if causes & {"activation", "initialization", "recurrence"}:
         found = [c for c in found if c.finding.cause != "depth"]
     found.sort(key=lambda c: -c.benefit)

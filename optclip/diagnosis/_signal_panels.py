@@ -12,7 +12,7 @@ from optclip.diagnosis._axes import (
     GREEN,
     ORANGE,
     PURPLE,
-    VERMILLION,
+    VERMILION,
     Panel,
     drawable,
     log_axis,
@@ -22,9 +22,10 @@ from optclip.diagnosis.records import printable
 
 __all__ = ["signal_panels"]
 
-_LINES = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION)
+_LINES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION)
 
-# More rows than this are a heat map; more columns are thinned; more names are left out.
+# More rows than this become a heat map, more columns are thinned, and more names are
+# omitted.
 _ROWS, _COLUMNS, _NAMES = len(_LINES), 96, 10
 
 
@@ -40,7 +41,7 @@ def _lost(axes: Any, places: np.ndarray) -> None:
             places,
             np.full(len(places), 0.97),
             "X",
-            color=VERMILLION,
+            color=VERMILION,
             markersize=8,
             clip_on=False,
             transform=axes.get_xaxis_transform(),
@@ -69,7 +70,7 @@ def _draw_depth(sites: Sequence[Any], figure: Any) -> None:
 
 
 def _table(sites: Sequence[Any]) -> np.ndarray:
-    """Returns the signal of each site and step; rows of a shorter scan end in NaN."""
+    """Returns the signal of each site and step; shorter scans are padded with NaN."""
     length = max(len(site.signal_out) for site in sites)
     table = np.full((len(sites), length), np.nan)
     for row, site in zip(table, sites, strict=True):
@@ -87,7 +88,7 @@ def _draw_heat(axes: Any, figure: Any, sites: Sequence[Any], table: np.ndarray) 
         np.arange(len(sites) + 1) - 0.5,
         np.ma.masked_invalid(logs),
         cmap="viridis",
-        edgecolors="face",  # or a browser shows gaps
+        edgecolors="face",  # avoids gaps in browsers
         linewidth=0.4,
     )
     axes.set_facecolor("white")
@@ -111,9 +112,9 @@ def _draw_time(sites: Sequence[Any], figure: Any) -> None:
     if len(sites) > _ROWS:
         _draw_heat(axes, figure, sites, table)
         return
-    for row, site, colour in zip(table, sites, _LINES, strict=False):
+    for row, site, color in zip(table, sites, _LINES, strict=False):
         marker = "o" if len(row) <= FEW // 2 else None
-        style = {"color": colour, "marker": marker, "markersize": 4}
+        style = {"color": color, "marker": marker, "markersize": 4}
         axes.plot(row, label=_short(site.leaf), **style)
     log_axis(axes.yaxis, table[np.isfinite(table)], least=1.5)
     axes.legend(frameon=False)
@@ -122,7 +123,7 @@ def _draw_time(sites: Sequence[Any], figure: Any) -> None:
 
 
 def _can_draw(signals: Sequence[Any]) -> bool:
-    """Whether there are two numbers at least that a line could join."""
+    """Whether there are at least two numbers that a line could join."""
     flat = [np.ravel(np.asarray(x, np.float64)) for x in signals]
     values = np.concatenate([*flat, np.zeros(0)])
     return bool(np.sum(np.isfinite(drawable(values))) >= 2)

@@ -1,4 +1,4 @@
-"""All that a diagnosis measures, taken once and then only read."""
+"""Everything that a diagnosis measures, taken once and then only read."""
 
 import dataclasses
 import math
@@ -22,43 +22,44 @@ __all__ = ["LIMITS", "Signals", "ended", "measure"]
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        batches: What each batch gave.
-        outliers: Numbers of the batches that are unlike the others.
-        usual: Number of the batch that stands for the others.
+        batches: The measurements of each batch.
+        outliers: Indices of the batches that differ from the others.
+        usual: Index of the batch that represents the others.
         layers: The layers of the program, in the order of depth.
         depth: Growth over them, or None.
         time: Growth over the steps of a recurrence, or None.
         he: Size of the weights relative to He initialization, by leaf.
         gains: Backward and forward gains of activations.
         relu_norm: Norm of the gradient with relu for every activation; NaN if not
-            asked.
+            measured.
         wide_norm: The same in float32 for float16 and bfloat16.
         low: Names of dtypes below float32 in the program.
-        scaled_norm: The same with weights of the usual size.
-        scaled_loss: The loss with these.
-        scaled: The factor for each leaf that makes its size usual.
-        halves: Loss over the mean of the losses of its halves; NaN if it can't be.
+        scaled_norm: The same with weights of a typical size.
+        scaled_loss: The loss with these weights.
+        scaled: The factor for each leaf that makes its size typical.
+        halves: Loss over the mean of the losses of its halves; NaN if it can't be
+            measured.
         size: Examples in a batch, or examples and positions, that the loss sums over.
-        trust: Share of the predicted change of the loss that comes true, by part.
-        slope: By how much the gradient predicts the loss to change in a step.
+        trust: Share of the predicted change of the loss that is achieved, by part.
+        slope: The change of the loss that the gradient predicts for a step.
         still: Whether the next step is known to change nothing.
         bad_updates: Whether the next step's updates are not finite, though the
             gradient is.
-        no_steps: Why no steps could be tried; "" if they could.
+        no_steps: The reason why no steps could be tried; "" if they could.
         broken: If no batch has a finite gradient, the paths of "parameters" and the
             numbers of "batches" that hold numbers which are not finite, and of those
             that are "empty"; if the updates are not finite, the paths of the
-            "optimizer" state that are not. Elsewhere such numbers may be meant: a mask
-            of -inf, a best loss so far of inf.
-        scaled_trust: The same for whole steps, with weights of the usual size.
+            "optimizer" state that are not. In other cases such numbers may be intended:
+            a mask of -inf, a best loss so far of inf.
+        scaled_trust: The same for whole steps, with weights of a typical size.
         rehearsals: Losses of a few steps, by part of the updates.
         starts: Losses of the same batches before them.
-        empty_loss: If the run has begun, the loss of the same model with parameters of
-            0, which knows nothing.
-        begun: Whether the run has begun.
+        empty_loss: If the run has started, the loss of the same model with all
+            parameters 0, that is, before it has learned anything.
+        begun: Whether the run has started.
         rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
             with the whole rate.
     """
@@ -94,17 +95,17 @@ class Signals:
 
     @property
     def first(self) -> Batch:
-        """What the usual batch gave."""
+        """The measurements of the representative batch."""
         return self.batches[self.usual]
 
     @property
     def norm(self) -> float:
-        """Norm of the usual batch's gradient."""
+        """The gradient norm of the representative batch."""
         return self.first.norm
 
 
 def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
-    """Returns the numbers of batches that are unlike the others, if they are few."""
+    """Returns the indices of batches that differ from the others, if they are few."""
     logs = np.array(
         [math.log10(b.norm) if b.finite and b.norm > 0 else np.nan for b in batches]
     )
@@ -121,7 +122,7 @@ def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
 
 
 def _usual(batches: list[Batch], outliers: tuple[int, ...]) -> int:
-    """Returns the number of the batch with the median norm."""
+    """Returns the index of the batch with the median norm."""
     fine = [i for i, b in enumerate(batches) if b.finite and i not in outliers]
     fine = fine or [i for i in range(len(batches)) if i not in outliers] or [0]
     order = sorted(fine, key=lambda i: batches[i].norm if batches[i].finite else 0.0)
@@ -153,7 +154,7 @@ def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
     for batch in chosen[:3]:
         try:
             losses = [probe.loss(params, part) for part in halves_of(batch, axis)]
-        except Exception:  # a program for batches of one size only, or a graph
+        except Exception:  # a program for one batch size only, or a graph
             return math.nan
         if not losses:
             return math.nan
@@ -163,22 +164,22 @@ def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
 
 
 def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
-    """Returns whether the loss sums over examples, and over how many numbers."""
+    """Returns the ratio that reveals a sum, and how many numbers it sums over."""
     shapes = [np.shape(x) for x in jax.tree.leaves(chosen[0])]
     size = next((shape[0] for shape in shapes if shape), 0)
     first = _halves(probe, params, chosen, 0)
     if LIMITS.twice[0] < first < LIMITS.twice[1]:
-        second = _halves(probe, params, chosen, 1)  # positions, perhaps
+        second = _halves(probe, params, chosen, 1)  # perhaps also over positions
         if LIMITS.twice[0] < second < LIMITS.twice[1]:
             size *= next(shape[1] for shape in shapes if len(shape) > 1)
     return {"halves": first, "size": size}
 
 
 def _factors(signals: Signals) -> dict[str, float]:
-    """Returns the factors that would make the weights of a usual size, if they help.
+    """Returns the factors that would make the weights a typical size, if they help.
 
-    Weights above the size of He initialization get that; else, where the signal grows
-    over many layers, each gets the factor that would keep it level.
+    Weights larger than He initialization are scaled to that size; otherwise, if the
+    signal grows over many layers, each weight gets the factor that would keep it level.
     """
     he, depth = signals.he, signals.depth
     large = {leaf: round(1 / x, 4) for leaf, x in he.items() if x > LIMITS.weights}
@@ -200,7 +201,7 @@ def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
 def measure(
     probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
 ) -> Signals:
-    """Measures everything; a stage that has nothing to look at is left out."""
+    """Measures everything; a stage without anything to measure is skipped."""
     probe.show(f"gradients of {len(batches)} batches")
     seen = [_seen(probe, params, b, number) for number, b in enumerate(batches)]
     outliers = outliers_of(seen)
@@ -285,7 +286,7 @@ def ended(losses: list[float]) -> float:
 
 
 def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
-    """Trains with the whole rate, a tenth and, as long as that is better, less."""
+    """Trains with the full rate, a tenth and, as long as that is better, less."""
     found: dict[float, list[float]] = {}
     last, sizes = math.inf, []
     for part in (1.0, 0.1, 0.03, 0.01, 0.001):

@@ -1,4 +1,4 @@
-"""What a diagnosis says: findings with evidence and a remedy, and what was not seen."""
+"""What a diagnosis reports: findings with evidence and remedies; what was not seen."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Remedy"]
 
-# Each cause, and how the report names it.
+# Each cause, and its name in the report.
 CAUSES = {
     "initialization": "The weights are too large",
     "depth": "The signal grows from layer to layer",
@@ -27,7 +27,7 @@ CAUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """One thing to do, in a form that a program can carry out.
+    """One thing to do, in a form that a program can apply.
 
     Attributes:
         kind: "scale_weights" (multiply the leaves ``where`` by ``amount``),
@@ -35,8 +35,8 @@ class Remedy:
             "drop_batches" (those numbered in ``where``), "float32", "normalize",
             "residual", "gate", "change_activation" or "clip" (by a global norm of
             ``amount``).
-        amount: The number that goes with it, or None.
-        where: Paths of leaves, or numbers of batches as words.
+        amount: The number for it, or None.
+        where: Paths of leaves, or indices of batches as strings.
     """
 
     kind: str
@@ -50,15 +50,15 @@ class Finding:
 
     Attributes:
         cause: A key of `CAUSES`.
-        where: Paths of parameter leaves in the order in which they are used, or
-            "batch 23", counted from 0 in the order in which the batches came.
+        where: Paths of parameter leaves in the order in which they are used, or "batch
+            23", counted from 0 in the order of the batches.
         evidence: What was measured, with numbers.
-        remedy: What to do about it, the first thing first.
-        severity: "high" where training can't go on, "medium" where it suffers, "low"
-            where it is worth knowing.
-        confidence: "measured" where the cause itself, or what its remedy does, was
-            measured; "by elimination" where other causes were ruled out.
-        remedies: The remedy in a form that a program can carry out, the first first.
+        remedy: What to do about it, most important first.
+        severity: "high" if training can't continue, "medium" if it suffers, "low" if it
+            is worth knowing.
+        confidence: "measured" if the cause itself, or the effect of its remedy, was
+            measured; "by elimination" if other causes were ruled out.
+        remedies: The remedy in a form that a program can apply, most important first.
     """
 
     cause: str
@@ -77,7 +77,7 @@ class Finding:
     def __str__(self) -> str:
         """Returns the finding as a few lines of text."""
         where = ", ".join(self.where[:4])
-        if where[:1].isdigit():  # of a list, whose leaves have numbers only
+        if where[:1].isdigit():  # paths into a list are only numbers
             where = f"leaves {where}"
         if len(self.where) > 4:
             where += f" and {len(self.where) - 4} more"
@@ -93,14 +93,14 @@ class Finding:
 
 
 NOTHING = "nothing was found that makes the gradients explode."
-# What needs no look into the program.
+# Cases that do not need the program to be inspected.
 OUTSIDE = "from outside (gradients of the batches, losses, trial steps)"
 
 
 def nothing_found(signals: Mapping[str, Any]) -> str:
     """Returns the headline of a report without findings.
 
-    A model that could not be looked inside is not said to be healthy.
+    A model that could not be inspected is not called healthy.
     """
     uses = signals.get("uses", (1, 1))
     if uses is None:
@@ -147,11 +147,11 @@ class Diagnosis:
     """What `optclip.diagnose` found.
 
     Attributes:
-        findings: The causes, the one whose remedy helps most first; empty if nothing
+        findings: The causes, ordered by how much their remedy helps; empty if nothing
             was found wrong.
         signals: The measurements behind them by name: scalars, tuples of numbers, and
             under "sites" each `Site` of the program.
-        not_seen: What could not be looked at, and why, in words.
+        not_seen: What could not be inspected, and why.
     """
 
     findings: tuple[Finding, ...]

@@ -1,4 +1,4 @@
-"""The report of a run: one picture, and one page for a browser."""
+"""The report of a run: one PNG, and one HTML page."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ footer { margin-top: 2.5rem; color: #555; font-size: 0.9rem; }
 
 
 def _text(text: str) -> str:
-    """Returns text as a page can hold it."""
+    """Returns text escaped for HTML."""
     return html.escape(printable(text))
 
 
 def _words(text: str) -> str:
-    """Returns text for the page; what stands in backticks is code."""
+    """Returns text escaped for HTML; text in backticks becomes code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", _text(text))
 
 
@@ -65,7 +65,7 @@ def _panel(title: str, svg: str) -> str:
 
 
 def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
-    """Returns the page: well-formed, and nothing in it comes from elsewhere."""
+    """Returns the page: well-formed HTML that loads nothing from elsewhere."""
     title = _text(contents.title)
     parts = [_panel(*named) for named in svgs]
     parts += [_section(section) for section in contents.sections]
@@ -125,26 +125,25 @@ def write_report(
     """Writes a report of a run: ``report.png``, and ``report.html`` for a browser.
 
     It shows the gradient norm over the steps with the threshold and the steps that were
-    clipped, left out or not finite; the distribution of the norms; with a diagnosis,
-    the backward signal by depth and the findings; and suggests a threshold. What there
-    are no data for is left out. The page is one file: it has no scripts and loads
-    nothing.
+    clipped, skipped or not finite; the distribution of the norms; with a diagnosis, the
+    backward signal by depth and the findings; and a suggested threshold. Parts without
+    data are omitted. The page is one file: it has no scripts and loads nothing.
 
     | run                    | the report                                       |
     | ---------------------- | ------------------------------------------------ |
-    | diverged               | only the steps before count for the threshold    |
+    | diverged               | the threshold uses only the steps before         |
     | fewer than ten norms   | no distribution, and no threshold                |
-    | no finite norm         | no picture of the norms; the headline says so    |
-    | several names or seeds | of the first that diverged, else had a bad step  |
+    | no finite norm         | no plot of the norms; the headline says so       |
+    | several names or seeds | the first to diverge, else with a bad step       |
 
     Args:
         run_or_metrics: A run's folder or log; a mapping of arrays or a list of dicts
-            with the keys of `optclip.metrics`, with "step" and "loss" if you like; an
+            with the keys of `optclip.metrics`, optionally with "step" and "loss"; an
             array of gradient norms; or a `Run`.
         diagnosis: What `diagnose` found.
         nonfinite_leaves: What `optclip.nonfinite_leaves` found.
-        output: Folder to write into; it is made if need be, and an earlier report in it
-            is replaced.
+        output: Folder to write into; it is created if needed, and an earlier report in
+            it is replaced.
 
     Returns:
         The paths of the two files.
@@ -152,7 +151,7 @@ def write_report(
     Raises:
         ImportError: If matplotlib is missing.
         TypeError: If an argument is of the wrong type.
-        ValueError: If there is no run, or ``output`` can't be written to.
+        ValueError: If there is no run, or if ``output`` can't be written to.
 
     Example:
         >>> import tempfile, optclip
@@ -173,7 +172,7 @@ def write_report(
     contents = contents_of(run, diagnosis, nonfinite_leaves)
     png, page = folder / "report.png", folder / "report.html"
     text = _page(contents, pictures.svgs_of(contents))
-    # In one move each: no half a file, and nothing through a link to elsewhere.
+    # Moved into place atomically: no partial file, and no writing through a symlink.
     drawn, written = folder / "report.png.new", folder / "report.html.new"
     pictures.save_png(drawn, contents)
     written.write_text(text, encoding="utf-8")

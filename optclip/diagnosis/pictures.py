@@ -21,15 +21,15 @@ from optclip.diagnosis.records import printable
 __all__ = ["save_png", "svgs_of"]
 
 _WIDTH, _DPI, _FONT = 10.0, 160, 12
-# Inches that a line of text needs, and characters that fit into one.
+# Height in inches of a line of text, and how many characters fit into one.
 _LINE, _CHARACTERS = 0.235, 110
-# Size of a panel that stands alone, so that its letters suit a phone.
+# Size of a separate panel, chosen so that its text is readable on a phone.
 _ALONE = 6.2
 
 
 @contextlib.contextmanager
 def _own_style() -> Iterator[None]:
-    """Draws alike whatever the user's settings are, and the same bytes each time."""
+    """Draws independently of the user's settings, with reproducible bytes."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -44,7 +44,7 @@ def _own_style() -> Iterator[None]:
         yield
 
 
-# --- text on the picture --------------------------------------------------------------
+# --- text in the figure ---------------------------------------------------------------
 
 
 def _wrapped(words: str, indent: int) -> list[str]:
@@ -118,11 +118,11 @@ def save_png(path: Path, contents: Contents) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-# --- panels alone ---------------------------------------------------------------------
+# --- separate panels ------------------------------------------------------------------
 
 
 def _inline(svg: str, prefix: str, says: str) -> str:
-    """Returns an SVG as a page can hold it: nothing outside, no name used twice."""
+    """Returns an SVG for embedding: without external references, with unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -146,7 +146,7 @@ def _svg(panel: Panel) -> str:
 
 
 def svgs_of(contents: Contents) -> list[tuple[str, str]]:
-    """Returns title and SVG element of each panel, to stand in a page as they are."""
+    """Returns title and SVG element of each panel, for embedding in a page."""
     with _own_style():
         return [
             (panel.title, _inline(_svg(panel), f"p{number}-", panel.says))

@@ -1,4 +1,4 @@
-"""Runs that were recorded: the demo's log, a log of `optclip.metrics`, or arrays."""
+"""Recorded runs: the demo's log, a log of `optclip.metrics`, or arrays."""
 
 import dataclasses
 import itertools
@@ -12,27 +12,27 @@ from optclip.diagnosis._logs import Row, rows_in
 
 __all__ = ["Run", "printable", "read_run"]
 
-# `optclip.metrics` has the largest float32 for a threshold that does not exist yet.
+# `optclip.metrics` returns the largest float32 for a threshold that does not exist yet.
 _NO_THRESHOLD = float(np.finfo(np.float32).max)
 _LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What was recorded of a run, an entry for each step that was recorded.
+    """What was recorded of a run, with one entry for each recorded step.
 
     Attributes:
-        name: What the run is called; "" if it has no name.
+        name: Name of the run; "" if it has none.
         seed: Its seed as text; "" if none is known.
-        steps: int64. Numbers of the steps, ascending.
+        steps: int64. Step numbers, ascending.
         norms: float64. Gradient norms before the clip, NaN or inf where not finite.
-        nonfinite: bool. Whether gradient or loss were not finite, at this step or one
-            since the step recorded before.
+        nonfinite: bool. Whether the gradient or loss was not finite, at this step or at
+            one since the previous recorded step.
         losses: float64, or None where no loss was recorded.
         thresholds: float64, NaN where there was none; or None.
-        clipped: bool. Whether something was clipped; or None where that is not known.
-        skipped: bool. Whether the step was left out, or one since the step recorded
-            before; or None where that is not known.
+        clipped: bool. Whether something was clipped; or None if that is not known.
+        skipped: bool. Whether the step was skipped, or one since the previous recorded
+            step; or None if that is not known.
     """
 
     name: str
@@ -47,24 +47,24 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Name and seed, as a reader may see them; "" if it has neither."""
+        """Name and seed for display; "" if it has neither."""
         seed = f"seed {self.seed}" if self.seed else ""
         title = ", ".join(word for word in (self.name, seed) if word)
         return printable(title)
 
 
 def printable(text: str) -> str:
-    """Returns the text with what can't be shown, as codes for a terminal, replaced."""
+    """Returns the text with unprintable characters, like terminal codes, replaced."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _number(value: Any, key: str, origin: str) -> float:
-    """Returns a value of a row as a float; None is what JSON has for "not finite"."""
+    """Returns a value of a row as a float; None is how JSON stores "not finite"."""
     if value is None:
         return math.nan
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond float64
+    except OverflowError:  # an integer beyond the range of float64
         return math.inf
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -75,8 +75,9 @@ def _number(value: Any, key: str, origin: str) -> float:
 def _key(keys: Iterable[str], *wanted: str) -> str | None:
     """Returns the first key that is one of these, with or without a prefix and a group.
 
-    As `optclip.metrics` makes them, "skip/norm" may be "critic/skip/norm", and in a
-    group of `optax.partition` "skip/encoder/norm". These count where no other does.
+    Keys of `optclip.metrics` may be nested: "skip/norm" may be "critic/skip/norm", and
+    in a group of `optax.partition` it may be "skip/encoder/norm". Nested keys are used
+    only if there is no exact match.
     """
     keys = list(keys)
 
@@ -96,9 +97,9 @@ def _key(keys: Iterable[str], *wanted: str) -> str | None:
 
 
 def _clip_of(keys: Sequence[str]) -> str:
-    """Returns what the keys of the first clip begin with, "clip/" if there is none.
+    """Returns the prefix of the first clipping transformation's keys; else "clip/".
 
-    `leaf_metrics` gives a norm before the clip too, but counts nothing.
+    `leaf_metrics` also has a norm before clipping, but it has no counters.
     """
     if "norm_before" in keys:
         return ""
@@ -117,7 +118,7 @@ class _Columns:
         self.keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
     def values(self, *wanted: str) -> np.ndarray | None:
-        """Returns a column, NaN where a row lacks it; None if all do."""
+        """Returns a column, NaN where a row lacks it; None if all rows lack it."""
         key = _key(self.keys, *wanted)
         if key is None:
             return None
@@ -130,8 +131,8 @@ class _Columns:
         return np.array([key in row for row in self._rows], bool)
 
     def with_norm(self, clip: str) -> "tuple[_Columns, str]":
-        """Returns the rows that tell of a gradient norm, and the key of it."""
-        # Under `skip_steps` a clip inside does not see a step that is left out.
+        """Returns the rows with a gradient norm, and its key."""
+        # Under `skip_steps`, a transformation inside does not see skipped steps.
         names = (
             "skip/norm",
             f"{clip}norm_before",
@@ -150,7 +151,7 @@ class _Columns:
 
 
 def _rises(counts: np.ndarray | None) -> np.ndarray | None:
-    """Returns where a counter is above what it was; a restart of it is no rise."""
+    """Returns where a counter has risen; a counter that restarts has not."""
     if counts is None:
         return None
     return np.diff(counts, prepend=0.0 if counts[0] <= 1 else counts[0]) > 0
@@ -158,16 +159,16 @@ def _rises(counts: np.ndarray | None) -> np.ndarray | None:
 
 def _steps_of(columns: _Columns, clip: str, number: int) -> np.ndarray:
     steps = columns.values("step")
-    if steps is None:  # the counters count this update too
+    if steps is None:  # the counters include this update
         counts = columns.values("skip/steps", f"{clip}steps", "norms/steps")
         steps = np.arange(number) if counts is None else counts - 1
     known = np.isfinite(steps)
-    known &= np.abs(np.where(known, steps, 0)) < 2**62  # beyond, they are no numbers
+    known &= np.abs(np.where(known, steps, 0)) < 2**62  # larger is invalid
     return np.where(known, steps, np.arange(number)).astype(np.int64)
 
 
 def _finite(columns: _Columns, clip: str, norms: np.ndarray) -> np.ndarray:
-    """Returns where all that was recorded was finite."""
+    """Returns where everything that was recorded was finite."""
     good = np.isfinite(norms)
     losses = columns.values(*_LOSSES)
     if losses is not None:
@@ -197,7 +198,7 @@ def _clipped(
 
 
 def _last_of_each_step(run: Run) -> Run:
-    """Returns the run with each step once and in order: a resumed one repeats some."""
+    """Returns the run with each step once and in order; a resumed run repeats some."""
     _, places = np.unique(run.steps[::-1], return_index=True)
     kept = len(run.steps) - 1 - places
     columns = {
@@ -227,7 +228,7 @@ def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
     clipped = _clipped(columns, clip, norms, thresholds)
     in_a_row = columns.values("skip/in_a_row")
     if clipped is not None and in_a_row is not None:
-        clipped &= ~(in_a_row > 0)  # the clip speaks of a step before
+        clipped &= ~(in_a_row > 0)  # its metrics are from an earlier step
     return _last_of_each_step(
         Run(
             name=name,
@@ -247,18 +248,18 @@ def read_run(source: Any) -> tuple[Run, ...]:
     """Returns the runs in a log, one for each name and seed.
 
     Args:
-        source: A folder that holds ``metrics.jsonl``; such a file, one object a step,
-            of the demo's form or with the keys of `optclip.metrics`; a mapping of
-            arrays or a sequence of mappings with such keys; or an array of norms.
+        source: A folder that holds ``metrics.jsonl``; such a file, with one object per
+            step, in the demo's format or with the keys of `optclip.metrics`; a mapping
+            of arrays or a sequence of mappings with such keys; or an array of norms.
 
     Returns:
         A tuple of `Run`. Rows without a gradient norm, such as those of an evaluation,
-        are left out; of a step recorded twice the last row counts; and a last line
-        that is half written is not an error.
+        are ignored; if a step was recorded twice, the last row counts; and an
+        incomplete last line is not an error.
 
     Raises:
-        ValueError: If there is no such file, it holds no JSON objects or nothing, no
-            gradient norm is recorded, or arrays differ in length.
+        ValueError: If there is no such file, if it is empty or holds no JSON objects,
+            if no gradient norm is recorded, or if arrays differ in length.
 
     Example:
         >>> from optclip.diagnosis.records import read_run

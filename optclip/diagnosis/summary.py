@@ -1,4 +1,4 @@
-"""A run in one sentence, and which of several runs has something to say."""
+"""Summarizes a run in one sentence, and selects the run to report."""
 
 from collections.abc import Sequence
 
@@ -8,33 +8,34 @@ from optclip.diagnosis.records import Run
 
 __all__ = ["diverged_at", "headline", "names_of", "pick"]
 
-# A loss that ends above where it began is noise unless it stays there this long.
+# A loss that ends above its initial value is noise unless it stays there this long.
 _LONG, _PART = 10, 0.1
 
 
 def _tail(flags: np.ndarray) -> int:
-    """Returns the place from which all flags are set; their number if there is none."""
+    """Returns the index from which on all flags are set; their number if none."""
     unset = np.flatnonzero(~flags)
     return int(unset[-1]) + 1 if unset.size else 0
 
 
 def _lost(run: Run) -> np.ndarray:
-    """Returns which steps were not finite and reached the parameters all the same."""
+    """Returns which non-finite steps were not skipped."""
     return run.nonfinite if run.skipped is None else run.nonfinite & ~run.skipped
 
 
 def _began(run: Run) -> float:
-    """Returns the first loss, infinity if none is known."""
+    """Returns the first loss; infinity if none is known."""
     losses = np.zeros(0) if run.losses is None else run.losses
     known = losses[np.isfinite(losses)]
     return float(known[0]) if known.size else np.inf
 
 
 def diverged_at(run: Run) -> int | None:
-    """Returns the place from which a run was lost for good, None if it was not.
+    """Returns the index from which on a run had diverged; None if it did not.
 
-    It was lost where steps are not finite until its end; else where the loss is above
-    its first value until the end, for ten steps and a tenth of the run at least.
+    A run diverged where all steps until its end are not finite; or else where the loss
+    stays above its first value until the end, for at least ten steps and a tenth of the
+    run.
     """
     lost, number = _lost(run), len(run.steps)
     place = _tail(lost)
@@ -62,7 +63,7 @@ def _clips(run: Run) -> str:
 
 
 def _losses(run: Run) -> list[str]:
-    """Says how the run ended."""
+    """Describes how the run ended."""
     place = diverged_at(run)
     if place is None:
         return []
@@ -73,7 +74,7 @@ def _losses(run: Run) -> list[str]:
 
 
 def headline(run: Run) -> str:
-    """Returns what happened in a run, in one sentence of plain words."""
+    """Returns what happened in a run, in one plain sentence."""
     parts = [_clips(run)]
     if run.skipped is not None and run.skipped.any():
         parts.append(f"{int(np.sum(run.skipped)):,} left out")
@@ -110,10 +111,10 @@ def _has_to_say(run: Run) -> tuple[bool, ...]:
 def pick(
     runs: Sequence[Run], name: str | None = None, seed: str | int | None = None
 ) -> Run:
-    """Returns the run that is asked for, or the first that has something to say.
+    """Returns the requested run, or the first one with something to report.
 
-    That is one that diverged; else one with a step that is not finite; else one with a
-    step left out; else the first.
+    That is the first run that diverged; else the first with a non-finite step; else the
+    first with a skipped step; else the first.
 
     Raises:
         ValueError: If there is no such run.

@@ -1,4 +1,4 @@
-"""What a program does with its parameters, seen at each use that can be reached."""
+"""What a program does with its parameters, measured at each use that can be reached."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ Number = float | tuple
 class Site:
     """One use of parameters in a program.
 
-    Where a number is said to be one a step, it is a tuple inside `jax.lax.scan`, nested
-    for nested scans, and a float elsewhere.
+    Numbers described as "one per step" are tuples inside `jax.lax.scan`, nested for
+    nested scans, and floats elsewhere.
 
     Attributes:
         leaf: Path of the parameter leaf, as "layers/3/kernel"; the largest, if several
-            are put together before they are used.
-        leaves: Paths of all of them.
+            leaves are combined before they are used.
+        leaves: Paths of all leaves that are used.
         kind: "matmul", "conv", "embedding" or "scale".
-        order: Its place in the order of execution.
+        order: Its index in the order of execution.
         fan_in: How many inputs each output sums over.
         fan_out: How many outputs each input goes into.
-        rms_in: Root mean square of the data that comes in, one a step; 0 for the
-            indices of an embedding.
-        rms_out: The same of what goes out.
+        rms_in: Root mean square of the input, one per step; 0 for the indices of an
+            embedding.
+        rms_out: The same of the output.
         rms_weight: The same of the parameters, as they are used.
-        signal_in: Norm of the derivative of the loss for what comes in, through this
-            use alone, one a step.
-        signal_out: Norm of the derivative of the loss for what goes out, one a step.
-        dtype: The dtype of what goes out.
-        activation: Names of the functions that are not linear between the site
-            ``source`` and this one, as "tanh"; None if there is more between them, as a
+        signal_in: Norm of the gradient of the loss with respect to the input, through
+            this use alone, one per step.
+        signal_out: Norm of the gradient of the loss with respect to the output, one per
+            step.
+        dtype: The dtype of the output.
+        activation: Names of the nonlinear functions between the site ``source`` and
+            this one, such as "tanh"; None if there is more between them, such as a
             normalization or a sum with another branch.
         source: The ``order`` of that site, or None.
-        stacked: Whether each step has parameters of its own: layers in a scan. Else the
-            steps use the same ones: a recurrence.
+        stacked: Whether each step has its own parameters, as in a scan over layers.
+            Otherwise all steps share them, as in a recurrence.
     """
 
     leaf: str
@@ -72,13 +73,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """What `tap` saw.
+    """What `tap` measured.
 
     Attributes:
         sites: The uses of parameters, in the order of execution.
         loss: The loss of the program that was tapped.
-        total: How many uses there are, those out of reach included.
-        not_seen: Why those out of reach are so, one reason for each.
+        total: How many uses there are, including those out of reach.
+        not_seen: For each use out of reach, the reason.
     """
 
     sites: tuple[Site, ...]
@@ -87,7 +88,7 @@ class Taps:
     not_seen: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Returns a table of the sites, and how many were seen."""
+        """Returns a table of the sites, and how many were measured."""
         head = ("use", "signal back", "rms in", "rms out", "fan in", "leaf")
         rows: list[tuple[str, ...]] = [head]
         for x in self.sites:
@@ -112,7 +113,7 @@ def _brief(number: Number) -> str:
 
 
 class Tapped(NamedTuple):
-    """A loss whose program was read.
+    """A loss function whose program was read.
 
     Attributes:
         plan: The program and its sites.
@@ -155,7 +156,7 @@ class Tapped(NamedTuple):
         return tuple(found)
 
 
-# What JAX writes out of these functions, where they are no programs of their own.
+# What JAX inlines for these functions, where they are not programs of their own.
 _WRITTEN_OUT = {
     frozenset({"logistic", "mul"}): "silu",
     frozenset({"integer_pow", "tanh", "mul"}): "gelu",
@@ -165,7 +166,7 @@ _WRITTEN_OUT = {
 
 
 def _function(names: tuple[str, ...]) -> str:
-    """Returns the name of the function that is made of these."""
+    """Returns the name of the function that consists of these primitives."""
     return _WRITTEN_OUT.get(frozenset(names), " ".join(names))
 
 
@@ -192,7 +193,7 @@ def _loss_of(value: Any) -> jax.Array:
 
 
 def scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Returns the loss function with its auxiliary output left out, checked."""
+    """Returns the loss function without its auxiliary output, and checks its result."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function, got {type(loss_fn).__name__}.")
 
@@ -229,38 +230,37 @@ def tapped(loss_fn: Callable[..., Any], params: Any, *args: Any) -> Tapped:
 def tap(
     loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False
 ) -> Taps:
-    """Shows each use of the parameters in a loss: how large the signals are there.
+    """Measures the signals at each use of the parameters in a loss function.
 
-    The norm of a parameter's gradient does not tell where a signal grows: in a deep
-    network without normalization it is the same in every layer, for what the backward
-    signal gains the forward signal has lost. This reads the program of the loss, and
-    measures the backward signal itself, at the input and the output of every matrix
-    product, convolution, lookup and elementwise scale that a parameter takes part in,
-    at each step of a scan. The model needs no hooks and no change.
+    The norm of a parameter's gradient does not show where a signal grows: in a deep
+    network without normalization it is the same in every layer, because what the
+    backward signal gains, the forward signal has lost. This function reads the program
+    of the loss, and measures the backward signal itself, at the input and the output of
+    every matrix product, convolution, lookup and elementwise scale that uses a
+    parameter, at each step of a scan. The model needs no hooks and no changes.
 
-    It sees through `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
-    `jax.lax.cond`. A function with a custom derivative keeps it; what is inside it, or
-    inside a `jax.lax.while_loop`, a `jax.shard_map`, a callback, a Pallas kernel or a
-    linear solve, is out of reach, counted and named.
+    It looks inside `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
+    `jax.lax.cond`. A function with a custom derivative keeps it; uses inside such a
+    function, or inside a `jax.lax.while_loop`, a `jax.shard_map`, a callback, a Pallas
+    kernel or a linear solve, are out of reach, and are counted and named.
 
-    It costs about one training step, and compiles a program of its own: call it now and
-    then, not in each step.
+    It costs about one training step, and compiles its own program: call it
+    occasionally, not in each step.
 
     Args:
         loss_fn: ``loss_fn(params, *args)`` returns a real scalar.
-        params: A tree of arrays, a Flax NNX model or an Equinox model. The model itself
-            is not changed; it is given to ``loss_fn`` as a copy.
-        *args: The rest of its arguments: trees of arrays.
+        params: A pytree of arrays, a Flax NNX model or an Equinox model. The model
+            itself is not changed; it is given to ``loss_fn`` as a copy.
+        *args: The other arguments of ``loss_fn``: pytrees of arrays.
         has_aux: Whether it returns (loss, aux).
 
     Returns:
         `Taps`, with a `Site` for each use. Print it for a table.
 
     Raises:
-        TypeError: If ``loss_fn`` is no function.
-        ValueError: If the loss is no real scalar, or it is called inside of jit.
-        NotImplementedError: If this version of JAX writes its programs in a way that is
-            not known here.
+        TypeError: If ``loss_fn`` is not a function.
+        ValueError: If the loss is not a real scalar, or if `tap` is called inside jit.
+        NotImplementedError: If the programs of this version of JAX can't be read.
 
     Example:
         >>> import jax, jax.numpy as jnp, optclip
@@ -279,7 +279,7 @@ def tap(
     try:
         seen = tapped(loss_fn, params, *args)
 
-        def loss_of(probes, params, args):  # not closed over: no constants to compile
+        def loss_of(probes, params, args):  # no compiled constants
             return seen.run(params, args, probes)
 
         given = no_probes(seen.plan), params, args

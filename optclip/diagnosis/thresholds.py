@@ -13,17 +13,17 @@ from optclip.diagnosis.findings import Diagnosis
 
 __all__ = ["Suggestion", "suggest_threshold"]
 
-# Fewer norms say little of what is usual.
+# Fewer norms say little about what is typical.
 FEWEST = 10
 # In decades (powers of ten): an outlier is this far above the median ...
 FAR = 1.0
-# ... and so many robust deviations, of which this is the least.
+# ... and by this many robust deviations, to each of which the floor is added.
 DEVIATIONS, FLOOR = 5.0, 0.05
-# In decades: more spread or drift than this is worth a word.
+# In decades: a spread or drift above this causes a warning.
 WIDE, DRIFTED = 0.5, 0.5
-# More than this share is no exception any more.
+# If a larger share is far above, the norms are not exceptions.
 SHARE = 0.25
-# Causes whose remedy changes what the usual norm is.
+# Causes whose remedy changes the typical norm.
 _FIRST = {
     "initialization",
     "depth",
@@ -39,19 +39,19 @@ _FIRST = {
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A threshold for a clip by the global norm, and how far to trust it.
+    """A threshold for clipping by the global norm, and how far to trust it.
 
     Attributes:
-        max_norm: The threshold; None where none can be suggested.
+        max_norm: The threshold; None if none can be suggested.
         spread: Decades (powers of ten) between the 10% and the 90% quantile of the
             norms that count; None without norms.
-        outliers: How many norms were left out because they lie far above the others.
+        outliers: How many norms were excluded because they are far above the others.
         drift: Decades from the median of the first quarter of the norms to that of the
-            last, negative if they fell; None where their order is not known.
+            last, negative if they fell; None if their order is not known.
         nonfinite: How many steps had a norm that is not finite.
-        samples: How many norms there were, those left out included.
-        warnings: What to know before using it, in words.
-        declined: Why there is no threshold; None if there is one.
+        samples: How many norms there were, including those excluded.
+        warnings: What to know before using it.
+        declined: The reason why there is no threshold; None if there is one.
     """
 
     max_norm: float | None
@@ -84,12 +84,12 @@ class Suggestion:
 
 
 def factor_of(decades: float) -> str:
-    """Returns ten to this power in words, also where it is no float64."""
+    """Returns ten to this power as text, also where it exceeds float64."""
     return f"{10**decades:.3g}" if abs(decades) < 300 else f"1e{decades:+.0f}"
 
 
 def _outliers(logs: np.ndarray) -> np.ndarray:
-    """Returns which norms lie so far above the median that they are exceptions."""
+    """Returns which norms are so far above the median that they are outliers."""
     above = logs - np.median(logs)
     deviation = 1.4826 * np.median(np.abs(above)) + FLOOR
     far = (above > FAR) & (above > DEVIATIONS * deviation)
@@ -102,12 +102,12 @@ def _drift(logs: np.ndarray) -> float:
 
 
 def _open_cause(diagnosis: Diagnosis | None) -> str | None:
-    """Returns why the report speaks against a threshold, if it does."""
+    """Returns the reason why the report speaks against a threshold, if it does."""
     for finding in () if diagnosis is None else diagnosis.findings:
         if finding.cause in _FIRST and finding.severity != "low":
             return (
                 f"the diagnosis has an open finding ({finding.title}), whose remedy "
-                "changes what a usual norm is. Mend that first, and record anew."
+                "changes what a typical norm is. Fix that first, and record again."
             )
     return None
 
@@ -115,7 +115,7 @@ def _open_cause(diagnosis: Diagnosis | None) -> str | None:
 def _reason(
     history: History, usual: np.ndarray, diagnosis: Diagnosis | None
 ) -> str | None:
-    """Returns why no threshold can be suggested, or None."""
+    """Returns the reason why no threshold can be suggested, or None."""
     cause = _open_cause(diagnosis)
     if cause:
         return cause
@@ -141,7 +141,7 @@ def _warnings(
     if history.nonfinite:
         words.append(
             f"Not finite: {history.nonfinite} of {history.steps} norms, which a "
-            "threshold does not mend. See `nonfinite=` of the clip, or `skip_steps`."
+            "threshold does not fix. See `nonfinite=` of the clip, or `skip_steps`."
         )
     if zeros:
         words.append(f"Norms of 0 do not count: there are {zeros}.")
@@ -170,10 +170,10 @@ def suggest_threshold(
     quantile: float = 0.5,
     diagnosis: Diagnosis | None = None,
 ) -> Suggestion:
-    """Suggests a threshold for `clip_by_global_norm` from norms that were recorded.
+    """Suggests a threshold for `clip_by_global_norm` from recorded norms.
 
     It is the ``quantile`` of the norms, without those that are not finite, are 0, or
-    lie far above the others: more than a decade above the median and more than five
+    are far above the others: more than a decade above the median and more than five
     robust deviations (1.4826 times the median deviation, plus 0.05 decades).
 
     | norms                                      | then                    |
@@ -184,26 +184,27 @@ def suggest_threshold(
     | spread or drift of more than half a decade | a warning               |
     | more than a quarter far above              | no outliers: they count |
 
-    An open cause is a finding of severity "medium" or "high" whose remedy changes what
-    the usual norm is: any but a recurrence or the learning rate. A threshold at the
-    median shortens half of the steps; to an optimizer that has no unit of length, such
-    as Adam, that matters little.
+    An open cause is a finding of severity "medium" or "high" whose remedy changes the
+    typical norm: any cause except a recurrence or the learning rate. A threshold at the
+    median scales down half of the steps; for an optimizer that is invariant to the
+    scale of gradients, such as Adam, that matters little.
 
     Args:
-        norms_or_state: Gradient norms, one number a step in order (None counts as not
+        norms_or_state: Gradient norms, one number per step in order (None counts as not
             finite); or an optimizer state with `skip_steps` or a clip in it whose rule
-            keeps norms: `autoclip`, `percentile_clip` in tree scope,
-            `rolling_sigma_clip`. A rule that records clipped norms gives those.
+            keeps them: `autoclip`, `percentile_clip` in tree scope,
+            `rolling_sigma_clip`. If the rule records clipped norms, the threshold is
+            computed from those.
         quantile: Which quantile, between 0 and 1.
-        diagnosis: What `diagnose` found, if it was asked.
+        diagnosis: What `diagnose` found, if it was run.
 
     Returns:
-        A `Suggestion`; print it, or read its ``max_norm``, which is None where it
+        A `Suggestion`; print it, or read its ``max_norm``, which is None if it
         declines.
 
     Raises:
         TypeError: If ``norms_or_state`` is neither norms nor a state of optclip, or
-            ``diagnosis`` is none.
+            ``diagnosis`` is not a diagnosis.
         ValueError: If there are no norms, one is negative, they have several axes or
             are traced, the state is a batch of states, or ``quantile`` is out of range.
 

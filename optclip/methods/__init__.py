@@ -1,1 +1,1 @@
-"""One file for each published method: its paper, state, rule and clip."""
+"""The published methods, one per file, each with its state, rule and transformation."""

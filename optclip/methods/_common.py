@@ -1,4 +1,4 @@
-"""What the clips by name share: the type of a threshold, and hard clipping with eps."""
+"""Shared by the methods: the type of a threshold, and hard clipping with ``eps``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Clip: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def hard(eps: Any) -> actions.Action:
-    """Returns the action of hard clipping with ``eps`` added to the norm, as torch."""
+    """Returns hard clipping with ``eps`` added to the norm, as in PyTorch."""
     validation.non_negative(eps=eps)
     exact = isinstance(eps, (int, float)) and eps == 0
     return actions.rescale if exact else functools.partial(actions.rescale, eps=eps)
 
 
 def strict(eps: float) -> actions.Action:
-    """Returns the same, but only for norms that are above the threshold without eps."""
+    """Returns `hard(eps)`, applied only where the norm itself exceeds the threshold."""
 
     def action(norm, limit):
         scale = actions.rescale(norm, limit, eps=eps)

@@ -1,4 +1,4 @@
-"""What all rules with memory share: what is recorded, counters, and restarts."""
+"""Shared by all stateful rules: what is recorded, counters and restarts."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LARGEST, SMALLEST = (float(getattr(jnp.finfo(jnp.float32), n)) for n in ("max", 
 def guard_statistics(
     init: Callable, update: Callable, name: str, *, zeros: bool
 ) -> Rule:
-    """Returns a rule that records no zero norm, unless ``zeros``, and nothing infinite.
+    """Returns a rule that never records zeros (unless ``zeros``) or non-finite values.
 
-    The engine passes neither NaN nor inf; what is caught here is an overflow of the
-    statistics themselves. These are float32: a float64 norm above the largest float32
-    counts as that, and one below the smallest normal float32 counts as zero, whose
-    threshold is infinite.
+    The engine never passes NaN or inf to a rule, so only an overflow of the statistics
+    themselves has to be caught here. The statistics are float32: a float64 norm above
+    the largest float32 is treated as the largest float32, and one below the smallest
+    normal float32 is treated as zero, with an infinite threshold.
     """
 
     def guarded(norm, state, context):
@@ -48,13 +48,13 @@ def guard_statistics(
             zero = jnp.abs(norm) < SMALLEST
             value = jnp.clip(norm, -LARGEST, LARGEST)
             value = jnp.where(zero, 0.0, value).astype(norm.dtype)
-            # Or a multiple of a large statistic would overflow in float32.
+            # Without this, a multiple of a large statistic would overflow in float32.
             seen = jax.tree.map(lambda x: _in_dtype_of(norm, x), state)
         limit, after = update(value, seen, context)
         if wide:
             free = zero & (norm > 0)
             limit = limit._replace(threshold=jnp.where(free, jnp.inf, limit.threshold))
-        # A group is not recorded if any part of its new state would be infinite.
+        # A group keeps its old state if any part of its new state would be non-finite.
         overflow = jnp.zeros(norm.shape, bool)
         for old, new in zip(
             jax.tree.leaves(state), jax.tree.leaves(after), strict=True
@@ -74,14 +74,15 @@ def _in_dtype_of(norm: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def one(value: jax.Array) -> Limit:
-    """Returns the limit whose target is its threshold."""
+    """Returns a limit whose threshold and target are both ``value``."""
     return Limit(value, value)
 
 
 def ema_weight_sum(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """Returns 1 - decay**count, to all digits also for a decay near 1; 1 for count 0.
+    """Returns 1 - decay**count, or 1 where ``count`` is 0.
 
-    It is the sum of the weights of ``count`` numbers in a running average.
+    This is the sum of the weights of ``count`` values in an exponential moving average,
+    by which its bias is corrected. It has full precision even for a decay near 1.
     """
     known = isinstance(decay, (int, float))
     log = (math.log(decay) if decay else -math.inf) if known else jnp.log1p(decay - 1)
@@ -91,27 +92,28 @@ def ema_weight_sum(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
 
 def places(rows: jax.Array) -> jax.Array:
-    """Returns the number of each place along the last axis of ``rows``."""
+    """Returns the index of each entry along the last axis of ``rows``."""
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
 
 
 def next_place(count: jax.Array, size: Any) -> jax.Array:
-    """Returns ``count + 1``, or at the end of int32 a smaller count in the same phase.
+    """Returns ``count + 1``, minus ``size`` where that would exceed the largest count.
 
-    So ``count % size`` keeps advancing, and a count of at least ``size`` remains one.
+    So ``count % size`` keeps advancing, and a count of at least ``size`` never falls
+    below ``size`` again.
     """
     return jnp.where(count < LAST_COUNT, count, LAST_COUNT - size) + 1
 
 
 def recorded_norm(norm: jax.Array, limit: Limit, record: str) -> jax.Array:
-    """Returns what enters the history: the norm before the clip, or that after it."""
+    """Returns the norm that is recorded: the one before or after clipping."""
     if record == "raw":
         return norm
     return jnp.where(norm > limit.threshold, jnp.minimum(norm, limit.target), norm)
 
 
 def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns sqrt(share * a**2 + (1 - share) * b**2), whose squares can't overflow."""
+    """Returns sqrt(share * a**2 + (1 - share) * b**2) without overflow."""
     top = jnp.maximum(jnp.abs(a), jnp.abs(b))
     unit = usable_unit(jax.lax.stop_gradient(top))
     mean: Any = share * jnp.square(a / unit) + (1 - share) * jnp.square(b / unit)
@@ -121,11 +123,12 @@ def rms_of_two(share: jax.typing.ArrayLike, a: jax.Array, b: jax.Array) -> jax.A
 def count_consecutive(
     over: jax.Array, norm: jax.Array, level: jax.Array, run: Any, steps: Any
 ) -> tuple[Any, Any]:
-    """Counts consecutive steps on which a rule has lost the norm.
+    """Counts consecutive steps whose norm is far from the statistics of a rule.
 
-    These are steps that are clipped (``over``), or on which the norm is at most a
-    hundredth of the rule's ``level``. Returns the new count, and where ``steps`` of
-    them call for a restart; with ``steps=None`` there never is one.
+    These are steps that are clipped (``over``), or whose norm is below a hundredth of
+    the rule's ``level``. Returns the new count, and a mask of the groups that have
+    reached ``steps`` such steps and must restart; with ``steps=None`` no group ever
+    restarts.
     """
     if steps is None:
         return None, jnp.zeros_like(over)
@@ -136,12 +139,12 @@ def count_consecutive(
 
 
 def init_consecutive(norm: jax.Array, steps: Any) -> Any:
-    """Returns the counter that `count_consecutive` starts with."""
+    """Returns the initial counter of `count_consecutive`."""
     return None if steps is None else jnp.zeros(norm.shape, jnp.int32)
 
 
 def check_escape(steps: Any) -> None:
-    """Raises unless ``escape_steps`` is None or a whole number of steps."""
+    """Raises unless ``escape_steps`` is None or a valid number of steps."""
     if steps is not None:
         validation.steps(escape_steps=steps)
 

@@ -1,4 +1,4 @@
-"""Matrices and vectors with their singular values bounded, and the derivatives."""
+"""Bounds the singular values of matrices and vectors, with custom derivatives."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 def _by_svd(x: jax.Array, cap: jax.Array) -> jax.Array:
     left, values, right = jnp.linalg.svd(x, full_matrices=False)
-    # The excess is subtracted, so that what is not clipped keeps its digits.
+    # Subtract the excess, so that what is not clipped keeps full precision.
     over = jnp.maximum(values - cap[..., 0], 0.0)
     clipped = x - (left * over[..., None, :]) @ right
-    # Far above the cap nothing would be left of them.
+    # Far above the cap, the subtraction would cancel almost all digits.
     rebuilt = (left * jnp.minimum(values, cap[..., 0])[..., None, :]) @ right
     far = values[..., :1, None] > FAR_ABOVE * cap
     clipped = jnp.where(far, rebuilt, clipped)
     return jnp.where(jnp.any(over > 0, axis=-1)[..., None, None], clipped, x)
 
 
-FAR_ABOVE = 4  # from here on the difference above has fewer digits than a product
-MOST_CAPS = 1e3  # beyond, no iteration below converges in its number of steps
+# Above this ratio to the cap, the difference above is less accurate than a product.
+FAR_ABOVE = 4
+# Above this ratio to the cap, the iterations below do not converge in time.
+MOST_CAPS = 1e3
 
 
 def _norm(x: jax.Array, axes: Any = (-2, -1)) -> jax.Array:
@@ -38,7 +40,7 @@ def _norm(x: jax.Array, axes: Any = (-2, -1)) -> jax.Array:
 
 
 def _sign(x: jax.Array, steps: int) -> jax.Array:
-    """Returns U Vt of x = U S Vt, by the cubic Newton-Schulz iteration."""
+    """Returns U Vt for x = U S Vt, using the cubic Newton-Schulz iteration."""
     size = _norm(x)
     x = x / jnp.where(size > 0, size, 1.0)
 
@@ -49,7 +51,7 @@ def _sign(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _hardcap(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns ``x``, in units of the cap, with singular values bounded by 1."""
+    """Returns ``x``, given in units of the cap, with singular values of at most 1."""
     del like
     sign = _sign(x, 30)
     rest = sign - x
@@ -57,14 +59,14 @@ def _hardcap(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _soft(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns (I + x xt)^(-1/2) ``like``, by a coupled Newton-Schulz iteration."""
+    """Returns (I + x xt)^(-1/2) ``like``, using a coupled Newton-Schulz iteration."""
     gram = x @ _transposed(x)
     one = jnp.eye(x.shape[-2], dtype=x.dtype).reshape(
         (1,) * (x.ndim - 2) + gram.shape[-2:]
     )
     eye = jnp.broadcast_to(one, gram.shape)
     rows = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
-    top = 1 + rows  # no eigenvalue of I + gram is larger
+    top = 1 + rows  # an upper bound on the eigenvalues of I + gram
     start = (eye + gram) / top
 
     def step(_, pair):
@@ -81,7 +83,7 @@ ITERATIONS = {"hardcap": _hardcap, "soft": _soft}
 
 
 def _matrix(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
-    """Returns wide matrices with their singular values bounded."""
+    """Returns wide matrices with bounded singular values."""
     if method == "svd":
         return _by_svd(y, bound)
     y = y * jnp.minimum(1.0, MOST_CAPS * (bound / jnp.where(size > 0, size, 1.0)))
@@ -90,16 +92,16 @@ def _matrix(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax
 
 
 def _vector(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
-    """Returns a leaf of rank 0 or 1 with its norm bounded, in units of the cap."""
+    """Returns a leaf of rank 0 or 1 with a bounded norm, in units of the cap."""
     size = jnp.where(size > 0, size, 1.0)
     return y / size * (size / jnp.hypot(bound, size) if method == "soft" else 1.0)
 
 
 def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns a leaf and the cap in a unit near the largest entry; unit, and norm.
+    """Returns a leaf and the cap in units of its largest entry, the unit, and the norm.
 
-    The powers of such entries can't overflow. The unit is a power of two, and no larger
-    than has a normal inverse.
+    In these units, powers of the entries can't overflow. The unit is a power of two
+    near the largest entry, and small enough that its inverse is a normal number.
     """
     axes, info = tuple(range(x.ndim))[-2:], jnp.finfo(x.dtype)
     top = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
@@ -111,14 +113,14 @@ def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
-    """Returns one finite leaf with its singular values bounded by ``cap``."""
+    """Returns a finite leaf with its singular values bounded by ``cap``."""
     if x.size == 0:
         return x
     y, bound, unit, size = _in_units(x, cap)
-    if method != "soft":  # an infinite one, too
+    if method != "soft":  # makes an infinite cap finite, too
         bound = jnp.minimum(bound, 2 * jnp.maximum(size, 1e-3))
     if x.ndim < 2:
-        # In units of the cap: in those of the leaf it may be subnormal.
+        # In units of the cap, since in units of the leaf the cap may be subnormal.
         out = _vector(y, bound, size, method) * cap
         short = (size <= bound) if method != "soft" else (size < 1e-5 * bound)
         return jnp.where(cap > 0, jnp.where(short, x, out), jnp.zeros_like(x))
@@ -127,7 +129,7 @@ def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
     else:
         out = _matrix(y, bound, size, method)
     kept = out == y
-    if method != "soft":  # no singular value is larger than the norm of all together
+    if method != "soft":  # no singular value exceeds the Frobenius norm
         kept |= size <= bound
     out = jnp.where(kept, x, out * unit)
     return jnp.where(cap > 0, out, jnp.zeros_like(x))
@@ -135,13 +137,13 @@ def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
 
 @clipped.defjvp
 def _clipped_jvp(method, primals, tangents):
-    """Differentiates in units of the leaf, where nothing overflows."""
+    """Computes the derivative in units of the leaf, where nothing overflows."""
     (x, cap), (x_dot, cap_dot) = primals, tangents
     out = clipped(x, cap, method)
     if x.size == 0:
         return out, x_dot
     y, bound, _, size = _in_units(x, cap)
-    bound = jnp.minimum(bound, 1e30)  # far above every entry, and not infinite
+    bound = jnp.minimum(bound, 1e30)  # far above every entry, but finite
     if x.ndim < 2:
         slope = _vector_slope(y, bound, size, x_dot, cap_dot, method)
     elif x.shape[-2] > x.shape[-1]:
@@ -153,7 +155,7 @@ def _clipped_jvp(method, primals, tangents):
 
 
 def _parts(y, size, x_dot, axes):
-    """Returns the direction of a leaf, and its tangent along and across it."""
+    """Returns a leaf's direction, and its tangent parallel and orthogonal to that."""
     way = y / jnp.where(size > 0, size, 1.0)
     along = way * jnp.sum(way * x_dot, axis=axes, keepdims=True)
     return way, along, x_dot - along
@@ -180,17 +182,17 @@ def _matrix_slope(y, bound, size, x_dot, cap_dot, method):
     x = jnp.where(far, MOST_CAPS * way, y / jnp.where(far, known, bound))
     kept = (size <= bound) & (method == "hardcap")
     x = jnp.where(kept, 0.0, x)
-    # The tangent of x times the cap.
+    # The tangent of x, multiplied by the cap.
     move = jnp.where(far, MOST_CAPS * (bound / known) * across, x_dot - cap_dot * x)
     value, slope = jax.jvp(lambda x: ITERATIONS[method](x, x), (x,), (move,))
     return jnp.where(kept, x_dot, slope + cap_dot * value)
 
 
 def _svd_slope(y, bound, x_dot, cap_dot):
-    """Returns the derivative of U min(S, c) Vt, by the divided differences of min.
+    """Returns the derivative of U min(S, c) Vt, using divided differences of min.
 
-    JAX's derivative of the SVD divides by the differences of the singular values, and
-    so is not finite where two are the same; what it is multiplied by vanishes there.
+    JAX's derivative of the SVD divides by differences of singular values, so it is not
+    finite where two of them are equal. Divided differences of min are finite there.
     """
     left, s, right = jnp.linalg.svd(y, full_matrices=False)
     cap = bound[..., 0]

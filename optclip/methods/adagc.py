@@ -1,4 +1,4 @@
-"""AdaGC: each leaf, relative to the running average of its clipped norms."""
+"""AdaGC: clips each leaf relative to the moving average of its clipped norms."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ __all__ = ["LevelState", "adagc", "ema_ratio", "level_rule"]
 
 
 class LevelState(NamedTuple):
-    """State of `ema_ratio` and `max_ema`.
+    """State of `ema_ratio` and `previous_norm`.
 
     Attributes:
-        ema_norm: float32, one per group. The running average; 0 at first.
-        recorded: int32, one per group. How many norms were recorded.
-        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
-            norm; None with ``escape_steps=None``.
+        ema_norm: float32, one per group. Exponential moving average of the norm;
+            initially 0.
+        recorded: int32, one per group. Number of norms recorded.
+        clipped_run: int32, one per group. Number of consecutive steps that count
+            towards ``escape_steps``; None with ``escape_steps=None``.
     """
 
     ema_norm: jax.Array
@@ -56,42 +57,43 @@ def ema_ratio(
     escape_steps: int | None = 200,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of AdaGC: a multiple of a running average of the norm.
+    """Returns the rule of AdaGC: a multiple of a moving average of the norm.
 
-    With the average g, the threshold is t = ratio * max(g, eps), and then
-    g = decay * g + (1 - decay) * m, where m is the norm recorded; at the first step
-    nothing is clipped and g = m. So g grows by at most ``decay + (1 - decay) * ratio``
-    per step while clipped norms are recorded. ``decay=0`` limits the growth of the norm
-    from one step to the next (Fira, APOLLO).
+    The threshold is t = ratio * max(g, eps), where g is an exponential moving average
+    of the recorded norms m: after each step, g = decay * g + (1 - decay) * m. At the
+    first step nothing is clipped and g = m. While clipped norms are recorded, g grows
+    by at most a factor of ``decay + (1 - decay) * ratio`` per step. ``decay=0`` limits
+    the growth of the norm from one step to the next (Fira, APOLLO).
 
-    With a ``warmup_threshold``, AdaGC's warm-up: in the first ``warmup_steps - 1``
-    steps (at least one) all groups share the factor
-    min(1, warmup_threshold / (n + eps)) with n the norm of the whole tree, and g is the
-    smallest norm recorded.
+    A ``warmup_threshold`` adds AdaGC's warm-up: in the first ``warmup_steps - 1`` steps
+    (at least one), all groups are scaled by the same factor min(1, warmup_threshold /
+    (n + eps)), where n is the norm of the whole tree, and g is the smallest norm
+    recorded so far.
 
-    The rule is scale invariant: gradients times a constant have thresholds times that
-    constant. ``eps``, ``floor`` and ``warmup_threshold`` are not: they have the unit of
-    the norm.
+    The rule is scale invariant: multiplying the gradients by a constant multiplies the
+    thresholds by the same constant. The exceptions are ``eps``, ``floor`` and
+    ``warmup_threshold``, which have the units of the norm.
 
     Args:
-        ratio: The multiple, at least 0.
-        decay: At least 0 and below 1.
-        record: "clipped" or "raw": the norm after or before the clip.
+        ratio: Ratio of the threshold to the average, at least 0.
+        decay: Decay rate of the average, at least 0 and below 1.
+        record: "clipped" or "raw": record the norm after or before clipping.
         warmup_steps: See above.
         warmup_threshold: See above; None for no warm-up.
-        eps: The smallest average that counts, at least 0; AdaGC has 1e-8.
-        floor: The smallest threshold after the warm-up, at least 0.
-        escape_steps: After so many consecutive steps that were clipped, or whose norm
-            was at most a hundredth of the average, the average becomes the current
-            norm. None: never, as in the original.
-        record_zeros: Record norms of zero too, as the originals do: one zero gradient
-            at the start then brings the threshold to about ``ratio * eps`` permanently.
+        eps: Lower bound on the average, at least 0; AdaGC uses 1e-8.
+        floor: Lower bound on the threshold after the warm-up, at least 0.
+        escape_steps: After this many consecutive steps that were clipped, or whose norm
+            was below a hundredth of the average, the average is reset to the current
+            norm. None disables this, as in the original.
+        record_zeros: Whether norms of zero are recorded, as in the originals. One zero
+            gradient at the start then holds the threshold at about ``ratio * eps``
+            permanently.
 
     Returns:
-        A rule with one float32 and two int32 per group.
+        A rule whose state is one float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -192,34 +194,36 @@ def adagc(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips each leaf to a little above the running average of its own norm (AdaGC).
+    """Clips each leaf to slightly above the moving average of its own norm (AdaGC).
 
-    With the average g of the clipped norms of a leaf: u' = u * min(1, lambda_rel * g /
-    n) and g = beta * g + (1 - beta) * n'. In the warm-up all leaves are clipped
-    together, by the norm of the whole tree, to ``lambda_abs``, and g is the smallest
-    norm of a leaf. As in the reference code, ``warmup_steps=100`` means 99 steps, and
-    thresholds rise by at most 0.1% per step: after a lasting rise of the gradients they
-    take long to follow. Apart from ``lambda_abs``, the clip is scale invariant.
+    For each leaf, u' = u * min(1, lambda_rel * g / n) and then g = beta * g + (1 -
+    beta) * n', where g is the moving average of the leaf's clipped norms n'. During the
+    warm-up, all leaves are clipped together to a global norm of ``lambda_abs``, and g
+    is the smallest norm of the leaf so far. As in the reference code,
+    ``warmup_steps=100`` means 99 steps. Thresholds rise by at most 0.1% per step, so
+    they adapt slowly when gradients grow permanently. Apart from ``lambda_abs``, the
+    method is scale invariant.
 
     Args:
-        lambda_rel: The threshold in units of the average, at least 0.
-        beta: Decay of the average, at least 0 and below 1.
-        lambda_abs: Bound on the norm of the tree in the warm-up, at least 0; inf for
-            none. It has the unit of the gradient.
+        lambda_rel: Ratio of the threshold to the average, at least 0.
+        beta: Decay rate of the average, at least 0 and below 1.
+        lambda_abs: Bound on the global norm during the warm-up, at least 0, in the
+            units of the gradient; inf for no bound.
         warmup_steps: See above.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms and add 1e-8, as the original does: a leaf without
-            gradient in the warm-up is then held at zero permanently. If False, the
-            average is set to the current norm after 200 consecutive clipped steps.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the original: record norms of zero, and add 1e-8. A leaf
+            without a gradient during the warm-up is then held at zero permanently. If
+            False, the average is reset to the current norm after 200 consecutive
+            clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""AdaGN, of Stable-SPAM: the norm that Adam would make of the norm."""
+"""AdaGN of Stable-SPAM: Adam's normalization, applied to the gradient norm."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class SmoothState(NamedTuple):
     """State of `smoothed_norm`.
 
     Attributes:
-        first_moment: float32, one per group. Running mean of the norm.
-        second_root: float32, one per group. Root of the running mean of its square.
-        recorded: int32, one per group. How many norms were recorded.
-        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
-            norm; None with ``escape_steps=None``.
+        first_moment: float32, one per group. Moving average of the norm.
+        second_root: float32, one per group. Square root of the moving average of the
+            squared norm.
+        recorded: int32, one per group. Number of norms recorded.
+        clipped_run: int32, one per group. Number of consecutive steps that count
+            towards ``escape_steps``; None with ``escape_steps=None``.
     """
 
     first_moment: jax.Array
@@ -52,27 +53,28 @@ def smoothed_norm(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of AdaGN: the norm that Adam would make of the norm.
+    """Returns the rule of AdaGN: Adam's normalization, applied to the norm.
 
-    The target is t = m / (sqrt(q) + eps) with bias-corrected running averages m of n
-    and q of n**2, this step's included. Meant for `optclip.actions.normalize`, which
-    scales every group to its target. With ``eps=0`` the targets do not depend on the
-    scale of the gradients.
+    The target is t = m / (sqrt(q) + eps) with the bias-corrected moving averages m of
+    the norm n and q of n**2, both including this step. Use it with
+    `optclip.actions.normalize`, which scales each group to its target. With ``eps=0``
+    the targets do not depend on the scale of the gradients.
 
     Args:
-        first_decay: Decay of m, at least 0 and below 1.
-        second_decay: Decay of q, at least 0 and below 1.
-        eps: Added to the root of q, at least 0; the original has 1e-8.
-        escape_steps: A norm counts for at most a hundred times the root of q; and after
-            so many consecutive steps on which it is above that, or at most a hundredth
-            of the root, the averages restart. None: as in the original.
-        record_zeros: Record norms of zero too.
+        first_decay: Decay rate of m, at least 0 and below 1.
+        second_decay: Decay rate of q, at least 0 and below 1.
+        eps: Added to the root of q, at least 0; the original uses 1e-8.
+        escape_steps: A norm is recorded as at most a hundred times the root of q. After
+            this many consecutive steps whose norm is above that bound, or below a
+            hundredth of the root, the averages restart. None disables both, as in the
+            original.
+        record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule with two float32 and two int32 per group.
+        A rule whose state is two float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -113,13 +115,14 @@ def smoothed_norm(
         count = jnp.where(away, 1, count)
         first: Any = first_decay * old[0] + (1 - first_decay) * value
         root = rms_of_two(second_decay, old[1], value)
-        # The moments are divided first: each over its weight may be above 3.4e38.
+        # Divide the moments first: each of them, divided by its weight sum, may
+        # overflow.
         weights = [
             ema_weight_sum(d, count, first.dtype) for d in (first_decay, second_decay)
         ]
         scale = jnp.sqrt(weights[1])
         size = root + eps * scale
-        known = size > 0  # else all norms so far are 0, and any target will do
+        known = size > 0  # otherwise all norms so far are 0, and any target works
         target = quotient(jnp.where(known, first, 1.0), jnp.where(known, size, 1.0))
         target = target * (scale / weights[0])
         return one(target), SmoothState(first, root, count, run)
@@ -138,29 +141,30 @@ def adagn(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Gives each leaf the smoothed, normalised norm of its past (GradientStabilizer).
+    """Scales each leaf to a smoothed, normalized norm (AdaGN, GradientStabilizer).
 
-    u' = u / n * m / (sqrt(q) + eps) with bias-corrected averages m of n and q of n**2:
-    the norm becomes about 1, less where it is unsteady. The norm of the gradient is
-    lost, so put it before an optimizer that does not depend on it, such as Adam. This
-    is AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`, to be chained before it.
+    u' = u / n * m / (sqrt(q) + eps) with the bias-corrected moving averages m of n and
+    q of n**2. The new norm is about 1, and smaller where the norm fluctuates. The
+    original norm is lost, so use this before an optimizer that does not depend on it,
+    such as Adam. This is the AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`,
+    which is chained before it.
 
     Args:
-        gamma1: Decay of m, at least 0 and below 1.
-        gamma2: Decay of q, at least 0 and below 1.
+        gamma1: Decay rate of m, at least 0 and below 1.
+        gamma2: Decay rate of q, at least 0 and below 1.
         eps: Added to the root of q, at least 0. None: 0, or 1e-8 with ``original``.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record every norm, zeros and outliers included, as the official code
-            does: one extreme norm then shrinks the updates for hundreds of steps.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the official code and record every norm, including zeros and
+            outliers. One extreme norm then shrinks the updates for hundreds of steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""AdamW-clip: entries far above their own second moment, before the optimizer."""
+"""AdamWClip: clips entries that are large relative to their own second moment."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def adamw_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips each entry to three times its own root mean square (AdamWClip).
+    """Clips each entry to a multiple of its own root mean square (AdamWClip).
 
-    u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with the bias-corrected running
-    mean square v of the clipped entry. An entry whose v is 0 passes. Scale invariant
-    with ``floor=0``.
+    u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with v the bias-corrected
+    moving average of the squares of the clipped entry. An entry whose v is 0 passes
+    unchanged. The method is scale invariant with ``floor=0``.
 
     Args:
-        ratio: The threshold in root mean squares, at least 0.
-        decay: Decay of v, at least 0 and below 1: Adam's second.
-        floor: The smallest threshold, at least 0, in the unit of the gradient. None: 0,
-            or the original's 1e-10 with ``original``.
-        original: Clip an entry whose v is 0 to ``floor``, as the original does: the
-            first gradients are 1e-10 and grow from there, by a factor of at most
-            ``ratio`` per step. With ``floor=0`` they stay zero permanently.
+        ratio: Ratio of the threshold to the root mean square, at least 0.
+        decay: Decay rate of v, at least 0 and below 1; Adam's ``b2``.
+        floor: Lower bound on the threshold, at least 0, in the units of the gradient.
+            None: 0, or 1e-10 with ``original``.
+        original: Follow the original and clip an entry whose v is 0 to ``floor``. The
+            first updates are then 1e-10 and grow by a factor of at most ``ratio`` per
+            step. With ``floor=0`` they stay zero permanently.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""AGC: the norm of a unit's gradient, relative to that of its parameters."""
+"""AGC: clips the norm of a unit's gradient relative to that of its parameters."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["adaptive_grad_clip", "relative_to_params"]
 def relative_to_params(
     ratio: jax.typing.ArrayLike, *, floor: jax.typing.ArrayLike = 1e-3
 ) -> Rule:
-    """Returns the rule of AGC: a share of the norm of the group's parameters.
+    """Returns the rule of AGC: a fraction of the norm of the group's parameters.
 
-    The threshold is ``ratio * max(norm of the parameters, floor)``, so that parameters
-    that are still zero can move.
+    The threshold is ``ratio * max(norm of the parameters, floor)``. The floor lets
+    parameters change that are still zero.
 
     Args:
-        ratio: The share; a number of at least 0.
-        floor: The least norm that parameters count with; at least 0.
+        ratio: Ratio of the threshold to the norm of the parameters, at least 0.
+        floor: Lower bound on the norm of the parameters, at least 0.
 
     Returns:
         A stateless rule that needs ``params``.
 
     Raises:
-        ValueError: If a number is negative or NaN; in ``update``, if ``params`` are
-            missing.
+        ValueError: If an argument is negative or NaN, or if ``update`` is called
+            without ``params``.
 
     Example:
         >>> import optclip
@@ -67,35 +67,37 @@ def adaptive_grad_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down each output unit whose norm is large relative to its weights: AGC.
+    """Clips each output unit by its norm relative to that of its weights (AGC).
 
-    For each unit with gradient norm n and weight norm w, u' = u * min(1, t / n) with
-    t = clipping * max(w, eps). Put it before weight decay, and leave the last linear
-    layer out with `optax.masked`, as the paper does.
+    For a unit with gradient norm n and weight norm w, u' = u * min(1, t / n) with the
+    threshold t = clipping * max(w, eps). Chain it before weight decay, and exclude the
+    last linear layer with `optax.masked`, as the paper does.
 
-    Units are the official code's and Optax's: a scalar or vector is one unit, a matrix
-    is summed over axis 0, a kernel HWIO over axes 0 to 2. A leaf of rank 3 is summed
-    over axis 0; for scan-stacked layers [layer, in, out] give ``axis``. An embedding
-    [vocab, dim] has no output units in this sense: by default one unit is a column
-    across the whole vocabulary. Give ``axis={"embedding": 1}`` to make each row a unit.
+    Units are defined as in the official code and in Optax: a scalar or vector is one
+    unit, the norms of a matrix are taken over axis 0, and those of an HWIO kernel over
+    axes 0 to 2. For a leaf of rank 3 they are taken over axis 0; for scan-stacked
+    layers [layer, in, out], pass ``axis``. A unit of an embedding [vocab, dim] is by
+    default a column across the whole vocabulary; pass ``axis={"embedding": 1}`` to make
+    each row a unit.
 
     Args:
-        clipping: The largest ratio of the norms, at least 0. 0 gives zeros, which stops
-            training; inf switches the clip off.
-        eps: The smallest norm that weights count with, at least 0, so that weights that
-            are zero can move.
-        axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
+        clipping: Largest ratio of the gradient norm to the weight norm, at least 0. At
+            0, all updates are zero, which stops training; inf disables clipping.
+        eps: Lower bound on the weight norm, at least 0, so that weights that are zero
+            can change.
+        axis: The axes over which the norm of a unit is taken, as in
+            `optclip.scopes.unit`.
         ord: As in `optclip.clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`, but not "auto".
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState` that needs ``params``.
+        A gradient transformation whose state is a `ClipState`; it needs ``params``.
 
     Raises:
-        ValueError: If a number is negative or NaN, ``axis`` does not fit, or ``params``
-            are missing.
+        ValueError: If an argument is negative or NaN, ``axis`` does not fit, or
+            ``params`` are missing.
 
     Example:
         >>> import jax.numpy as jnp, optclip

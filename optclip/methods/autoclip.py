@@ -1,4 +1,4 @@
-"""AutoClip: a percentile of the norms so far."""
+"""AutoClip: clips to a percentile of the norms so far."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ __all__ = [
     "window_percentile",
 ]
 
-# No plain int: `optax.inject_hyperparams` would make it an array.
+# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
 WINDOW = Static(1000)
-# Differences below this share of the largest norm are rounding.
+# Differences below this fraction of the largest norm are rounding errors.
 ROUNDING = 1e-6
 
 
 class WindowState(NamedTuple):
-    """State of the rules with a window.
+    """State of the rules with a window of norms.
 
     Attributes:
-        recent_norms: float32, one row of ``window`` per group: the last norms, in a
-            ring buffer.
-        recorded: int32, one per group. How many norms were recorded; at the end of
-            int32, a smaller number at the same place of the ring.
+        recent_norms: float32, ``window`` entries per group. Ring buffer of the last
+            norms.
+        recorded: int32, one per group. Number of norms recorded; at the largest int32
+            it falls back to a smaller number with the same position in the ring buffer.
     """
 
     recent_norms: jax.Array
@@ -55,7 +55,7 @@ class WindowState(NamedTuple):
 
 
 def put(state: WindowState, value: jax.Array, first_fills: bool = False):
-    """Returns the state after ``value``, written over the oldest norm."""
+    """Returns the state with ``value`` written over the oldest norm."""
     ring, count = state
     at = places(ring)
     here = at == (count % ring.shape[-1])[..., None]
@@ -66,13 +66,13 @@ def put(state: WindowState, value: jax.Array, first_fills: bool = False):
 
 
 def empty(norm: jax.Array, window: int) -> WindowState:
-    """Returns the state before the first norm."""
+    """Returns the initial state, without any norms."""
     ring = jnp.zeros((*norm.shape, window), jnp.float32)
     return WindowState(ring, jnp.zeros(norm.shape, jnp.int32))
 
 
 def _sorted(state: WindowState, full: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns the norms in ascending order, the missing ones last, and their number."""
+    """Returns the norms in ascending order, missing ones last, and their number."""
     ring, count = state
     window = ring.shape[-1]
     known = jnp.full_like(count, window) if full else jnp.minimum(count, window)
@@ -106,25 +106,25 @@ def window_percentile(
 ) -> Rule:
     """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
 
-    The threshold is that of ``numpy.percentile``, with linear interpolation. With
-    ``by_rank``, bitsandbytes' rule: the first norm fills the whole window, and the
-    threshold is entry ``percentile * window / 100`` of the sorted norms. Scale
-    invariant.
+    The threshold is computed as by ``numpy.percentile``, with linear interpolation.
+    With ``by_rank`` it is computed as in bitsandbytes: the first norm fills the whole
+    window, and the threshold is entry ``percentile * window / 100`` of the sorted
+    norms. The rule is scale invariant.
 
     Args:
         percentile: Between 0 and 100.
-        window: How many norms are kept, at least 1.
-        include_current: Whether this step's norm counts for its own threshold. If not,
+        window: Number of norms kept, at least 1.
+        include_current: Whether the threshold includes this step's norm. If False,
             nothing is clipped at the first step.
         by_rank: See above.
-        record: "raw" or "clipped": the norm before or after the clip.
-        record_zeros: Record norms of zero too.
+        record: "raw" or "clipped": record the norm before or after clipping.
+        record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule with ``window`` float32 and one int32 per group.
+        A rule whose state is ``window`` float32 values and one int32 value per group.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -162,10 +162,12 @@ class HistogramState(NamedTuple):
     """State of `log_histogram_percentile`.
 
     Attributes:
-        norm_counts: float32, a row of 1,000 per group: how many norms fell into each
-            bin. All are halved when one reaches 2**23.
-        first_log: float32, one per group: log2 of the first norm, in the middle bin.
-        outside_run: int32, one per group. Consecutive norms that fell into no bin.
+        norm_counts: float32, 1,000 entries per group. Number of norms in each bin. All
+            of them are halved when one reaches 2**23.
+        first_log: float32, one per group. Base-2 logarithm of the first norm, which is
+            the center of the middle bin.
+        outside_run: int32, one per group. Number of consecutive norms outside the range
+            of the bins.
     """
 
     norm_counts: jax.Array
@@ -173,37 +175,39 @@ class HistogramState(NamedTuple):
     outside_run: jax.Array
 
 
-BINS = 1000
-OCTAVES = 80  # so a bin is 2**0.08 wide, 5.7%
-OUTSIDE_STEPS = 50
-FIRST_BIN = BINS // 2 + 0.5  # the first norm lies in the middle of its bin
-FULL_BIN = 2.0**23  # adding 1 to a float32 count changes nothing from 2**24 on
+BINS = 1000  # 4 KB of float32 per group
+OCTAVES = 80  # so each bin spans a factor of 2**0.08, which is 5.7%
+OUTSIDE_STEPS = 50  # as the `escape_steps` of most other rules
+FIRST_BIN = BINS // 2 + 0.5  # the first norm is the center of the middle bin
+FULL_BIN = 2.0**23  # from 2**24 on, adding 1 does not change a float32 count
 
 
 def log_histogram_percentile(
     percentile: jax.typing.ArrayLike, *, forgetting: jax.typing.ArrayLike = 0.0
 ) -> Rule:
-    """Returns the rule of AutoClip over the whole history, in 4 KB per group.
+    """Returns the rule of AutoClip over the whole history, using 4 KB per group.
 
-    The threshold is the given percentile of all norms so far, this one included, read
-    from a histogram of log n: 1,000 bins over 80 octaves around the first norm, each
-    5.7% wide. So it is within 6% of a norm next to the exact percentile, for norms
-    between 2**-40 and 2**40 times the first. Norms beyond that count in the last bins;
-    after fifty consecutive ones the history restarts. Scale invariant.
+    The threshold is the given percentile of all norms so far, including this one. It is
+    computed from a histogram of log n, with 1,000 bins over 80 octaves around the first
+    norm, each 5.7% wide. It is therefore within 6% of a norm next to the exact
+    percentile, for norms between 2**-40 and 2**40 times the first. Norms outside that
+    range are counted in the outermost bins; after fifty consecutive ones the history
+    restarts. The rule is scale invariant.
 
-    When a bin holds 2**23 norms, all counts are halved: from then on, after at least
-    eight million steps, recent norms weigh more than old ones.
+    When a bin reaches 2**23 norms, which takes at least eight million steps, all counts
+    are halved. From then on, recent norms have a larger weight than old ones.
 
     Args:
         percentile: Between 0 and 100.
-        forgetting: Share of the history forgotten each step, at least 0 and below 1; a
-            history of about ``1 / forgetting`` norms then counts. 0: nothing is.
+        forgetting: Fraction of the history that is forgotten at each step, at least 0
+            and below 1; about the last ``1 / forgetting`` norms then count. 0 keeps the
+            whole history.
 
     Returns:
-        A rule with 1,001 float32 and one int32 per group.
+        A rule whose state is 1,001 float32 values and one int32 value per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -241,7 +245,7 @@ def log_histogram_percentile(
         full = jnp.max(counts, axis=-1, keepdims=True) >= FULL_BIN
         counts = jnp.where(full, 0.5 * counts, counts)
         upto = jnp.cumsum(counts, axis=-1)
-        # The place of the percentile among the norms, where the first is number 0.
+        # The zero-based rank of the percentile among the sorted norms.
         wanted = percentile / 100 * jnp.maximum(upto[..., -1] - 1, 0.0)
         bin_of = jnp.sum(upto <= wanted[..., None], axis=-1, dtype=jnp.int32)
         bin_of = jnp.minimum(bin_of, jnp.max(jnp.where(counts > 0, numbers, 0), -1))
@@ -251,7 +255,8 @@ def log_histogram_percentile(
         part = (wanted - before + 0.5) / jnp.where(inside > 0, inside, 1.0)
         height = bin_of.astype(part.dtype) + jnp.clip(part, 0.0, 1.0) - FIRST_BIN
         threshold = jnp.exp2(first + height * (OCTAVES / BINS))
-        threshold = jnp.where(start | away, norm, threshold)  # rounding clips no first
+        # The first norm must not be clipped because of rounding.
+        threshold = jnp.where(start | away, norm, threshold)
         return one(threshold), HistogramState(counts, first, run)
 
     return guard_statistics(init, update, "log_histogram_percentile", zeros=False)
@@ -269,28 +274,30 @@ def autoclip(
 ) -> Clip:
     """Clips to a percentile of the norms so far (AutoClip).
 
-    u' = u * min(1, t / n) with t the percentile of the last ``window`` norms, this one
-    included and unclipped, as `numpy.percentile` gives it. With the published 10, nine
-    steps of ten are clipped: choose the learning rate as for normalised gradients.
-    Scale invariant, unless ``original``.
+    u' = u * min(1, t / n) with t the given percentile of the last ``window`` norms
+    before clipping, including this one, as computed by `numpy.percentile`. With the
+    published value of 10, nine out of ten steps are clipped, so choose the learning
+    rate as for normalized gradients. The method is scale invariant unless ``original``
+    is set.
 
     Args:
         percentile: Between 0 and 100.
-        window: How many norms are kept; as long as they have not filled it, this is the
-            original with its whole history. None for the whole history in 4 KB per
-            group, to within 6%: `optclip.rules.log_histogram_percentile`.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: As the original, record zero norms and divide by n + 1e-6, which
-            scales down all norms that are not far above 1e-6.
+        window: Number of norms kept. Until the window is full, the result is that of
+            the original, which keeps the whole history. None uses the whole history, in
+            4 KB per group and to within 6%: see
+            `optclip.rules.log_histogram_percentile`.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the original: record norms of zero, and divide by n + 1e-6,
+            which also scales down norms that are not far above 1e-6.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip

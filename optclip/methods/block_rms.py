@@ -1,4 +1,4 @@
-"""Adafactor's clip of updates, by the root mean square of each leaf."""
+"""Adafactor's update clipping, by the root mean square of each leaf."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def clip_by_block_rms(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down each leaf whose root mean square is above ``threshold``.
+    """Clips each leaf by its root mean square (Adafactor).
 
-    For each leaf, u' = u / max(1, rms(u) / threshold): Adafactor's update clipping, and
-    with ``threshold=1.0`` its default. Placed after `optax.scale_by_adam`, it is the
-    composable form of StableAdamW's.
+    For each leaf, u' = u / max(1, rms(u) / threshold). This is Adafactor's update
+    clipping, with ``threshold=1.0`` as its default. Chained after
+    `optax.scale_by_adam`, it is the composable form of the update clipping in
+    StableAdamW.
 
     Args:
-        threshold: The largest root mean square, at least 0: a number, array (one entry
-            per leaf) or schedule. 0 gives zeros, which stops training; inf switches the
-            clip off.
+        threshold: The largest root mean square, at least 0: a number, an array with one
+            entry per leaf, or a schedule. At 0, all updates are zero, which stops
+            training; inf disables clipping.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
         ValueError: If ``threshold`` is negative or NaN.

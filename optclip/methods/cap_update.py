@@ -1,4 +1,4 @@
-"""A bound on the update of a leaf, relative to its parameters."""
+"""Bounds the update relative to the parameters."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ def cap_update(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Bounds the final update to a share of the norm of the parameters.
+    """Bounds the final update relative to the norm of the parameters.
 
     u' = u * min(1, ratio * max(w, floor) / r) with the root mean squares r of the
-    update and w of the parameters; apart from the floor, the ratio of the norms. Put it
-    last, after the learning rate: it is in the units of the parameters, so that one
-    ratio fits any optimizer, loss and schedule. It prevents the divergence caused by a
-    learning rate that is too high, which a clip of gradients can't see.
+    update and w of the parameters. Apart from the floor, r / w is the ratio of their
+    norms. Chain it last, after the learning rate: there, updates have the units of the
+    parameters, so the same ratio fits any optimizer, loss and schedule. It prevents the
+    divergence caused by a learning rate that is too high, which clipping the gradients
+    cannot prevent.
 
     Args:
-        ratio: The largest ratio of update to parameters, at least 0. 0 gives zeros,
-            which stops training; inf switches the cap off.
-        floor: The smallest root mean square that parameters count with, at least 0, in
-            the unit of the parameters, so that parameters that are zero can move.
-        scope: Which entries share one ratio, from `optclip.scopes`.
+        ratio: Largest ratio of the update to the parameters, at least 0. At 0, all
+            updates are zero, which stops training; inf disables the cap.
+        floor: Lower bound on the root mean square of the parameters, at least 0, in the
+            units of the parameters, so that parameters that are zero can change.
+        scope: Which entries share one ratio; a scope of `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`, whose norms are root mean squares; it needs
-        ``params``.
+        A gradient transformation whose state is a `ClipState`, in which norms are root
+        mean squares; it needs ``params``.
 
     Raises:
-        ValueError: If a number is negative or NaN, or ``params`` are missing.
+        ValueError: If an argument is negative or NaN, or ``params`` are missing.
 
     Example:
         >>> import optax, optclip

@@ -1,4 +1,4 @@
-"""A slow and a fast running average of the norm."""
+"""Clips relative to a slow and a fast moving average of the norm."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class DualState(NamedTuple):
     """State of `dual_ema`.
 
     Attributes:
-        fast_ema: float32, one per group. The fast average, not yet corrected for bias.
-        slow_ema: float32, one per group. The slow one.
-        recorded: int32, one per group. How many norms were recorded.
-        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
-            norm; None with ``escape_steps=None``.
+        fast_ema: float32, one per group. Fast moving average of the norm, without bias
+            correction.
+        slow_ema: float32, one per group. Slow moving average of the norm, without bias
+            correction.
+        recorded: int32, one per group. Number of norms recorded.
+        clipped_run: int32, one per group. Number of consecutive steps that count
+            towards ``escape_steps``; None with ``escape_steps=None``.
     """
 
     fast_ema: jax.Array
@@ -56,29 +58,31 @@ def dual_ema(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule with two averages: one tells when to clip, one how far.
+    """Returns the rule with two averages, one for the trigger and one for the target.
 
-    With bias-corrected averages s (slow) and f (fast) of the norms so far: where
-    n > trigger * s, the group is scaled to the norm min(n, target * f). Nothing is
-    clipped before a norm was recorded. Scale invariant.
+    Let s (slow) and f (fast) be bias-corrected moving averages of the norms so far.
+    Where n > trigger * s, the group is scaled to the norm min(n, target * f). Nothing
+    is clipped until a norm has been recorded. The rule is scale invariant.
 
     Args:
-        trigger: Multiple of the slow average, at least 0.
-        target: Multiple of the fast average, at least 0.
-        fast_decay: At least 0 and below 1.
-        slow_decay: At least 0 and below 1.
-        record: "clipped" or "raw": the norm after or before the clip. "target", as the
-            original: ``target * f`` where the group was clipped, even if n is less.
-        escape_steps: After so many consecutive steps that were clipped, or whose norm
-            was at most a hundredth of the slow average, both averages restart from the
-            current norm. None: never, as in the original.
-        record_zeros: Record norms of zero too.
+        trigger: Multiple of the slow average above which a group is clipped, at least
+            0.
+        target: Multiple of the fast average to which it is clipped, at least 0.
+        fast_decay: Decay rate of the fast average, at least 0 and below 1.
+        slow_decay: Decay rate of the slow average, at least 0 and below 1.
+        record: "clipped" or "raw": record the norm after or before clipping. "target",
+            as in the original, records ``target * f`` where the group was clipped, even
+            if n is smaller.
+        escape_steps: After this many consecutive steps that were clipped, or whose norm
+            was below a hundredth of the slow average, both averages restart from the
+            current norm. None disables this, as in the original.
+        record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule with two float32 and two int32 per group.
+        A rule whose state is two float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -95,7 +99,7 @@ def dual_ema(
 
     def update(norm, state, context):
         del context
-        start = state.slow_ema == 0  # nothing was recorded yet, or zeros only
+        start = state.slow_ema == 0  # nothing but zeros has been recorded yet
         fast: Any = state.fast_ema / ema_weight_sum(
             fast_decay, state.recorded, norm.dtype
         )
@@ -136,31 +140,32 @@ def dual_ema_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips norms above twice a slow average to a little above a fast one.
+    """Clips norms far above a slow moving average to slightly above a fast one.
 
     Where n > trigger * s, u' = u * min(1, target * f / n), with the bias-corrected
-    averages s (slow) and f (fast) of the clipped norms: the rule of PDE-Transformer's
-    trainer. Nothing is clipped at the first step. Scale invariant, unless ``original``.
+    moving averages s (slow) and f (fast) of the clipped norms. This is the rule of
+    PDE-Transformer's training code. Nothing is clipped at the first step. The method is
+    scale invariant unless ``original`` is set.
 
     Args:
-        trigger: Multiple of the slow average, at least 0.
-        target: Multiple of the fast average, at least 0.
-        fast_decay: At least 0 and below 1.
-        slow_decay: At least 0 and below 1.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: As the published trainer, clip a first norm above 10,000 to 1, divide
-            by n + 1e-6, record ``target * f`` after a clip even if n is less, record
-            zero norms, and never restart. If False, both averages restart after 50
-            consecutive clipped steps.
+        trigger: Multiple of the slow average above which norms are clipped, at least 0.
+        target: Multiple of the fast average to which they are clipped, at least 0.
+        fast_decay: Decay rate of the fast average, at least 0 and below 1.
+        slow_decay: Decay rate of the slow average, at least 0 and below 1.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the published code: clip a first norm above 10,000 to 1, divide
+            by n + 1e-6, record ``target * f`` for clipped norms even if n is smaller,
+            record norms of zero, and never restart. If False, both averages restart
+            after 50 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -192,7 +197,7 @@ def dual_ema_clip(
 
 
 def _first_bounded(rule: Rule) -> Rule:
-    """Returns `rules.dual_ema` with the trainer's limits while its averages are 0."""
+    """Returns `rules.dual_ema` with the published limits while its averages are 0."""
 
     def update(norm, state, context):
         limit, after = rule.update(norm, state, context)

@@ -1,4 +1,4 @@
-"""Mean plus deviations of the norm, as running averages."""
+"""Clips to the moving mean of the norm plus standard deviations."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ def ema_sigma(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of Open-Sora-Plan: mean plus some deviations, without outliers.
+    """Returns the rule of Open-Sora-Plan: mean plus deviations, excluding outliers.
 
-    The threshold is t = m + sigmas * s with running mean m and standard deviation s;
-    norms above it are not recorded. At the first step nothing is clipped, s = 0 and
-    m = min(3 * n, first_cap). A norm above m by at most a millionth of m is never
-    clipped: where all norms were the same s is 0. Scale invariant with
-    ``first_cap=inf``.
+    The threshold is t = m + sigmas * s with the moving mean m and standard deviation s
+    of the norms; norms above t are not recorded. The first step is not clipped, and
+    sets s = 0 and m = min(3 * n, first_cap). A norm that exceeds m by at most a
+    millionth of m is never clipped, since s is 0 where all norms so far were equal. The
+    rule is scale invariant with ``first_cap=inf``.
 
     Args:
-        sigmas: Standard deviations above the mean, at least 0.
-        decay: At least 0 and below 1.
-        first_cap: The largest mean to begin with; above 0, also inf. (With the
-            original's 1.0, a run whose norms are above 1 is clipped to 1 permanently.)
-        escape_steps: After so many consecutive steps that were clipped, or whose norm
-            was at most a hundredth of the mean, the rule restarts with m = 3 * n. None:
-            as in the original, never, and norms above m by a millionth are clipped.
-        record_zeros: Record norms of zero too, as the original does.
+        sigmas: Number of standard deviations above the mean, at least 0.
+        decay: Decay rate of the averages, at least 0 and below 1.
+        first_cap: Upper bound on the initial mean, above 0; may be inf. With the
+            original's 1.0 and ``escape_steps=None``, a run whose norms are above 1 is
+            clipped to 1 permanently.
+        escape_steps: After this many consecutive steps that were clipped, or whose norm
+            was below a hundredth of the mean, the rule restarts with m = 3 * n. None
+            disables this, as in the original, and also clips norms that exceed m by
+            less than a millionth of m.
+        record_zeros: Whether norms of zero are recorded, as in the original.
 
     Returns:
-        A rule with two float32 and two int32 per group.
+        A rule whose state is two float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -103,28 +105,30 @@ def ema_sigma_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips norms above their running mean plus three deviations (Open-Sora-Plan).
+    """Clips norms to their moving mean plus three standard deviations (Open-Sora-Plan).
 
-    u' = u * min(1, t / n) with t = m + sigmas * s of the norms that were not clipped:
-    see `optclip.rules.ema_sigma`. Scale invariant, unless ``original``.
+    u' = u * min(1, t / n) with t = m + sigmas * s where m and s are the moving mean and
+    standard deviation of the norms that were not clipped (see
+    `optclip.rules.ema_sigma`). The method is scale invariant unless ``original`` is
+    set.
 
     Args:
-        sigmas: Standard deviations above the mean, at least 0.
-        decay: Decay of the averages, at least 0 and below 1.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: As the original, divide by n + 1e-6, begin with a mean of at most 1
-            and never restart: a run whose norms are above 1 is clipped to 1
-            permanently. If False, the first mean is three times the first norm, and the
-            statistics restart after 50 consecutive clipped steps.
+        sigmas: Number of standard deviations above the mean, at least 0.
+        decay: Decay rate of the averages, at least 0 and below 1.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the original: divide by n + 1e-6, start with a mean of at most
+            1, record norms of zero, and never restart. A run whose norms are above 1 is
+            clipped to 1 permanently. If False, the first mean is three times the first
+            norm, and the statistics restart after 50 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""Clipping by the norm of all updates together."""
+"""Clips updates by their global norm."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def clip_by_global_norm(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales all updates down together if their joint norm is above ``max_norm``.
+    """Clips updates by their global norm.
 
-    u' = u * min(1, max_norm / (n + eps)) with n the norm of all updates. With ``eps=0``
-    this is what `optax.clip_by_global_norm` computes where that is right; with
-    ``eps=1e-6``, ``torch.nn.utils.clip_grad_norm_``. Entries whose squares overflow or
-    underflow are clipped like all others.
+    u' = u * min(1, max_norm / (n + eps)) with n the norm of all updates together. With
+    ``eps=0`` the result is that of `optax.clip_by_global_norm` wherever the latter is
+    correct; with ``eps=1e-6`` it is that of ``torch.nn.utils.clip_grad_norm_``. Entries
+    whose squares overflow or underflow are clipped like all others.
 
     Args:
-        max_norm: The largest norm, at least 0: a number, an array or a schedule. 0
-            gives zeros, which stops training; inf switches the clip off.
+        max_norm: The largest norm, at least 0: a number, an array or a schedule. At 0,
+            all updates are zero, which stops training; inf disables clipping.
         ord: The norm's order: a number of at least 1, inf or "rms".
-        eps: Added to the norm, at least 0, in the unit of the norm: norms that are not
-            far above it are scaled down as well.
+        eps: Added to the norm, at least 0, in the units of the norm. Norms that are not
+            far above ``eps`` are scaled down as well.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is negative or NaN, or an option is not one of those
-            named.
+        ValueError: If an argument is negative or NaN, or not one of the allowed
+            options.
 
     Example:
         >>> import jax.numpy as jnp, optclip

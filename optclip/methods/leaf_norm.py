@@ -1,4 +1,4 @@
-"""Clipping by the norm of each leaf."""
+"""Clips each leaf by its norm."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def clip_by_leaf_norm(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down each leaf whose norm is above ``max_norm``.
+    """Clips each leaf by its norm.
 
-    For each leaf, u' = u * min(1, max_norm / (n + eps)) with n its own norm. Prefer it
-    where one part of a model explodes and should not slow down the others; it changes
-    the direction of the whole update.
+    For each leaf, u' = u * min(1, max_norm / (n + eps)) with n the norm of the leaf.
+    Use it where the gradients of one part of a model explode and should not slow down
+    the other parts. Unlike clipping by the global norm, it changes the direction of the
+    update.
 
     Args:
         max_norm: The largest norm of a leaf, at least 0: a number, a schedule, or an
-            array with one entry for each leaf. 0 gives zeros, which stops training; inf
-            switches the clip off.
+            array with one entry per leaf. At 0, all updates are zero, which stops
+            training; inf disables clipping.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
@@ -42,10 +43,10 @@ def clip_by_leaf_norm(
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: As `clip_by_global_norm`.
+        ValueError: As for `clip_by_global_norm`.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -1,4 +1,4 @@
-"""The norm-growth limiter of Fira and APOLLO: relative to the norm before."""
+"""The norm-growth limiter of Fira and APOLLO, relative to the previous norm."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def previous_norm(
     escape_steps: int | None = 200,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule that lets the norm grow by a factor from step to step.
+    """Returns the rule that limits the growth of the norm from step to step.
 
-    The threshold is t = growth * (s + eps) with s the norm of the step before; nothing
-    is clipped at the first step. This is `ema_ratio` with ``decay=0``, except that
-    ``eps`` is added to the norm, as in Fira and APOLLO. Scale invariant with ``eps=0``.
+    The threshold is t = growth * (s + eps) with s the norm of the previous step;
+    nothing is clipped at the first step. This is `ema_ratio` with ``decay=0``, except
+    that ``eps`` is added to the norm, as in Fira and APOLLO. The rule is scale
+    invariant with ``eps=0``.
 
     Args:
-        growth: The largest factor, at least 0.
-        record: "clipped" or "raw": the norm after or before the clip.
-        eps: Added to the norm of the step before, at least 0; the originals have 1e-8.
+        growth: Largest ratio of the norm to the previous one, at least 0.
+        record: "clipped" or "raw": record the norm after or before clipping.
+        eps: Added to the previous norm, at least 0; the originals use 1e-8.
         escape_steps: As in `ema_ratio`.
         record_zeros: As in `ema_ratio`.
 
     Returns:
-        A rule with one float32 and two int32 per group.
+        A rule whose state is one float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -76,27 +77,28 @@ def norm_growth_limiter(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Lets a norm grow by at most a factor from one step to the next (Fira, APOLLO).
+    """Limits the growth of the norm from one step to the next (Fira, APOLLO).
 
-    u' = u * min(1, gamma * n0 / n) with n0 the norm of the step before, after its own
-    clipping. The papers put it after the scaling of Adam, on the updates. Scale
-    invariant.
+    u' = u * min(1, gamma * n0 / n) with n0 the norm of the previous step, after
+    clipping. The papers apply it to the updates, after Adam's scaling. The method is
+    scale invariant.
 
     Args:
-        gamma: The largest factor, at least 0.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms and take gamma * (n0 + 1e-8), as the originals do:
-            after one zero gradient a leaf starts again at about 1e-8. If False, n0 is
-            set to the current norm after 200 consecutive clipped steps.
+        gamma: Largest ratio of the norm to the previous one, at least 0.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the originals: record norms of zero, and use gamma * (n0 +
+            1e-8). After one zero gradient, the norm of a leaf restarts at about 1e-8.
+            If False, n0 is reset to the current norm after 200 consecutive clipped
+            steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

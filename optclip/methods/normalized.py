@@ -1,4 +1,4 @@
-"""Normalised gradients: every group is scaled to one norm."""
+"""Normalized gradients: every group is scaled to the same norm."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def normalize_by_norm(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales each group, up or down, to the norm ``target``: normalised gradients.
+    """Scales each group up or down to the norm ``target`` (normalized gradients).
 
-    u' = u * target / (n + eps); a zero group stays zero. With ``eps=1e-6`` this is
-    `optax.normalize_by_update_norm`. The norm of a gradient no longer counts, so the
-    learning rate has to be tuned again, and should decay.
+    u' = u * target / (n + eps); a group of zeros stays zero. With ``eps=1e-6`` this is
+    `optax.normalize_by_update_norm`. The norm of the gradient no longer affects the
+    update, so tune the learning rate again, and let it decay.
 
     Args:
-        target: The norm to scale to, at least 0: a number, array or schedule. 0 gives
-            zeros, which stops training; inf leaves the updates as they are.
+        target: The norm to scale to, at least 0: a number, array or schedule. At 0, all
+            updates are zero, which stops training; inf leaves the updates unchanged.
         eps: Added to the norm, at least 0.
-        scope: Which entries share one norm, from `optclip.scopes`.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is negative or NaN.
+        ValueError: If an argument is negative or NaN.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -1,4 +1,4 @@
-"""Clipping by the norm of each layer of scan-stacked leaves."""
+"""Clips each layer of scan-stacked leaves by its norm."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def clip_per_layer(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down each layer of scan-stacked leaves whose norm is above ``max_norm``.
+    """Clips each layer of scan-stacked leaves by its norm.
 
-    As `clip_by_leaf_norm`, but a leaf of shape [layers, ...] that ``jax.lax.scan`` runs
-    over is clipped as that many leaves.
+    Like `clip_by_leaf_norm`, except that each layer of a leaf of shape [layers, ...]
+    that ``jax.lax.scan`` iterates over is clipped as a leaf of its own.
 
     Args:
         max_norm: The largest norm of a layer, at least 0: a number, array or schedule.
-            0 gives zeros, which stops training; inf switches the clip off.
-        stack_axes: How many leading axes count layers: an int for all leaves, a
-            function of the path, or a map from regular expression to int.
+            At 0, all updates are zero, which stops training; inf disables clipping.
+        stack_axes: Number of leading axes that index layers: an int for all leaves, a
+            function of the path, or a mapping from regular expressions to ints.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
@@ -43,10 +43,11 @@ def clip_per_layer(
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: As `clip_by_global_norm`, and in ``init`` if a leaf has fewer axes.
+        ValueError: As for `clip_by_global_norm`, and in ``init`` if a leaf has too few
+            axes.
 
     Example:
         >>> import jax.numpy as jnp, optclip

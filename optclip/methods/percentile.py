@@ -1,4 +1,4 @@
-"""The percentile clipping of bitsandbytes: a rank among the last norms."""
+"""The percentile clipping of bitsandbytes, by a rank among the last norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optclip.methods.autoclip import window_percentile
 
 __all__ = ["percentile_clip"]
 
-# No plain int: `optax.inject_hyperparams` would make it an array.
+# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
 WINDOW = Static(100)
 
 
@@ -29,27 +29,27 @@ def percentile_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to a rank among the last hundred norms (bitsandbytes' percentile clipping).
+    """Clips to a percentile of the last hundred norms, as bitsandbytes did.
 
-    u' = u * min(1, t / n) with t the entry number ``percentile * window / 100`` of the
-    last norms, sorted, this one included. The first norm fills the whole window, so
-    that it dominates the first steps. bitsandbytes removed its option in 2026. Scale
-    invariant.
+    u' = u * min(1, t / n) with t entry ``percentile * window / 100`` of the last norms,
+    including this one, in ascending order. The first norm fills the whole window, so it
+    dominates the first steps. bitsandbytes removed this option in 2026. The method is
+    scale invariant.
 
     Args:
         percentile: Between 0 and 100.
-        window: How many norms are kept, at least 1.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: Record zero norms, as the original does.
+        window: Number of norms kept, at least 1.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Record norms of zero, as the original does.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""A low quantile of the norm, followed by steps of its logarithm."""
+"""Clips to a low quantile of the norm, tracked in its logarithm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from optclip.methods._history import guard_statistics, one
 
 __all__ = ["QuantileState", "geometric_quantile", "quantile_clip"]
 
-# Norms below this count as this: its logarithm is finite, and a tiny first norm is
-# forgotten within 1,500 steps.
+# Smaller norms are replaced by this one: its logarithm is finite, and the estimate
+# recovers from a tiny first norm within 1,500 steps.
 LEAST = 1e-30
 
 
@@ -29,7 +29,7 @@ class QuantileState(NamedTuple):
 
     Attributes:
         log_quantile: float32, one per group. Natural logarithm of the quantile.
-        recorded: int32, one per group. How many norms were recorded.
+        recorded: int32, one per group. Number of norms recorded.
     """
 
     log_quantile: jax.Array
@@ -43,33 +43,35 @@ def geometric_quantile(
     rate: jax.typing.ArrayLike = 0.05,
     warmup_steps: jax.typing.ArrayLike = 5,
 ) -> Rule:
-    """Returns the rule that follows a quantile of the norm in one number.
+    """Returns the rule that tracks a quantile of the norm with a single number.
 
-    With x = log n and the estimate q, at first the smallest x of ``warmup_steps``
-    steps:
+    With x = log n and the estimate q, which starts as the smallest x of the first
+    ``warmup_steps`` steps:
 
         t = margin * exp(q)
         q = q + max(rate, 1 / step) * (quantile if x > q else quantile - 1)
 
     except that q rises by max(rate, 1 / step) where n is more than ten times the
-    threshold: the way out after a tiny first norm. So a spike of any size raises q by
-    at most 1 / step in the first ``1 / rate`` steps, and by at most ``rate`` from then
-    on; a norm within ten thresholds raises q by only ``quantile`` of that, so a low
-    quantile is slow to rise and quick to fall. The rule is scale invariant: gradients a
-    hundred times as large have thresholds a hundred times as large.
+    threshold, to recover from a tiny first norm. A spike of any size therefore raises q
+    by at most 1 / step in the first ``1 / rate`` steps, and by at most ``rate`` from
+    then on. A norm of less than ten times the threshold raises q by only ``quantile``
+    of that, so a low quantile rises slowly and falls quickly. The rule is scale
+    invariant: gradients a hundred times as large have thresholds a hundred times as
+    large.
 
     Args:
         quantile: Between 0 and 1.
-        margin: The threshold in units of the quantile, above 0.
+        margin: Ratio of the threshold to the quantile, above 0.
         rate: The largest change of q per step, above 0, after the first ``1 / rate``
             steps.
-        warmup_steps: Steps in which q is the smallest x; at least 1 counts.
+        warmup_steps: Number of steps in which q is the smallest x so far; 0 is treated
+            as 1.
 
     Returns:
-        A rule with one float32 and one int32 per group.
+        A rule whose state is one float32 and one int32 value per group.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -120,35 +122,36 @@ def quantile_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to twice a low quantile of the norm, which it follows: nothing to pick.
+    """Clips to twice a low quantile of the norm, which it estimates during training.
 
-    u' = u * min(1, t / n), t = margin * exp(q), with q the estimate of a quantile of
-    log n: see `optclip.rules.geometric_quantile`. From step 20 on, a spike of any size
-    raises q by at most 0.05, the threshold by 5%; at an earlier step, after the
-    warm-up, by at most 1 / step, at step 6 by 18%. While norms stay within ten
-    thresholds, exp(q) needs 140 steps to double and 15 to halve. No parameter has the
-    unit of a gradient: the same defaults fit any loss scale.
+    u' = u * min(1, t / n), t = margin * exp(q), where q is an estimate of a quantile of
+    log n (see `optclip.rules.geometric_quantile`). From step 20 on, a spike of any size
+    raises q by at most 0.05, and the threshold by 5%. Between the warm-up and step 20,
+    it raises q by at most 1 / step: at step 6, the threshold rises by 18%. While norms
+    stay below ten times the threshold, exp(q) needs 140 steps to double and 15 to
+    halve. No argument has the units of the gradient, so the same defaults fit any loss
+    scale.
 
-    It bounds the harm of bad batches, not that of a learning rate that is too high:
-    when norms rise permanently, the threshold follows. `optclip.cap_update` is the
-    other half, and `optclip.stabilize` puts both around an optimizer.
+    This bounds the harm of bad batches, but not that of a learning rate that is too
+    high: when norms rise permanently, so does the threshold. `optclip.cap_update`
+    covers that case, and `optclip.stabilize` wraps an optimizer in both.
 
     Args:
         quantile: Between 0 and 1.
-        margin: The threshold in units of the quantile, above 0.
+        margin: Ratio of the threshold to the quantile, above 0.
         rate: The largest change of q per step, above 0, after the first ``1 / rate``
             steps.
-        warmup_steps: Steps in which q follows the smallest norm so far.
-        scope: Which entries share one norm, from `optclip.scopes`.
+        warmup_steps: Number of steps in which exp(q) is the smallest norm so far.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optax, optclip

@@ -1,4 +1,4 @@
-"""Levanter's clip: mean plus deviations of the last norms."""
+"""Levanter's clipping: mean plus standard deviations of the last norms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optclip.methods.autoclip import ROUNDING, empty, put
 
 __all__ = ["rolling_sigma_clip", "window_sigma"]
 
-# No plain int: `optax.inject_hyperparams` would make it an array.
+# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
 WINDOW = Static(128)
 
 
@@ -36,27 +36,28 @@ def window_sigma(
     """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
 
     The threshold is t = m + sigmas * max(s, floor) with the mean m and the standard
-    deviation s of the norms before this one; nothing is clipped before half the window,
-    at least two norms, is filled. It is the only rule with a history that can judge
-    numbers which may be negative, such as losses. Scale invariant with the default
-    ``floor``.
+    deviation s of the norms before this one. Nothing is clipped until half the window,
+    and at least two norms, is filled. This is the only rule with a history that accepts
+    values that may be negative, such as losses. The rule is scale invariant with the
+    default ``floor``.
 
     Args:
-        sigmas: Standard deviations above the mean, at least 0.
-        window: How many norms are kept, at least 2.
-        floor: The smallest deviation that counts, at least 0: a norm, such as
-            Levanter's 1e-6. None: a millionth of the largest magnitude in the window,
-            so that a norm above a constant history by rounding only is not clipped.
-        unbiased: Whether the squares in s are divided by one less than their number, as
-            OLMo-core and MaxText do, and not by it, as Levanter does.
-        record: "raw" or "clipped": the norm before or after the clip.
-        record_zeros: Record norms of zero too, as the original does.
+        sigmas: Number of standard deviations above the mean, at least 0.
+        window: Number of norms kept, at least 2.
+        floor: Lower bound on s, at least 0, in the units of the norm, such as
+            Levanter's 1e-6. None uses a millionth of the largest magnitude in the
+            window, so that a norm that exceeds a constant history only by rounding is
+            not clipped.
+        unbiased: Whether s divides the sum of squares by the number of norms minus one,
+            as in OLMo-core and MaxText, instead of by their number, as in Levanter.
+        record: "raw" or "clipped": record the norm before or after clipping.
+        record_zeros: Whether norms of zero are recorded, as in the original.
 
     Returns:
-        A rule with ``window`` float32 and one int32 per group.
+        A rule whose state is ``window`` float32 values and one int32 value per group.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -73,7 +74,7 @@ def window_sigma(
         ring, count = state
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
-        # In units of the largest, whose square can't overflow.
+        # In units of the largest magnitude, so that squares can't overflow.
         largest = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
         unit = usable_unit(largest)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
@@ -105,27 +106,29 @@ def rolling_sigma_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips norms above the mean plus three deviations of the last 128 (Levanter).
+    """Clips norms to the mean plus three deviations of the last 128 norms (Levanter).
 
-    u' = u * min(1, t / n) with t = m + sigmas * s of the norms before this one,
-    unclipped; nothing is clipped before half the window is filled. Levanter puts it
-    after Adam, on the updates. s counts for at least a millionth of the largest norm in
-    the window, so that the clip is scale invariant.
+    u' = u * min(1, t / n) with t = m + sigmas * s, where m and s are the mean and the
+    standard deviation of the previous norms before clipping. Nothing is clipped until
+    half the window is filled. Levanter applies it to the updates, after Adam. s is
+    bounded from below by a millionth of the largest norm in the window, which keeps the
+    method scale invariant.
 
     Args:
-        sigmas: Standard deviations above the mean, at least 0.
-        window: How many norms are kept, at least 2.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: As the original, record zero norms, and let s count for at least 1e-6.
+        sigmas: Number of standard deviations above the mean, at least 0.
+        window: Number of norms kept, at least 2.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the original: record norms of zero, and bound s from below by
+            1e-6.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""Clipping without a kink at the threshold."""
+"""Soft clipping, without a kink at the threshold."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ def soft_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales every group down smoothly, so that no norm reaches ``max_norm``.
+    """Scales each group down smoothly, so that its norm stays below ``max_norm``.
 
-    With r = n / max_norm, a group of norm n is scaled to ``max_norm * f(r)``; the four
-    curves f are those of `optclip.actions.soften`. There is no kink at the threshold,
-    and every group is scaled down a little: small ones hardly, large ones a lot.
+    With r = n / max_norm, a group of norm n is scaled to the norm ``max_norm * f(r)``,
+    where f is one of the four curves of `optclip.actions.soften`. There is no kink at
+    the threshold: every group is scaled down, small norms only slightly and large norms
+    strongly.
 
     Args:
-        max_norm: The bound, at least 0: a number, array or schedule. 0 gives zeros,
-            which stops training; inf switches the clip off.
+        max_norm: Upper bound on the norm, at least 0: a number, array or schedule. At
+            0, all updates are zero, which stops training; inf disables clipping.
         kind: "rational", "tanh", "atan" or "sqrt".
-        scope: Which entries share one norm, from `optclip.scopes`.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If ``max_norm`` is negative or NaN, or there is no such kind.
+        ValueError: If ``max_norm`` is negative or NaN, or ``kind`` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, optclip

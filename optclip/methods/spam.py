@@ -1,4 +1,4 @@
-"""SPAM: entries far above their own second moment."""
+"""SPAM: clips entries far above their own second moment."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class SecondMomentState(NamedTuple):
     """State of `second_moment`.
 
     Attributes:
-        root_moment: float32, as large as the leaf. Root of the running mean square.
-        recorded: int32, one per leaf. Updates so far; with ``reset_every``, at the end
-            of int32, a smaller number in the same phase.
+        root_moment: float32, in the shape of the leaf. Square root of the moving mean
+            square.
+        recorded: int32, one per leaf. Number of updates so far; with ``reset_every``,
+            it falls back to a smaller number in the same phase at the largest int32.
     """
 
     root_moment: jax.Array
@@ -49,30 +50,32 @@ def second_moment(
     reset_every: jax.typing.ArrayLike | None = None,
     pass_unseen: bool = True,
 ) -> Rule:
-    """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own size.
+    """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own RMS.
 
-    With the running mean square v of an entry, clipped values recorded, the threshold
-    is t = max(ratio * sqrt(v), floor), and then v = decay * v + (1 - decay) * u'**2.
-    Scale invariant with ``floor=0``.
+    The threshold is t = max(ratio * sqrt(v), floor), where v is the moving mean square
+    of the clipped entry: after each step, v = decay * v + (1 - decay) * u'**2. The rule
+    is scale invariant with ``floor=0``.
 
     Args:
-        ratio: The multiple, at least 0: SPAM's is the root of its 5000.
-        decay: At least 0 and below 1.
-        floor: The smallest threshold, at least 0, in the unit of the entries.
-        debias: Divide v by 1 - decay**step, as AdamWClip does and SPAM does not.
+        ratio: Ratio of the threshold to sqrt(v), at least 0; SPAM uses sqrt(5000).
+        decay: Decay rate of v, at least 0 and below 1.
+        floor: Lower bound on the threshold, at least 0, in the units of the entries.
+        debias: Whether v is divided by 1 - decay**step, as in AdamWClip but not in
+            SPAM.
         warmup_steps: Number of the first update that may be clipped, counted from 1
             (SPAM: 20).
-        reset_every: v restarts from 0 at each update whose number is a multiple of
-            this; then ``warmup_steps`` updates are not clipped.
-        pass_unseen: Pass an entry through whose v is 0. The originals clip it to the
-            floor: with ``floor=0`` an entry that was zero so far then stays zero.
+        reset_every: v is reset to 0 at each update whose number is a multiple of this,
+            and ``warmup_steps`` updates are not clipped from there on. None: never.
+        pass_unseen: Whether an entry whose v is 0 passes unchanged. The originals clip
+            it to ``floor``: with ``floor=0``, an entry that was zero so far then stays
+            zero.
 
     Returns:
-        A rule for `optclip.scopes.element`, with one float32 per entry and one int32
-        per leaf.
+        A rule for `optclip.scopes.element`, whose state is one float32 value per entry
+        and one int32 value per leaf.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip
@@ -132,29 +135,29 @@ def spam_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips each entry whose square is thousands of times its mean square (SPAM).
+    """Clips entries whose square is thousands of times their mean square (SPAM).
 
-    With the running mean square v of an entry, clipped values recorded:
-    u' = sign(u) * min(|u|, sqrt(threshold * v)). SPAM also resets the optimizer's
-    momentum; this only resets v in the same rhythm, with ``reset_every``. Scale
-    invariant.
+    u' = sign(u) * min(|u|, sqrt(threshold * v)), where v is the moving mean square of
+    the clipped entry. SPAM also resets the optimizer's momentum periodically; this
+    resets only v, every ``reset_every`` updates. The method is scale invariant.
 
     Args:
-        threshold: Largest ratio of a square to the mean square, at least 0.
-        decay: Decay of v, at least 0 and below 1: Adam's second.
-        warmup_steps: The first update that may be clipped: one fewer passes unclipped.
-        reset_every: v and the warm-up restart after so many updates; SPAM's 500.
-        original: Clip an entry whose v is 0 to 0, as the original does: an entry
-            without gradient in the warm-up then stays at zero.
+        threshold: Largest ratio of a squared entry to v, at least 0.
+        decay: Decay rate of v, at least 0 and below 1; Adam's ``b2``.
+        warmup_steps: Number of the first update that may be clipped, counted from 1.
+        reset_every: v and the warm-up restart after this many updates; SPAM uses 500.
+            None: never.
+        original: Follow the original and clip an entry whose v is 0 to 0. An entry
+            without a gradient during the warm-up then stays at zero.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optclip

@@ -1,4 +1,4 @@
-"""Clipping of singular values: the scale is a matrix function, not a number."""
+"""Spectral clipping: bounds the singular values of each matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["spectral_clip"]
 
 
 def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
-    """Returns the norm of each leaf, that of all, and which leaf is not finite."""
+    """Returns the norms of the leaves, the global norm, and the non-finite kinds."""
     layout = grouping.whole_leaf_layout(range(len(found.leaves)), found.leaves)
     cut = group_norms.cut_by(layout, updates, found, order=2.0, axis_name=None)
     measured = group_norms.norms_of(found.leaves, cut)
@@ -38,39 +38,40 @@ def spectral_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the singular values of each matrix and keeps its singular vectors.
 
-    For each leaf u = U S Vt, the last two axes of which are a matrix and the others a
-    batch of them, u' = U f(S) Vt with c = ``max_sigma``:
+    The last two axes of a leaf are a matrix u = U S Vt; other axes are batch axes. With
+    c = ``max_sigma``, u' = U f(S) Vt:
 
-    | method    | f(s)                  | how, and how well                           |
+    | method    | f(s)                  | algorithm and accuracy                      |
     | --------- | --------------------- | ------------------------------------------- |
-    | "svd"     | min(s, c)             | by SVD, to 1e-5                             |
-    | "hardcap" | min(s, c)             | matrix products only; off by up to 0.15 * c |
+    | "svd"     | min(s, c)             | SVD, to 1e-5                                |
+    | "hardcap" | min(s, c)             | matrix products only, to 0.15 * c           |
     | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only, to 1e-3 for s < 100 c |
 
-    "hardcap" and "soft" first scale a matrix whose Frobenius norm is above 1,000 c down
-    to that, and its small singular values with it.
+    If the Frobenius norm of a matrix is above 1,000 c, "hardcap" and "soft" first scale
+    the whole matrix down to that norm, including its small singular values.
 
-    Leaves of rank 0 and 1 count as one column: their norm is bounded by the same f. A
-    matrix whose entries are sharded is gathered. Matrix products are taken in float32;
-    five steps of Muon's quintic iteration are too inexact for clipping. Derivatives are
-    finite everywhere, also where singular values are equal or zero.
+    A leaf of rank 0 or 1 is treated as a single column, so its norm is bounded by the
+    same f. A sharded matrix is gathered. Matrix products are computed in float32; five
+    steps of Muon's quintic iteration are not accurate enough for clipping. Derivatives
+    are finite everywhere, including where singular values are equal or zero.
 
     Args:
-        max_sigma: The largest singular value c, at least 0: a number or schedule. 0
-            gives zeros, which stops training; inf switches the clip off.
+        max_sigma: The largest singular value c, at least 0: a number or schedule. At 0,
+            all updates are zero, which stops training; inf disables clipping.
         method: "svd", "hardcap" or "soft".
-        nonfinite: What happens to a leaf with NaN or inf: "propagate" leaves it, "zero"
-            makes it zero, "drop" makes such entries zero and clips the rest, "skip"
-            makes all updates zero.
+        nonfinite: What happens to a leaf with NaN or inf: "propagate" leaves it
+            unchanged, "zero" sets it to zero, "drop" sets the non-finite entries to
+            zero and clips the rest, and "skip" sets all updates to zero.
 
     Returns:
-        A transformation with `ClipState`: ``norm_before`` and ``norm_after`` are
-        Frobenius norms of all updates, ``scale`` their ratio, ``clipped`` the share of
-        leaves that became smaller. ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`. ``norm_before`` and
+        ``norm_after`` are Frobenius norms of all updates together, ``scale`` is their
+        ratio, and ``clipped`` is the fraction of leaves whose norm was reduced.
+        ``params`` is not used.
 
     Raises:
         ValueError: If ``max_sigma`` is negative or NaN, or an option is not one of
-            those named; in ``update``, if a leaf is complex.
+            those allowed; in ``update``, if a leaf is complex.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -108,7 +109,8 @@ def spectral_clip(
         for x, held in zip(found.leaves, kinds, strict=True):
             if jnp.iscomplexobj(x):
                 raise ValueError(
-                    "`spectral_clip` needs real updates, got a complex leaf."
+                    "`spectral_clip` needs real updates, got a complex leaf. Exclude "
+                    "complex leaves with `optax.masked`."
                 )
             small = jnp.finfo(x.dtype).bits < 32
             y = x.astype(jnp.float32) if small else x
@@ -125,7 +127,7 @@ def spectral_clip(
         after, rest, _ = _lengths(out, found._replace(leaves=new))
         usable = jnp.isfinite(length) & (length > 0)
         share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
-        # Smaller by more than the rounding of two norms.
+        # Only leaves whose norm fell by more than a rounding error.
         smaller = after < before * (1 - 2.0**-20)
         clipped = jnp.mean(smaller.astype(jnp.float32))
         steps, clipped_steps = states.count_event(

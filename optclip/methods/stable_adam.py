@@ -1,4 +1,4 @@
-"""Adam whose step is bounded where its second moment lags behind the gradient."""
+"""Adam with update clipping where its second moment lags behind the gradient."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class StableAdamState(NamedTuple):
     """State of `scale_by_stable_adam`.
 
     Attributes:
-        stable_count: int32 scalar. Updates so far.
-        stable_mu: float32, in the structure of the parameters. First moments.
-        stable_nu: The same, second moments.
-        largest_rms: float32 scalar. The largest RMS of a leaf at the last update; its
-            step was divided by it, if it was above 1.
+        stable_count: int32 scalar. Number of updates so far.
+        stable_mu: float32, with the structure of the parameters. First moments.
+        stable_nu: float32, with the structure of the parameters. Second moments.
+        largest_rms: float32 scalar. The largest ``rms`` of a leaf at the last update.
+            If it is above 1, the step of that leaf was divided by it.
     """
 
     stable_count: jax.Array
@@ -44,33 +44,36 @@ def scale_by_stable_adam(
     mask: Any | Callable[[Any], Any] | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales by Adam, with steps divided by how far the gradient exceeds its moment.
+    """Scales updates by Adam with the update clipping of StableAdamW.
 
-    For each leaf, with the second moment v that includes this gradient:
+    For each leaf, with the moments m and v updated by its gradient g:
 
         rms = sqrt(mean(g**2 / max(v, eps**2)))
         u'  = (m / (sqrt(v) + eps) + weight_decay * w) / max(1, rms)
 
-    So this is StableAdamW, whose learning rate falls leaf by leaf and takes the weight
-    decay with it, once a learning rate follows. Averages are debiased by their decays,
-    b' = (b**t - b) / (b**t - 1). A leaf whose gradient, or its square in
-    float32, is not finite keeps its moments and gets zeros.
+    Followed by a learning rate, this is StableAdamW, which lowers the learning rate of
+    each leaf, and with it the weight decay. The bias of the averages is corrected
+    through their decay rates, b' = (b**t - b) / (b**t - 1). A leaf whose gradient is
+    not finite, or whose squared gradient overflows float32, keeps its moments, and its
+    update is zero.
 
     Args:
-        b1: Decay of the first moment, at least 0 and below 1.
-        b2: Decay of the second, at least 0 and below 1.
-        eps: Above 0.
-        weight_decay: Decoupled, at least 0; needs ``params`` if above 0.
-        mask: Which leaves decay, as for `optax.add_decayed_weights`: a tree of booleans
-            or a function of the parameters that makes one.
+        b1: Decay rate of the first moment, at least 0 and below 1.
+        b2: Decay rate of the second moment, at least 0 and below 1.
+        eps: Added to sqrt(v), above 0.
+        weight_decay: Decoupled weight decay, at least 0; needs ``params`` unless it is
+            0.
+        mask: Which leaves are decayed, as in `optax.add_decayed_weights`: a pytree of
+            booleans, or a function of the parameters that returns one.
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `StableAdamState`. Follow it by
-        `optax.scale_by_learning_rate`.
+        A gradient transformation whose state is a `StableAdamState`. Chain
+        `optax.scale_by_learning_rate` after it.
 
     Raises:
-        ValueError: If a number is out of range, ``params`` are missing, or complex.
+        ValueError: If an argument is out of range, ``params`` are missing, or a
+            parameter is complex.
 
     Example:
         >>> import optax, optclip
@@ -88,7 +91,10 @@ def scale_by_stable_adam(
 
     def init_fn(params) -> Any:
         if any(jnp.iscomplexobj(x) for x in pytrees.leaves_of(params).leaves):
-            raise ValueError("`scale_by_stable_adam` needs real parameters.")
+            raise ValueError(
+                "`scale_by_stable_adam` needs real parameters, got a complex leaf. "
+                "Exclude complex leaves with `optax.masked`."
+            )
         count = jnp.zeros([], jnp.int32)
         return StableAdamState(
             count,
@@ -101,12 +107,12 @@ def scale_by_stable_adam(
         del extra_args
         if decays and params is None:
             raise ValueError(
-                "`scale_by_stable_adam` decays the weights: call "
-                "`update(updates, state, params)`."
+                "`scale_by_stable_adam` needs `params` for its weight decay, got None: "
+                "call `update(updates, state, params)`."
             )
         state = states.validate_state(state, lambda: init_fn(updates))
         count = increment(state.stable_count)
-        # 1 - b' = (1 - b) / (1 - b**t), to all digits for b near 1.
+        # 1 - b' = (1 - b) / (1 - b**t), to full precision even for b near 1.
         new1 = (1 - b1) / ema_weight_sum(b1, count, jnp.float32)
         new2 = (1 - b2) / ema_weight_sum(b2, count, jnp.float32)
         found = pytrees.leaves_of(updates)
@@ -142,7 +148,7 @@ def scale_by_stable_adam(
                 step = step + weight_decay * w.astype(jnp.float32)
             step = step / jnp.maximum(1.0, rms)
             out.append(jnp.where(fine, step, 0.0).astype(g.dtype))
-            # A decay may be a float64 array; the state is float32 all the same.
+            # The state stays float32 even if a decay rate is a float64 array.
             new_mu.append(jnp.where(fine, m_next, m).astype(m.dtype))
             new_nu.append(jnp.where(fine, v_next, v).astype(v.dtype))
             sizes.append(jnp.where(fine, rms, 0.0).astype(jnp.float32))

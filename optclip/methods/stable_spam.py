@@ -1,4 +1,4 @@
-"""The clip of Stable-SPAM: entries above a running average of the largest."""
+"""AdaClip of Stable-SPAM: clips entries above a moving average of the largest one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class MaximumState(NamedTuple):
     """State of `max_ema`.
 
     Attributes:
-        ema_maximum: float32 scalar, one per leaf. Running average of the largest entry.
-        recorded: int32 scalar, one per leaf. Updates so far.
+        ema_maximum: float32 scalar, one per leaf. Moving average of the largest
+            magnitude.
+        recorded: int32 scalar, one per leaf. Number of updates so far.
     """
 
     ema_maximum: jax.Array
@@ -32,20 +33,21 @@ class MaximumState(NamedTuple):
 
 
 def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) -> Rule:
-    """Returns the rule of Stable-SPAM's AdaClip: an average of a leaf's largest entry.
+    """Returns the rule of AdaClip: a moving average of the largest entry of a leaf.
 
-    With G the largest magnitude of a leaf and T the bias-corrected running average of
-    G, this step's included, an entry above T is multiplied by T / G: the largest entry
-    becomes T, and what lies between shrinks with it. (So this is not a clamp: an entry
-    just above T ends below one just under it, as in the original.) Entries that are NaN
-    or infinite do not count for G, and an infinite entry is brought to T.
+    Let G be the largest magnitude in a leaf, and T the bias-corrected moving average of
+    G, including this step. An entry above T is multiplied by T / G, so the largest
+    entry becomes T. This is not a clamp: as in the original, an entry just above T ends
+    up smaller than one just below T. Entries that are NaN or infinite are ignored in G,
+    and an infinite entry becomes T.
 
     Args:
-        decay: At least 0 and below 1.
-        record_zeros: Record leaves that are zero too, as the official code.
+        decay: Decay rate of the average, at least 0 and below 1.
+        record_zeros: Whether leaves of zeros are recorded, as in the official code.
 
     Returns:
-        A rule for `optclip.scopes.element`, with one float32 and one int32 per leaf.
+        A rule for `optclip.scopes.element`, whose state is one float32 and one int32
+        value per leaf.
 
     Raises:
         ValueError: If ``decay`` is out of range.
@@ -72,7 +74,7 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         threshold = level / ema_weight_sum(decay, count, level.dtype)
         # At the first step both are the same number, up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
-        # Entries are divided first: their sum, in a derivative, might overflow.
+        # Divide the entries first: in a derivative, their sum might overflow.
         unit = jnp.broadcast_to(jnp.where(top > 0, top, 1.0), norm.shape)
         target = jnp.where(threshold < top, quotient(norm, unit) * threshold, norm)
         return Limit(threshold, target), MaximumState(level, count)
@@ -89,25 +91,26 @@ def stable_spam_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Brings entries above the running average of their leaf's maximum to it (AdaClip).
+    """Scales down entries above the moving average of their leaf's maximum (AdaClip).
 
-    With G the largest magnitude of a leaf and T its bias-corrected running average,
-    this step's included: where |u| > T, u' = u * T / G. The first half of Stable-SPAM;
-    chain `adagn` after it for the second. Official code resets T's correction by
-    mistake when momentum is reset; this follows the fixed version.
+    Where |u| > T, u' = u * T / G, with G the largest magnitude of the leaf and T its
+    bias-corrected moving average, including this step. This is the first half of
+    Stable-SPAM; chain `adagn` after it for the second half. The official code
+    mistakenly resets the bias correction of T when the momentum is reset; this function
+    follows the fixed version.
 
     Args:
-        theta: Decay of the average, at least 0 and below 1.
-        original: Record leaves that are zero, as the official code does.
+        theta: Decay rate of the average, at least 0 and below 1.
+        original: Record leaves of zeros, as the official code does.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optax, optclip

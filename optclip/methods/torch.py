@@ -1,4 +1,4 @@
-"""Pure functions with the names and numbers of ``torch.nn.utils``."""
+"""Pure functions with the names and results of ``torch.nn.utils``."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ def clip_grad_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> tuple[Any, jax.Array]:
-    """Returns clipped gradients and their norm before, as torch's ``clip_grad_norm_``.
+    """Returns clipped gradients and their original norm, like ``clip_grad_norm_``.
 
-    grads' = grads * min(1, max_norm / (n + 1e-6)). Nothing is changed in place, and no
-    state is kept; in an optimizer, prefer `clip_by_global_norm`, which keeps both.
+    grads' = grads * min(1, max_norm / (n + 1e-6)). This is
+    ``torch.nn.utils.clip_grad_norm_``, except that nothing is modified in place. In an
+    optimizer, prefer `clip_by_global_norm`, which keeps the norms in its state.
 
     | gradients    | returned                                                     |
     | ------------ | ------------------------------------------------------------ |
-    | NaN in them  | all NaN, norm NaN                                            |
-    | inf in them  | NaN where it was, else 0; with ``max_norm=inf`` all NaN;     |
+    | contain NaN  | all NaN, norm NaN                                            |
+    | contain inf  | NaN where inf was, else 0; with ``max_norm=inf`` all NaN;    |
     |              | norm inf                                                     |
 
     Args:
         grads: A pytree of gradients.
-        max_norm: The largest norm, at least 0. 0 gives zeros, which stops training; inf
-            switches the clip off.
-        norm_type: The norm's order: a number of at least 1, or inf.
-        error_if_nonfinite: Whether a norm that is NaN or inf is an error. Under
+        max_norm: The largest norm, at least 0. At 0, all updates are zero, which stops
+            training; inf disables clipping.
+        norm_type: Order of the norm: a number of at least 1, or inf.
+        error_if_nonfinite: Whether a norm that is NaN or inf raises an error. Under
             `jax.jit`, wrap the function in `jax.experimental.checkify.checkify`.
 
     Returns:
-        The clipped gradients, and the norm that they had.
+        The clipped gradients, and their norm before clipping.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
         checkify.JaxRuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
 
     Example:
@@ -58,13 +59,13 @@ def clip_grad_norm(
         checkify.check(
             jnp.isfinite(norm),
             "The norm of order {order} of the gradients is {norm}, so they can't be "
-            "clipped. Pass error_if_nonfinite=False to go on all the same.",
+            "clipped. Pass error_if_nonfinite=False to continue anyway.",
             order=jnp.float32(norm_type),
             norm=norm,
         )
     tx = clip_by_global_norm(max_norm, ord=norm_type, eps=1e-6)
     clipped, _ = tx.update(grads, tx.init(grads))
-    # Torch multiplies by max_norm / (norm + 1e-6) also where that is NaN or 0.
+    # PyTorch multiplies by max_norm / (norm + 1e-6) even where that is NaN or 0.
     unknown = jnp.isnan(norm) | jnp.isinf(max_norm)
     coefficient = jnp.where(unknown, jnp.nan, 0.0)
 
@@ -78,7 +79,7 @@ def clip_grad_norm(
 
 
 def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
-    """Returns gradients clipped to [-clip_value, clip_value], as torch's function.
+    """Returns gradients clipped to [-clip_value, clip_value], as in PyTorch.
 
     Args:
         grads: A pytree of gradients.

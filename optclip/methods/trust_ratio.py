@@ -1,4 +1,4 @@
-"""LARC, in its form that clips: the update bounded by a trust ratio."""
+"""The clipping form of LARC and LAMB: scales updates by a bounded trust ratio."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def trust_ratio_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales each leaf by its trust ratio, but never up: LAMBC, and LARC's clipping.
+    """Scales each leaf by its trust ratio, which is clipped at 1 (LAMBC, LARC).
 
     u' = u * min(1, coefficient * w / n) with the norms n of the leaf and w of its
-    parameters; unchanged where w is 0. After `optax.scale_by_adam` and the weight decay
-    it is LAMB with the trust ratio clipped at 1. For LARC's, put it after the gradient
-    with ``coefficient`` = its trust coefficient divided by the learning rate.
+    parameters; a leaf is unchanged where w is 0. Chained after `optax.scale_by_adam`
+    and the weight decay, this is LAMB with its trust ratio clipped at 1. For LARC,
+    apply it to the gradients, with LARC's trust coefficient divided by the learning
+    rate as ``coefficient``.
 
     Args:
-        coefficient: At least 0. 0 gives zeros, which stops training; inf switches the
-            clip off.
-        scope: Which entries share one ratio, from `optclip.scopes`.
+        coefficient: Factor on the trust ratio, at least 0. At 0, all updates are zero,
+            which stops training; inf disables clipping.
+        scope: Which entries share one ratio; a scope of `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState` that needs ``params``.
+        A gradient transformation whose state is a `ClipState`; it needs ``params``.
 
     Raises:
         ValueError: If ``coefficient`` is negative or NaN, or ``params`` are missing.

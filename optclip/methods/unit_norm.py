@@ -1,4 +1,4 @@
-"""Clipping by the norm of each output unit."""
+"""Clips each output unit by its norm."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def clip_by_unit_norm(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down each output unit (neuron, filter) whose norm is above ``max_norm``.
+    """Clips each output unit (neuron or filter) by its norm.
 
     For each unit, u' = u * min(1, max_norm / (n + eps)) with n the norm of its entries.
-    By default a matrix [in, out] is summed over axis 0. For an embedding [vocab, dim]
-    that makes one unit of a column across the whole vocabulary, so that one bad row
-    scales down all rows: give ``axis={"embedding": 1}`` to make each row a unit.
+    By default, the norms of a matrix [in, out] are taken over axis 0. A unit of an
+    embedding [vocab, dim] is then a column across the whole vocabulary, so that one bad
+    row scales down all rows: pass ``axis={"embedding": 1}`` to make each row a unit.
 
     Args:
-        max_norm: The largest norm of a unit, at least 0: a number or schedule. 0 gives
-            zeros, which stops training; inf switches the clip off.
-        axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
+        max_norm: The largest norm of a unit, at least 0: a number or schedule. At 0,
+            all updates are zero, which stops training; inf disables clipping.
+        axis: The axes over which the norm of a unit is taken, as in
+            `optclip.scopes.unit`.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
@@ -44,10 +45,11 @@ def clip_by_unit_norm(
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: As `clip_by_global_norm`, and in ``init`` if ``axis`` does not fit.
+        ValueError: As for `clip_by_global_norm`, and in ``init`` if ``axis`` does not
+            fit.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -1,4 +1,4 @@
-"""Clipping of each entry to an interval."""
+"""Clips each entry to an interval."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def clip_by_value(
 ) -> Clip:
     """Clips each entry to [-max_value, max_value], or to [low, high].
 
-    u' = sign(u) * min(|u|, max_value). A complex entry keeps its direction, and its
-    magnitude is bounded. Infinite entries become the bound; NaN stays NaN unless
+    u' = sign(u) * min(|u|, max_value). The magnitude of a complex entry is bounded, and
+    its phase is unchanged. Infinite entries become the bound; NaN stays NaN unless
     ``nonfinite`` says otherwise.
 
     Args:
         max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
-            a pair (low, high) of numbers or arrays, for real updates. 0 gives zeros,
-            which stops training; inf switches the clip off.
+            a pair (low, high) of numbers or arrays, for real updates. At 0, all updates
+            are zero, which stops training; inf disables clipping.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
-        record: Whether to keep statistics for `metrics` and `nonfinite_leaves`, whose
-            norms are largest magnitudes. That takes one more pass over the updates;
-            without it XLA fuses the clamp into the optimizer update, at no cost.
+        record: Whether to keep statistics for `metrics` and `nonfinite_leaves`; their
+            norms are the largest magnitudes. This takes one more pass over the updates.
+            Without it, XLA fuses the clipping into the optimizer update, at no cost.
 
     Returns:
-        A transformation with `UnrecordedState`, or with ``record`` `ClipState`;
-        ``params`` is not used.
+        A gradient transformation whose state is an `UnrecordedState`, or a `ClipState`
+        with ``record=True``; ``params`` is not used.
 
     Raises:
         ValueError: If a bound is negative or NaN, or ``low`` is above ``high``.

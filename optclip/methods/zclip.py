@@ -1,4 +1,4 @@
-"""ZClip: the z-score of the norm among the norms before."""
+"""ZClip: clips by the z-score of the norm among the previous norms."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["ScoreState", "ema_zscore", "zclip"]
 
 Mode: TypeAlias = Literal["zscore", "percentile"]
 ClipOption: TypeAlias = Literal["adaptive_scaling", "mean"]
-# A norm above the mean by less than this share of it is above by rounding only: where
-# all norms were the same the deviation is 0, and says nothing.
+# A norm that exceeds the mean by less than this fraction of it does so by rounding
+# only. The deviation does not show this, since it is 0 where all norms were equal.
 ROUNDING = 1e-6
 
 
@@ -35,11 +35,11 @@ class ScoreState(NamedTuple):
     """State of `ema_zscore` and `ema_sigma`.
 
     Attributes:
-        mean_norm: float32, one per group. Running mean of the norms; 0 at first.
-        spread_norm: float32, one per group. Running standard deviation; 0 at first.
-        recorded: int32, one per group. How many norms were recorded.
-        clipped_run: int32, one per group. Consecutive steps on which the rule lost the
-            norm; None with ``escape_steps=None``.
+        mean_norm: float32, one per group. Moving average of the norms; initially 0.
+        spread_norm: float32, one per group. Moving standard deviation; initially 0.
+        recorded: int32, one per group. Number of norms recorded.
+        clipped_run: int32, one per group. Number of consecutive steps that count
+            towards ``escape_steps``; None with ``escape_steps=None``.
     """
 
     mean_norm: jax.Array
@@ -49,7 +49,7 @@ class ScoreState(NamedTuple):
 
 
 def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
-    """Returns the state that the rules with a mean and a spread begin with."""
+    """Returns the initial state of the rules with a mean and a spread."""
     run = init_consecutive(norm, escape_steps)
     return ScoreState(
         jnp.zeros(norm.shape, jnp.float32),
@@ -60,8 +60,8 @@ def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
 
 
 def followed(state: ScoreState, value: jax.Array, decay: Any, count: Any, run: Any):
-    """Returns the state after ``value``; the spread is taken from the new mean."""
-    # In this form the weights add up to 1 in float32 too.
+    """Returns the state after ``value``, with the spread around the new mean."""
+    # In this form the weights add up to 1 even in float32.
     step = value - state.mean_norm
     mean = state.mean_norm + (1 - decay) * step
     spread = rms_of_two(decay, state.spread_norm, decay * step)
@@ -82,10 +82,10 @@ def ema_zscore(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of ZClip: what lies far above the running mean is a spike.
+    """Returns the rule of ZClip: a norm far above the moving mean is a spike.
 
-    With running mean m and standard deviation s of the norms recorded, and
-    z = (n - m) / (s + eps), a group with z > z_thresh is scaled to the norm
+    With the moving mean m and standard deviation s of the recorded norms, and z = (n -
+    m) / (s + eps), a group with z > z_thresh is scaled to the norm
 
     | mode         | clip_option        | target                              |
     | ------------ | ------------------ | ----------------------------------- |
@@ -93,38 +93,42 @@ def ema_zscore(
     | "zscore"     | "mean"             | m                                   |
     | "percentile" | either             | m + z_thresh * s, also the trigger  |
 
-    and no group ends above ``max_grad_norm``. The target of a spike is recorded in its
-    place: m = alpha * m + (1 - alpha) * x, s**2 = alpha * s**2 + (1 - alpha) *
-    (x - m)**2 with the new m. In the first ``warmup_steps`` steps only
-    ``max_grad_norm`` bounds, and m and s are those of the norms so far.
+    and the norm of every group is bounded by ``max_grad_norm``. The recorded value x is
+    the norm or, for a spike, its target: m = alpha * m + (1 - alpha) * x, s**2 = alpha
+    * s**2 + (1 - alpha) * (x - m)**2 with the new m. In the first ``warmup_steps``
+    steps, only ``max_grad_norm`` applies, and m and s are those of the norms so far.
 
     The rule is scale invariant with the default ``eps`` and without ``max_grad_norm``,
-    which has the unit of the norm. The state holds s, not its square, so that it
-    neither overflows nor underflows.
+    which has the units of the norm. The state holds s and not its square, which could
+    overflow or underflow.
 
     Args:
-        z_thresh: The trigger, in standard deviations; above 0.
-        alpha: Decay of the averages, at least 0 and below 1.
-        warmup_steps: At least 1.
-        max_grad_norm: A constant bound as well, at least 0; None for none.
+        z_thresh: Number of standard deviations above the mean that make a spike, above
+            0.
+        alpha: Decay rate of the averages, at least 0 and below 1.
+        warmup_steps: Number of warm-up steps, at least 1.
+        max_grad_norm: An additional constant bound on the norm, at least 0; None for no
+            bound.
         mode: "zscore" or "percentile".
         clip_option: "adaptive_scaling" or "mean".
-        clip_factor: Factor of the target in "adaptive_scaling", above 0.
-        skip_update_on_spike: Record nothing where there is a spike.
-        eps: Added to s in mode "zscore", at least 0: a norm, such as the original's
-            1e-6. None: a millionth of m, in both modes, so that a norm above a
-            constant history by rounding only is not a spike.
-        escape_steps: After so many consecutive steps that are spikes, or whose norm is
-            at most a hundredth of the mean, the rule restarts with its warm-up; and in
-            the warm-up a norm counts for at most ten times the mean before it. None:
-            as in the original, where a deviation of zero stays zero.
-        record_zeros: Record norms of zero too, as the original does.
+        clip_factor: Factor on the target in "adaptive_scaling", above 0.
+        skip_update_on_spike: Whether spikes are left out of the statistics.
+        eps: Added to s in mode "zscore", at least 0, in the units of the norm, such as
+            the original's 1e-6. None adds a millionth of m, in both modes, so that a
+            norm that exceeds a constant history only by rounding is not a spike.
+        escape_steps: After this many consecutive steps that are spikes, or whose norm
+            is below a hundredth of the mean, the rule restarts with its warm-up. During
+            the warm-up, a norm is recorded as at most ten times the mean before it.
+            None disables both, as in the original, where a deviation of zero stays
+            zero.
+        record_zeros: Whether norms of zero are recorded, as in the original.
 
     Returns:
-        A rule with two float32 and two int32 per group.
+        A rule whose state is two float32 and two int32 values per group.
 
     Raises:
-        ValueError: If a number is out of range, or there is no such mode or option.
+        ValueError: If an argument is out of range, or ``mode`` or ``clip_option`` is
+            unknown.
 
     Example:
         >>> import optclip
@@ -184,11 +188,11 @@ def ema_zscore(
                 lambda old, new: jnp.where(spike, old, new), state, main
             )
             main = main._replace(clipped_run=run)
-        # Welford's recursion, of the deviation itself.
+        # Welford's recursion, for the deviation instead of its square.
         number = count.astype(norm.dtype)
         share = (number - 1) / number
         value = norm
-        if escape_steps is not None:  # one wild norm must not set the scale
+        if escape_steps is not None:  # one outlier must not set the scale
             bound = jnp.where(state.recorded > 0, 10 * state.mean_norm, jnp.inf)
             value = jnp.minimum(norm, bound)
         step = value - state.mean_norm
@@ -226,39 +230,43 @@ def zclip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips spikes: norms many standard deviations above their running mean (ZClip).
+    """Clips spikes: norms many standard deviations above their moving mean (ZClip).
 
-    With running mean m and deviation s of the norm n, and z = (n - m) / s: where z >
-    z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so that the larger the
-    spike, the closer to the mean it ends. The formulas of every option are those of
-    `optclip.rules.ema_zscore`, and follow the official code, not the paper.
+    With the moving mean m and standard deviation s of the norm n, let z = (n - m) / s.
+    Where z > z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so the larger a
+    spike, the closer to the mean it is clipped. The formulas of all options are given
+    in `optclip.rules.ema_zscore`; they follow the official code where it differs from
+    the paper.
 
     With the published ``max_grad_norm=1.0`` all norms above 1 are also clipped to 1, as
     by `clip_by_global_norm`; pass None for the z-score alone, which is scale invariant.
 
     Args:
-        z_thresh: Standard deviations above the mean that make a spike, above 0.
-        alpha: Decay of the averages, at least 0 and below 1.
-        warmup_steps: Steps in which only ``max_grad_norm`` bounds; at least 1.
-        max_grad_norm: A constant bound as well, at least 0, in the unit of the
-            gradient; None for none.
+        z_thresh: Number of standard deviations above the mean that make a spike, above
+            0.
+        alpha: Decay rate of the averages, at least 0 and below 1.
+        warmup_steps: Number of steps in which only ``max_grad_norm`` applies, at least
+            1.
+        max_grad_norm: An additional constant bound on the norm, at least 0, in the
+            units of the gradient; None for no bound.
         clip_option: What a spike is scaled to, "adaptive_scaling" or "mean".
         mode: "zscore", or "percentile" for t = m + z_thresh * s.
-        clip_factor: Factor of t in "adaptive_scaling", above 0.
-        skip_update_on_spike: Record nothing where there is a spike.
-        scope: Which entries share one norm, from `optclip.scopes`.
-        original: As the original, record zero norms, add 1e-6 to s and n, and never
-            restart. If False, the statistics restart after 50 consecutive spikes, and
-            1e-6 of m is added to s, so that the unit of the gradient does not matter.
+        clip_factor: Factor on t in "adaptive_scaling", above 0.
+        skip_update_on_spike: Whether spikes are left out of the statistics.
+        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        original: Follow the original: record norms of zero, add 1e-6 to s and n, and
+            never restart. If False, the statistics restart after 50 consecutive spikes,
+            and 1e-6 * m is added to s, which keeps the z-score scale invariant.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `ClipState`; ``params`` is not used.
+        A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If a number is out of range, or there is no such option.
+        ValueError: If an argument is out of range, or ``mode`` or ``clip_option`` is
+            unknown.
 
     Example:
         >>> import optax, optclip

@@ -1,1 +1,1 @@
-"""Wrappers around an optimizer, or around a function of gradients."""
+"""Wrappers of optimizers, clips and loss functions."""

@@ -1,4 +1,4 @@
-"""Running an optimizer whose step is not taken where a flag is set."""
+"""Runs an optimizer and discards its step where a flag is set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["update_unless"]
 def update_unless(
     flag: jax.Array, optimizer: Any, updates: Any, state: Any, params: Any, extra: dict
 ) -> tuple[Any, Any]:
-    """Returns what ``optimizer`` makes of the updates: zeros and the old state if set.
+    """Returns the new updates and state, or zeros and the old state if ``flag`` is set.
 
-    Both are selected entry by entry, so nothing is multiplied by zero. Each entry of
-    the state is selected where it is computed, and the updates are computed of what was
-    selected: where they are used, they are the same. So XLA writes a moment over the
-    old one in one loop, where it would else copy the old one first.
+    Both are selected with ``jnp.where``, so NaN is never multiplied by zero. Under jit,
+    each leaf of the state is selected where it is computed, and the updates are
+    computed from the selected values. This does not change the updates, which are zeros
+    wherever an old value was selected. XLA then updates each moment in place in a
+    single loop, instead of copying the old one first.
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(updates)):
         out, after = optimizer.update(updates, state, params, **extra)
@@ -34,7 +35,11 @@ def update_unless(
 
 
 def _traced(flag, optimizer, updates, state, params, extra) -> tuple[Any, Any]:
-    """Returns (updates, selected state) of traced arguments."""
+    """Returns (updates, selected state) for traced arguments.
+
+    The optimizer's jaxpr is evaluated one equation at a time, and each output that is a
+    leaf of the new state is selected as soon as it is computed.
+    """
     shapes: Any
     program, shapes = jax.make_jaxpr(
         lambda u, s, p: optimizer.update(u, s, p, **extra), return_shape=True

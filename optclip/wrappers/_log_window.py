@@ -1,4 +1,4 @@
-"""The rule of `skip_steps`: deviations of the logarithm of the norm."""
+"""The default rule of `skip_steps`: deviations of the logarithm of the norm."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from optclip.methods.autoclip import empty, put
 
 __all__ = ["log_window_sigma"]
 
-# No plain int: `optax.inject_hyperparams` would make it an array.
+# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
 WINDOW = Static(128)
-# The least and the largest logarithm of a norm: those of normal float32 numbers, a
-# little inside, so that `exp` of the second is finite.
+# The smallest and the largest logarithm of a norm. They are slightly inside the range
+# of normal float32 numbers, so that `exp` of the largest is finite.
 LEAST_LOG, LARGEST_LOG = -87.3, 88.7
 
 
@@ -30,29 +30,30 @@ def log_window_sigma(
     window: Any = WINDOW,
     min_ratio: jax.typing.ArrayLike = 2.0,
 ) -> Rule:
-    """Returns the rule of `skip_steps`: deviations of the logarithm of the norm.
+    """Returns the default rule of `skip_steps`: deviations of the log norm.
 
     With the mean m and the standard deviation s of the logarithms of the last
-    ``window`` norms, before this one,
+    ``window`` norms before this one, the threshold is
 
         t = exp(m + max(sigmas * s, log(min_ratio)))
 
-    and no threshold before half the window, at least two norms, is filled. The norms of
-    a training run are nearly log-normal: on this scale large norms that belong to the
-    noise are not outliers, and the rule has no unit. Norms of zero are not recorded,
-    nor are subnormal ones, below 1.2e-38, where the device flushes them to zero.
+    There is no threshold until half the window, and at least two norms, is filled. The
+    norms of a training run are approximately log-normal, so on a logarithmic scale
+    large norms that belong to the typical noise are not outliers. The rule is scale
+    invariant. Norms of zero are not recorded, and neither are subnormal norms, below
+    1.2e-38, on devices that flush them to zero.
 
     Args:
-        sigmas: Standard deviations above the mean, at least 0.
-        window: How many norms are kept, at least 2.
-        min_ratio: The least threshold, relative to the geometric mean of the norms;
-            above 0. It matters where the norms hardly vary.
+        sigmas: Number of standard deviations above the mean, at least 0.
+        window: Number of norms kept, at least 2.
+        min_ratio: Lower bound on the threshold relative to the geometric mean of the
+            norms, above 0. It takes effect where the norms hardly vary.
 
     Returns:
-        A rule with ``window`` float32 and one int32 per group.
+        A rule whose state is ``window`` float32 values and one int32 value per group.
 
     Raises:
-        ValueError: If a number is out of range, or ``window`` is not an int.
+        ValueError: If an argument is out of range, or ``window`` is not an int.
 
     Example:
         >>> import optclip
@@ -67,7 +68,7 @@ def log_window_sigma(
         ring, count = state
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
-        # The places that are not filled yet hold 0, whose logarithm is not finite.
+        # Entries that are not filled yet hold 0, whose logarithm is not finite.
         logs = jnp.log(jnp.where(valid, jnp.maximum(ring, math.exp(LEAST_LOG)), 1.0))
         number = jnp.maximum(known, 1).astype(logs.dtype)
         mean = jnp.sum(logs, axis=-1) / number

@@ -1,4 +1,4 @@
-"""Which leaves a wrapper looks at: masks as those of `optax.masked`."""
+"""Masks for the leaves that a wrapper applies to, as in `optax.masked`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ def check(mask: Mask) -> None:
     for leaf in leaves:
         if not isinstance(leaf, (bool, np.bool_)):
             raise TypeError(
-                "`mask` must be a pytree of True and False, laid out as the updates or "
-                "as the first levels of them, or a function that returns one, got "
-                f"{leaf!r} of type {type(leaf).__name__} in it."
+                "`mask` must be a pytree of booleans with the structure of the updates "
+                "or a prefix of it, or a function that returns one, got a leaf "
+                f"{leaf!r} of type {type(leaf).__name__}."
             )
     if not leaves:
-        raise TypeError(f"`mask` must hold True or False, got {mask!r}.")
+        raise TypeError(
+            f"`mask` must contain at least one boolean, got {mask!r}. Pass None to "
+            "select all leaves."
+        )
 
 
 def selected(mask: Mask, tree: Any) -> Any:
-    """Returns the booleans of ``mask`` for ``tree``; None without a mask."""
+    """Returns the booleans of ``mask`` for ``tree``, or None without a mask."""
     if callable(mask):
         mask = mask(tree)
         check(mask)
@@ -39,7 +42,7 @@ def selected(mask: Mask, tree: Any) -> Any:
 
 
 def kept(flags: Any, tree: Any) -> Any:
-    """Returns ``tree`` with `optax.MaskedNode` in place of leaves that are False."""
+    """Returns ``tree`` with `optax.MaskedNode` in place of leaves flagged False."""
     if flags is None:
         return tree
 
@@ -50,13 +53,13 @@ def kept(flags: Any, tree: Any) -> Any:
         return jax.tree.map(choose, flags, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "`mask` must be laid out as the updates, or as the first levels of them. "
-            f"JAX says: {error}"
+            "`mask` must have the structure of the updates or a prefix of it. JAX "
+            f"reports: {error}"
         ) from error
 
 
 def restored(flags: Any, new: Any, old: Any) -> Any:
-    """Returns ``new``, which `kept` made of ``old``, with the masked leaves of this."""
+    """Returns ``new`` with its masked leaves replaced by those of ``old``."""
     if flags is None:
         return new
 

@@ -1,9 +1,10 @@
-"""How `skip_steps` tells a spike: by a rule, and by how rare such a value is.
+"""How `skip_steps` detects spikes: by a rule, and by how rare such values are.
 
-A rule alone can't: one that keeps spikes out of its history never learns that they have
-become normal, and one that keeps them in is blinded by a single one. So the rule sees
-only steps that are taken, and a second, much longer memory counts how often values of
-that size were offered. What is frequent is not a spike, whatever the rule says.
+A rule alone is not enough. If it excludes spikes from its history, it never learns that
+they have become normal; if it includes them, a single spike hides the next ones. The
+rule therefore sees only steps that are taken, and a second, much longer history counts
+how often values of that size have occurred. Frequent values are not spikes, whatever
+the rule says.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ __all__ = [
     "restarted",
 ]
 
-# Steps over which values and skips are counted. The default of ten similar values in it
-# is 2%: new data in 5% of the batches has 26 of them, isolated spikes in 1% have 5.
+# Number of steps over which values and skips are counted. The default limit of ten
+# similar values is 2% of it: new data in 5% of the batches has 26 similar values, and
+# isolated spikes in 1% of the batches have 5.
 RECENT = 512
+# Relative differences up to this are rounding errors: 8 times the float32 epsilon.
 NEAR = 2.0**-20
 LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def no_values() -> jax.Array:
-    """Returns a memory of the last values in which there is none yet."""
+    """Returns a history of the last values that is still empty."""
     return jnp.full(RECENT, -LARGEST, jnp.float32)
 
 
 def pushed(rows: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns ``rows`` with ``value`` as the first and without the last."""
+    """Returns ``rows`` with ``value`` prepended and the last row dropped."""
     row = jnp.asarray(value).astype(rows.dtype)[None]
     return jnp.concatenate([row, jnp.asarray(rows)[:-1]])
 
@@ -70,47 +73,48 @@ def mean_loss(loss: Any, names: Any) -> jax.Array:
 
 
 def norm_rule(when: Any) -> Rule:
-    """Returns the rule that judges the norm."""
+    """Returns the rule for the norm."""
     rule = log_window_sigma() if when is None else as_rule(when, "when")
     if rule.for_groups is not None:
         raise ValueError(
-            "`when` must be one threshold, since one norm is judged, that of all "
-            "gradients; got thresholds by name. Give a number, a schedule or a rule, "
-            "and with `mask` the leaves that count."
+            "`when` must be a single threshold, since only the global norm of the "
+            "gradients is judged, got thresholds by name. Pass a number, a schedule or "
+            "a rule, and use `mask` to choose the leaves that count."
         )
     return rule
 
 
 def loss_rule(when_loss: Any, when: Any) -> Rule | None:
-    """Returns the rule that judges the loss; None if none does."""
+    """Returns the rule for the loss, or None if there is none."""
     if when_loss is None:
         return None if when is not None else window_sigma(6.0, unbiased=True)
     if isinstance(when_loss, Rule):
         if when_loss.signed:
             return when_loss
         raise ValueError(
-            f"`when_loss` must fit losses, which may be negative, and "
-            f"`{when_loss.name}` is made for norms. Use a number, a schedule, "
-            "`optclip.rules.window_sigma`, or a `Rule` of your own with `signed=True`."
+            "`when_loss` must be a rule that accepts negative values, since losses may "
+            f"be negative, got `{when_loss.name}`, which accepts only norms. Use a "
+            "number, a schedule, `optclip.rules.window_sigma`, or a custom `Rule` with "
+            "`signed=True`."
         )
     if callable(when_loss):
         return schedule(when_loss)._replace(signed=True)
     validation.not_nan(when_loss=when_loss)
     if np.ndim(when_loss):
         raise ValueError(
-            "`when_loss` must be one number, a schedule or a rule, since there is one "
-            f"loss, got an array of shape {np.shape(when_loss)}."
+            "`when_loss` must be a single number, a schedule or a rule, since there is "
+            f"one loss, got an array of shape {np.shape(when_loss)}."
         )
     return schedule(lambda step: when_loss)._replace(signed=True)
 
 
 class Verdict(NamedTuple):
-    """What a rule says about a value.
+    """The verdict of a rule on a value.
 
     Attributes:
         spike: Whether the value is a spike.
-        threshold: The rule's threshold, finite.
-        after: The state of the rule if the step is taken.
+        threshold: The threshold of the rule, clipped to the finite range.
+        after: The new state of the rule, for a step that is taken.
     """
 
     spike: jax.Array
@@ -128,11 +132,12 @@ def judge(
     signed: bool,
     max_similar: int | None = None,
 ) -> Verdict:
-    """Asks the rule about ``value``, and ``recent`` whether such values are rare."""
+    """Judges ``value`` by the rule, and by how rare such values are in ``recent``."""
 
     def no_params():
         raise ValueError(
-            "`when` and `when_loss` must be rules that do not look at the parameters."
+            "`when` and `when_loss` must be rules that do not use the parameters, got "
+            f"`{rule.name}`."
         )
 
     fine = jnp.where(jnp.isfinite(value), value, 0.0)
@@ -140,12 +145,13 @@ def judge(
     limit, after = apply_rule(rule, fine, state, context, signed=signed)
     bound = jnp.asarray(limit.threshold).astype(fine.dtype)
     bound = jnp.where(jnp.isnan(bound), -LARGEST, jnp.clip(bound, -LARGEST, LARGEST))
-    # Above by rounding only does not count: a constant is not above its own mean. The
-    # difference of the halves can't overflow.
+    # A value that exceeds the threshold only by rounding is not a spike, such as a
+    # constant compared with its own mean. The difference of the halves can't overflow.
     above = fine / 2 - bound / 2
     spike = above > NEAR / 2 * jnp.abs(bound)
     if max_similar is not None and not isinstance(recent, tuple):
-        # Half as large; a loss has no zero, so it is half as far above the threshold.
+        # Similar norms are at least half as large. A loss has no natural zero, so
+        # similar losses are at least half as far above the threshold.
         similar = recent >= (bound + above if signed else fine / 2)
         spike &= jnp.sum(similar, dtype=jnp.int32) < max_similar
     after = jax.tree.map(lambda old, new: new.astype(old.dtype), state, after)
@@ -153,6 +159,6 @@ def judge(
 
 
 def restarted(rule: Rule, value: jax.Array, step: jax.Array) -> Any:
-    """Returns the state of a rule for which ``value`` is the first."""
+    """Returns the state of a rule whose first recorded value is ``value``."""
     state = rule.init(jnp.zeros([], jnp.float32))
     return judge(rule, value, state, (), step, signed=True).after

@@ -1,4 +1,4 @@
-"""Gradients that are clipped example by example, and then averaged."""
+"""Per-example gradient clipping: clips each example's gradient before averaging."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ __all__ = ["ExampleStats", "clipped_grad"]
 
 
 class ExampleStats(NamedTuple):
-    """What happened to the examples of one batch.
+    """Statistics of the examples in one batch.
 
     Attributes:
-        loss: float32 scalar. Mean loss of the examples that were used; 0 if none was.
-        example_norms: float32[batch]. The norm of each example's gradient before the
-            clip, NaN or inf where that holds one; under ``axis_name``, of those of this
-            device.
-        clipped_share: float32 scalar. Share of the examples used that were clipped.
-        dropped_examples: int32 scalar. How many were left out for NaN or inf.
-        aux: What ``loss_fn`` returned beside the loss, stacked; None without.
+        loss: float32 scalar. Mean loss of the examples that were used; 0 if none were.
+        example_norms: float32[batch]. The norm of each example's gradient before
+            clipping, NaN or inf where the gradient contains one. With ``axis_name``,
+            only for the examples on this device.
+        clipped_share: float32 scalar. Fraction of the used examples that were clipped.
+        dropped_examples: int32 scalar. Number of examples left out because of NaN or
+            inf.
+        aux: What ``loss_fn`` returned alongside the loss, stacked; None without
+            ``has_aux``.
     """
 
     loss: jax.Array
@@ -44,19 +46,22 @@ def _batch_size(batch: tuple) -> int:
     leaves = jax.tree.leaves(batch)
     if not leaves:
         raise ValueError(
-            "`batch` has no arrays: call the function with (params, *batch), where "
-            "each array of the batch has the examples along its first axis."
+            "`batch` has no arrays: call the function with (params, *batch), where the "
+            "first axis of each array in the batch indexes the examples."
         )
     sizes = {jnp.shape(x)[0] if jnp.ndim(x) else None for x in leaves}
     if len(sizes) > 1 or None in sizes:
         raise ValueError(
-            "`batch` must have the examples along the first axis of every array, got "
-            f"the shapes {[jnp.shape(x) for x in leaves]}. Give what belongs to no "
-            "example by name: `f(params, x, y, rate=0.1)`."
+            "`batch` must have the same number of examples along the first axis of "
+            f"every array, got the shapes {[jnp.shape(x) for x in leaves]}. Pass what "
+            "all examples share by keyword: `f(params, x, y, rate=0.1)`."
         )
     size = jnp.shape(leaves[0])[0]
     if size == 0:
-        raise ValueError("`batch` has no examples.")
+        raise ValueError(
+            "`batch` has no examples: the first axis of its arrays has length 0, and "
+            "must have at least length 1."
+        )
     return size
 
 
@@ -65,8 +70,8 @@ def _names_of(axis_name: Any) -> tuple[str, ...]:
     plain = isinstance(names, (tuple, list)) and all(isinstance(n, str) for n in names)
     if not plain or "auto" in names:
         raise ValueError(
-            "`axis_name` must name the mesh axes that the batch is sharded over, as "
-            f'"data" or ("data", "model"), got {axis_name!r}.'
+            "`axis_name` must name the mesh axes that the batch is sharded over, such "
+            f'as "data" or ("data", "model"), got {axis_name!r}.'
         )
     return tuple(names)
 
@@ -77,8 +82,8 @@ def _check_params(params: Any) -> None:
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(
                 "`params` must hold real or complex arrays only, got "
-                f"{jnp.result_type(x)} at `{name}`. Give what is not "
-                "trained to `loss_fn` by name; of a Flax NNX model, take "
+                f"{jnp.result_type(x)} at `{name}`. Pass what is not trained to "
+                "`loss_fn` by keyword; for a Flax NNX model, use "
                 "`nnx.split(model, nnx.Param, ...)`."
             )
     if not leaves:
@@ -86,7 +91,7 @@ def _check_params(params: Any) -> None:
 
 
 def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Finds the operations that mix what devices along these mesh axes have."""
+    """Yields the names of the operations that communicate along these mesh axes."""
 
     def is_program(value):
         return hasattr(value, "eqns") or hasattr(value, "jaxpr")
@@ -102,15 +107,15 @@ def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _check_alone(loss_fn: Callable[..., Any], names: tuple[str, ...]) -> None:
-    """Raises if a loss mixes examples of several devices, or their derivatives."""
+    """Raises if a loss, or its derivative, communicates along these mesh axes."""
     program = jax.make_jaxpr(loss_fn)()
     mixing = set(_collectives(program.jaxpr, names)) - {"axis_index", "pvary", "pcast"}
     if mixing:
         raise ValueError(
             f"`loss_fn` must not use {sorted(mixing)[0]} along {names}, which the "
-            "batch is sharded over: the gradients of examples on several devices would "
-            "be added up before they are clipped. Gather parameters before the call, "
-            "and differentiate what was gathered."
+            "batch is sharded over: the gradients of examples on different devices "
+            "would be summed before they are clipped. Gather the parameters before the "
+            "call, and differentiate with respect to the gathered ones."
         )
 
 
@@ -119,7 +124,7 @@ def _zeros(x: Any) -> jax.Array:
 
 
 def _rounded_within(tree: Any, like: Any, max_norm: Any) -> Any:
-    """Returns ``tree`` in the dtypes of ``like``, where its norm is still bounded."""
+    """Returns ``tree`` in the dtypes of ``like``, with its norm still bounded."""
     leaves = jax.tree.leaves(like)
     eps = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=0.0)
     margin = 1 - max(eps, 4 * float(jnp.finfo(jnp.float32).eps))
@@ -136,47 +141,51 @@ def clipped_grad(
     has_aux: bool = False,
     axis_name: Any = None,
 ) -> Callable[..., Any]:
-    """Differentiates a loss with each example's gradient clipped before the mean.
+    """Returns a gradient function that clips each example's gradient before the mean.
 
-    With the gradient g_i of example i, u = mean of g_i * min(1, max_norm / |g_i|) over
-    all examples whose gradient and loss are finite. Of n such examples none has a part
-    longer than max_norm / n in the mean, however wrong it is; a clip of the mean can't
-    promise that.
+    With the gradient g_i of example i, u is the mean of g_i * min(1, max_norm / |g_i|)
+    over all examples whose gradient and loss are finite. Each of n such examples
+    contributes at most max_norm / n to the norm of the mean, however wrong it is.
+    Clipping the mean gradient cannot guarantee that.
 
-    | example                     | what becomes of it                            |
+    | example                     | result                                        |
     | --------------------------- | --------------------------------------------- |
-    | gradient longer than bound  | clipped                                       |
+    | norm above ``max_norm``     | clipped                                       |
     | NaN or inf                  | left out of the mean, and counted             |
-    | all of them NaN or inf      | zeros                                         |
+    | all examples NaN or inf     | zeros                                         |
 
-    Sums are taken in float32 and rounded once, to the dtype of the parameters, such
-    that the norm of what is returned is at most ``max_norm`` in every dtype.
+    Sums are computed in float32 and rounded once, to the dtype of the parameters. The
+    norm of the result is at most ``max_norm`` in every dtype.
 
-    This is for robust training. It is *not* differential privacy, which needs noise,
-    accounting, and a divisor that doesn't depend on the data: use jax-privacy.
+    This is for robust training. It does *not* provide differential privacy, which needs
+    noise, privacy accounting, and a divisor that doesn't depend on the data; use
+    jax-privacy for that.
 
     Args:
         loss_fn: Function of (params, *example, **shared) that returns the loss of *one*
-            example, a scalar. It may not talk to other devices along ``axis_name``.
+            example, a scalar. It must not communicate with other devices along
+            ``axis_name``.
         max_norm: The largest norm of an example's gradient: a number of at least 0, or
             a scalar array.
-        microbatch_size: How many gradients are held in memory at a time; None for those
-            of the whole batch. If the batch is sharded, a multiple of the devices.
+        microbatch_size: Number of per-example gradients held in memory at a time; None
+            for those of the whole batch. If the batch is sharded, use a multiple of the
+            number of devices.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the batch is
-            sharded over. Not needed under `jax.jit`. Parameters must then be whole on
-            each device: gather them before the call, not within ``loss_fn``.
+            sharded over. The parameters must then be replicated: gather them before the
+            call, not inside ``loss_fn``. Not needed under `jax.jit`.
 
     Returns:
         A function of (params, *batch, **shared) that returns (gradients,
-        `ExampleStats`). Every array of the batch has the examples along its first axis;
-        what is given by name goes to each of them as it is.
+        `ExampleStats`). The first axis of every array in the batch indexes the
+        examples; keyword arguments are shared by all examples.
 
     Raises:
-        ValueError: If a number is out of range, the arrays of the batch differ in their
-            first axis, ``params`` has none, or ``loss_fn`` talks to other devices.
-        TypeError: If ``loss_fn`` can't be called, or returns something else, or
-            ``params`` holds integers.
+        ValueError: If an argument is out of range, the arrays of the batch differ in
+            the length of their first axis, ``params`` has no arrays, or ``loss_fn``
+            communicates with other devices.
+        TypeError: If ``loss_fn`` is not a function or does not return a scalar loss, or
+            if ``params`` holds integers.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -196,8 +205,8 @@ def clipped_grad(
         raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r}.")
     if callable(max_norm) or isinstance(max_norm, Rule):
         raise TypeError(
-            f"`max_norm` must be a number >= 0 or an array, got {max_norm!r}. For one "
-            "that changes, call `clipped_grad` within the step, with its value."
+            f"`max_norm` must be a number >= 0 or an array, got {max_norm!r}. To vary "
+            "it during training, call `clipped_grad` within the step, with its value."
         )
     validation.non_negative(max_norm=max_norm)
     if microbatch_size is not None:
@@ -208,9 +217,9 @@ def clipped_grad(
         out = loss_fn(params, *example, **shared)
         if isinstance(out, tuple) != has_aux or jnp.ndim(out[0] if has_aux else out):
             raise TypeError(
-                "`loss_fn` must return the loss of one example, a scalar, or with "
-                f"`has_aux=True` (loss, aux), got {jax.tree.map(jnp.shape, out)} in "
-                f"shapes with `has_aux={has_aux}`."
+                "`loss_fn` must return the loss of one example, a scalar, or (loss, "
+                "aux) with `has_aux=True`, got the shapes "
+                f"{jax.tree.map(jnp.shape, out)} with `has_aux={has_aux}`."
             )
         return out
 
@@ -218,7 +227,7 @@ def clipped_grad(
         return jax.value_and_grad(checked, has_aux=has_aux)(params, *example, **shared)
 
     def summed(losses, grads, real):
-        """Returns the sum of the clipped gradients, its figures, and their norms."""
+        """Returns the sum of the clipped gradients, its statistics, and their norms."""
         norms, reduced = group_norms.rows(grads)
         limit = Limit(*[jnp.asarray(max_norm).astype(norms.dtype)] * 2)
         scale, first = factors_of(actions.rescale, norms, reduced, limit)
@@ -232,13 +241,13 @@ def clipped_grad(
             y = jnp.where(used.reshape(along), y * factors[0] * factors[1], 0)
             return jnp.sum(y, axis=0)
 
-        figures = {
+        totals = {
             "loss": jnp.sum(jnp.where(used, losses, 0.0).astype(jnp.float32)),
             "clipped": jnp.sum(used & (norms > limit.threshold), dtype=jnp.float32),
             "used": jnp.sum(used, dtype=jnp.float32),
             "dropped": jnp.sum(real & bad, dtype=jnp.int32),
         }
-        return (jax.tree.map(add, grads), figures), norms.astype(jnp.float32)
+        return (jax.tree.map(add, grads), totals), norms.astype(jnp.float32)
 
     def gradients(params, *batch, **shared):
         size = _batch_size(batch)
@@ -249,20 +258,21 @@ def clipped_grad(
 
         def cut(x):
             x = jnp.asarray(x)
-            if total > size:  # any examples will do: they are not used
+            if total > size:  # pad with examples that are not used
                 x = jnp.concatenate([x, x[: total - size]])
             return x.reshape(at_a_time, rounds, *x.shape[1:])
 
         used = (jnp.arange(total) < size).reshape(at_a_time, rounds)
         examples = (jax.tree.map(cut, batch), used)
-        # Or each example's gradient were summed over the devices before it is clipped.
+        # Without this, each example's gradient would be summed over the devices before
+        # it is clipped.
         local = sharding.spread_over(params, names)
         if names:
             first = jax.tree.map(lambda x: x[0], batch)
             _check_alone(lambda: checked(local, *first, **shared), names)
 
         def microbatch(carry, k):
-            # Examples stay along an axis of their own: none moves to another device.
+            # Examples keep an axis of their own, so that none moves to another device.
             taken = jax.tree.map(
                 lambda x: lax.dynamic_index_in_dim(x, k, 1, keepdims=False), examples
             )
@@ -276,22 +286,22 @@ def clipped_grad(
         zero = jnp.zeros([], jnp.float32)
         nothing = {"loss": zero, "clipped": zero, "used": zero, "dropped": jnp.int32(0)}
         start = sharding.spread_over((jax.tree.map(_zeros, params), nothing), names)
-        (sums, figures), each = lax.scan(microbatch, start, jnp.arange(rounds))
+        (sums, totals), each = lax.scan(microbatch, start, jnp.arange(rounds))
         if names:
-            sums, figures = lax.psum((sums, figures), names)
+            sums, totals = lax.psum((sums, totals), names)
 
         def in_order(x):
             x = jnp.swapaxes(x, 0, 1)
             return x.reshape(total, *x.shape[2:])[:size]
 
         norms, aux = jax.tree.map(in_order, each)
-        count = jnp.maximum(figures["used"], 1.0)
+        count = jnp.maximum(totals["used"], 1.0)
         mean = jax.tree.map(lambda x: x / count.astype(x.real.dtype), sums)
         stats = ExampleStats(
-            loss=figures["loss"] / count,
+            loss=totals["loss"] / count,
             example_norms=norms,
-            clipped_share=figures["clipped"] / count,
-            dropped_examples=figures["dropped"],
+            clipped_share=totals["clipped"] / count,
+            dropped_examples=totals["dropped"],
             aux=aux,
         )
         return _rounded_within(mean, params, max_norm), stats

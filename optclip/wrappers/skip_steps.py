@@ -1,4 +1,4 @@
-"""Skipping bad steps: an optimizer whose state they never reach."""
+"""Skips bad steps, so that they never change the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["BadSteps", "SkipState", "skip_steps"]
 
 
 class BadSteps(NamedTuple):
-    """The last steps that were left out, in a ring.
+    """The last steps that were skipped, the newest first.
 
     Attributes:
-        bad_step: int32[K]. Their numbers, where the first step is number 0; -1 where
-            there was none yet.
-        bad_norm: float32[K]. Norms of their gradients, perhaps NaN or inf.
-        bad_loss: float32[K]. Their losses; 0 where none was given.
-        bad_leaf: int32[K]. Number of the worst leaf: the first that held NaN or inf,
-            else the one with the largest norm; -1 where only the loss was bad.
-        bad_kinds: int32[K, 3]. 1 where that leaf held NaN, +inf, -inf, else 0.
+        bad_step: int32[K]. Step numbers, counted from 0; -1 in unused entries.
+        bad_norm: float32[K]. Norms of the gradients, which may be NaN or inf.
+        bad_loss: float32[K]. Losses; 0 where none was given.
+        bad_leaf: int32[K]. Index of the worst leaf: the first that contained NaN or
+            inf, or else the one with the largest norm; -1 where only the loss was bad.
+        bad_kinds: int32[K, 3]. Whether that leaf contained NaN, +inf and -inf, as 1 or
+            0.
     """
 
     bad_step: jax.Array
@@ -43,31 +43,35 @@ class SkipState(NamedTuple):
     """State of `skip_steps`.
 
     Attributes:
-        optimizer_state: State of the optimizer inside, as if no bad step had been.
+        optimizer_state: State of the wrapped optimizer, as if the skipped steps had not
+            happened.
         norm_rule_state: State of the rule for the norm.
-        loss_rule_state: State of the rule for the loss; () without one.
-        offered_norms: float32[512]. The last finite norms, the newest first, those of
-            skipped steps included; the lowest float32 where there was none yet; () if
-            the rule has no memory or ``max_similar`` is None.
+        loss_rule_state: State of the rule for the loss, or () without one.
+        offered_norms: float32[512]. The last finite norms, the newest first, including
+            those of skipped steps. Unused entries hold the lowest float32. () if the
+            rule is stateless or ``max_similar`` is None.
         offered_losses: float32[512]. The same for the loss.
         recent_skips: int32[512]. 1 where a step was skipped, the newest first.
-        recent_fraction: float32 scalar. Share of the last 512 steps, or of all steps
-            while they are fewer, that was skipped.
+        recent_fraction: float32 scalar. Fraction of the last 512 steps, or of all steps
+            if there are fewer, that were skipped.
         recent_since: int32 scalar. Number of the first skipped step after 512 steps
             without one; -1 if the last 512 steps were all taken.
-        offered_steps: int32 scalar. Steps so far, those skipped included. All counters
-            stop at 2**31 - 1.
-        skipped_steps: int32 scalar. Steps skipped, for whatever reason.
-        spike_steps: int32 scalar. Steps skipped though all was finite.
-        skipped_run: int32 scalar. Steps skipped in a row until now.
-        spike_run: int32 scalar. Spikes skipped since the last step that was taken.
-        offered_norm: float32 scalar. Norm of the last gradients; 0 at first.
+        offered_steps: int32 scalar. Number of steps so far, including skipped ones. All
+            counters stop at 2**31 - 1.
+        skipped_steps: int32 scalar. Number of steps skipped for any reason.
+        spike_steps: int32 scalar. Number of steps skipped although everything was
+            finite.
+        skipped_run: int32 scalar. Number of consecutive steps skipped up to now.
+        spike_run: int32 scalar. Number of spikes skipped since the last step that was
+            taken.
+        offered_norm: float32 scalar. Norm of the last gradients; initially 0.
         offered_loss: float32 scalar. The last loss; 0 where none was given.
-        skip_above: float32 scalar. The last threshold of the norm, the largest float32
-            where there was none; 0 at first.
-        skip_loss_above: float32 scalar. The same of the loss; 0 where none was judged.
-        last_bad: A `BadSteps`.
-        nonfinite: A `NonfiniteStats`: the non-finite entries.
+        skip_above: float32 scalar. The last threshold for the norm; the largest float32
+            where there was none; initially 0.
+        skip_loss_above: float32 scalar. The same for the loss; 0 where no loss was
+            judged.
+        last_bad: The last skipped steps, as `BadSteps`.
+        nonfinite: Statistics of non-finite entries, as `NonfiniteStats`.
     """
 
     optimizer_state: Any
@@ -91,23 +95,24 @@ class SkipState(NamedTuple):
     nonfinite: NonfiniteStats
 
 
+# Not plain ints, which `optax.inject_hyperparams` would convert to arrays.
 MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
 
 
 def _worst(norms: jax.Array, kinds: jax.Array) -> jax.Array:
-    """Returns the index of the first non-finite leaf, else of the largest norm."""
+    """Returns the index of the first non-finite leaf, else that of the largest norm."""
     bad = jnp.any(kinds, axis=1)
     size = jnp.where(jnp.isfinite(norms) & ~bad, norms, 0.0)
     return jnp.argmax(jnp.where(bad, jnp.inf, size)).astype(jnp.int32)
 
 
 def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
-    """Returns a counter after one more step, which stops at the largest int32."""
+    """Increments ``count`` where ``flag`` is set, up to the largest int32."""
     return jnp.where(flag, optax.safe_increment(count), count)
 
 
 def _recent(state: SkipState, skip: jax.Array) -> dict[str, jax.Array]:
-    """Returns the new fields that tell of the last steps."""
+    """Returns the updated fields about recent steps."""
     before, after = state.recent_skips, pushed(state.recent_skips, skip)
     begins = skip & ~jnp.any(before > 0)
     since = jnp.where(begins, state.offered_steps, state.recent_since)
@@ -133,80 +138,85 @@ def skip_steps(
     axis_name: Any = None,
     loss_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that bad steps leave no trace in it.
+    """Wraps an optimizer to skip bad steps, which leave its state unchanged.
 
-    A step is skipped if its gradients or its loss hold NaN or inf, or if the norm of
-    its gradients or its loss is a spike. Then the updates are zeros, and the
-    optimizer's state, with its count of steps, stays as it was: bitwise as if the batch
-    had never been.
+    A step is skipped if its gradients or its loss contain NaN or inf, or if the norm of
+    its gradients or its loss is a spike. The updates of a skipped step are zeros, and
+    the optimizer's state, including its step count, is bitwise unchanged.
 
-    A spike is above the threshold of its rule, and rare. With the threshold t and the
-    last 512 finite values, those of skipped steps included, the norm n is a spike if
+    A spike is a value that is above the threshold t of its rule and rare among the last
+    512 finite values, which include those of skipped steps. The norm n is a spike if
 
         n > t  and  fewer than ``max_similar`` of the 512 norms were n / 2 or more
 
-    (for the loss: half as far above t, or more). The rule records only steps that are
-    taken, so a spike does not raise t. New data with large gradients is taken after
-    about ``max_similar`` of its batches, and then the rule adapts to it: of any 512
-    steps, at most ``max_similar`` whose norms are within a factor of two of each other
-    are skipped, and of norms in random order at most a share of ``max_similar / 513``.
-    A number or a schedule has no memory, and stays the bound that it is.
+    For the loss, the values counted are those at least half as far above t. The rule
+    records only steps that are taken, so a spike does not raise t. New data with large
+    gradients is accepted after about ``max_similar`` of its batches have been skipped,
+    and then the rule adapts to it. Of any 512 steps, at most ``max_similar`` whose
+    norms are within a factor of two of each other are skipped; if the norms are in
+    random order, at most a fraction of ``max_similar / 513`` is skipped. A number or a
+    schedule has no history, and is always a fixed bound.
 
     | ``when``                                  | a step is skipped if its norm is     |
     | ----------------------------------------- | ------------------------------------ |
-    | None: `rules.log_window_sigma()`          | 5 deviations of its logarithm above  |
-    |                                           | its mean, and twice that, or more    |
+    | None: `rules.log_window_sigma()`          | 5 deviations above its mean on a log |
+    |                                           | scale, and above twice that mean     |
     | `rules.window_sigma(6.0, unbiased=True)`  | 6 deviations above its mean, as      |
     |                                           | in OLMo-core and MaxText             |
     | `rules.window_sigma(6.0)`                 | the same, as in Levanter             |
     | a number or a schedule                    | above it, as in paxml                |
     | inf                                       | NaN or inf                           |
 
-    ``when_loss`` is the same for the loss: a number, of any sign, a schedule, or a rule
-    for numbers that may be negative, of those of this library `rules.window_sigma`.
-    None is ``rules.window_sigma(6.0, unbiased=True)`` if ``when`` is None too, and else
-    only NaN and inf. For a bound on the loss alone, give ``when=jnp.inf``.
+    ``when_loss`` is the same for the loss: a number of any sign, a schedule, or a rule
+    that accepts negative values, which among the rules of this library is
+    `rules.window_sigma`. None means ``rules.window_sigma(6.0, unbiased=True)`` if
+    ``when`` is None too, and otherwise skips only losses that are NaN or inf. To judge
+    only the loss, pass ``when=jnp.inf``.
 
-    After ``max_consecutive`` spikes without a step taken, a rule with a memory restarts
-    and the step is taken. A step that is not finite is never taken, and does not count.
+    After ``max_consecutive`` spikes without a step taken in between, the next spike is
+    taken, and a stateful rule restarts from it. A non-finite step is never taken, and
+    does not count as a spike.
 
-    Give the loss as an extra argument: ``update(grads, state, params, loss=loss)``, or
-    as Optax calls it, ``value=loss``, which is passed to the optimizer inside too;
-    ``loss`` is not. Around `optax.MultiSteps` a bad microbatch is skipped, inside it a
-    bad mean.
+    Pass the loss as an extra argument: ``update(grads, state, params, loss=loss)``.
+    Under Optax's name, ``value=loss``, it is also passed to the wrapped optimizer;
+    ``loss`` is not. Around `optax.MultiSteps`, this skips bad microbatches; inside it,
+    bad means.
 
-    In its first steps a rule knows no spike: by default in the first 64, and in the 64
-    after a restart. Chain a clip inside for a bad start: a finite gradient of 1e25
-    would make Adam's second moment infinite permanently.
+    A rule detects no spikes in its first steps: by default in the first 64, and in the
+    64 after a restart. Chain a clip inside to guard against a bad start: a finite
+    gradient of 1e25 would make Adam's second moment infinite permanently.
 
     Args:
-        optimizer: An Optax optimizer, with its clip. Put this inside
-            `optax.lookahead`, not around it: its parameters come in pairs.
+        optimizer: An Optax optimizer, including its clip. Use this inside
+            `optax.lookahead`, not around it, since its parameters come in pairs.
         when: A rule of `optclip.rules`, a number, an array or a schedule.
-        when_loss: A rule for numbers that may be negative, a number or a schedule.
-        max_consecutive: Spikes after which a rule restarts; at least 1. None: never.
+        when_loss: A rule that accepts negative values, a number or a schedule.
+        max_consecutive: Number of spikes after which a rule restarts, at least 1. None:
+            never.
         max_similar: A value is a spike only if fewer than this many of the last 512
-            were similar; at least 1. None: however many were.
-        keep_last: How many of the last bad steps are kept in the state, at least 1.
-        mask: Which leaves are judged, as in `optax.masked`: a pytree of booleans, laid
-            out as the updates or as their first levels, or a function of the updates
-            that returns one. The others, such as those of frozen parameters, are not
-            measured, and reach the optimizer as they are.
-        ord: The norm's order: a number of at least 1, inf or "rms".
+            were similar, at least 1. None disables this condition.
+        keep_last: Number of skipped steps kept in the state, at least 1.
+        mask: Which leaves are judged, as in `optax.masked`: a pytree of booleans with
+            the structure of the updates or a prefix of it, or a function of the updates
+            that returns one. The other leaves, such as those of frozen parameters, are
+            not measured, and are passed to the optimizer unchanged.
+        ord: Order of the norm: a number of at least 1, inf or "rms".
         axis_name: As in `optclip.clip_by_rule`.
         loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
-            the mesh axes along which each device has a loss of its own: their mean is
-            judged, or devices would decide differently. Elsewhere types tell.
+            the mesh axes along which each device has its own loss. The mean of these
+            losses is judged, so that all devices make the same decision. Elsewhere, the
+            axes are inferred from the type of the loss.
 
     Returns:
-        A transformation with `SkipState`. Read it with `optclip.metrics`,
-        `optclip.step_taken` and `optclip.nonfinite_leaves`.
+        A gradient transformation whose state is a `SkipState`. Read it with
+        `optclip.metrics`, `optclip.step_taken` and `optclip.nonfinite_leaves`.
 
     Raises:
-        TypeError: If ``optimizer`` is not a transformation, or ``mask`` holds something
-            else than booleans.
-        ValueError: If a number is out of range, ``when_loss`` is a rule that does not
-            fit a loss, ``loss`` is not a scalar, or ``mask`` does not fit the updates.
+        TypeError: If ``optimizer`` is not a gradient transformation, or ``mask``
+            contains anything other than booleans.
+        ValueError: If an argument is out of range, ``when_loss`` is a rule that does
+            not accept negative values, ``loss`` is not a scalar, or ``mask`` does not
+            fit the updates.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -236,7 +246,7 @@ def skip_steps(
         return states.scalar(0, jnp.int32)
 
     def memories(rule):
-        """Returns the first state of a rule, and of the memory of the last values."""
+        """Returns the initial state of a rule, and the empty history of values."""
         if rule is None:
             return (), ()
         state = states.tree_copy(rule.init(jnp.zeros([], jnp.float32)))
@@ -310,7 +320,7 @@ def skip_steps(
             due = state.spike_run >= max_consecutive
 
         def verdict(rule, value, rule_state, recent, signed):
-            """Returns what the rule says, whether it restarts, and the new memory."""
+            """Returns the rule's verdict, whether it restarts, and the new history."""
             said = _spikes.judge(
                 rule,
                 value,
@@ -349,7 +359,8 @@ def skip_steps(
         if by_loss is not None and loss_said is not None:
             loss_above = states.to_finite_f32(loss_said.threshold)
             loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
-        # Or XLA writes out what measuring and the optimizer share, such as squares.
+        # Without this, XLA materializes what measuring and the optimizer share, such as
+        # squares.
         updates = sharding.kept_apart(updates)
         out, after = _holding.update_unless(
             skip, inner, updates, state.optimizer_state, params, extra_args

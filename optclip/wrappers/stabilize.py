@@ -1,4 +1,4 @@
-"""The clip with nothing to pick: both halves around any optimizer."""
+"""Stabilizes any optimizer, without a threshold to tune."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from optclip.wrappers import _holding, _masks
 
 __all__ = ["StabilizeState", "stabilize"]
 
-# A fall of the norm by this factor within the warm-up means that the first steps were
-# wrong. Adam recovers from a smaller one by itself: after three gradients five times
-# too large it is slower by a few percent, after ten times too large by a schedule.
+# If the norm falls by this factor within the warm-up, the first steps were wrong. Adam
+# recovers from a smaller fall by itself: after three gradients that are five times too
+# large, it is a few percent slower; if they are ten times too large, it is slower by a
+# whole learning rate schedule.
 FALL = 5.0
-# The square root of the largest float32: the square of a larger gradient is infinite.
+# Below the square root of the largest float32, 1.8e19: far above it, the square of a
+# gradient is infinite.
 LARGEST_NORM = 1e18
+# The initial `least_norm`, which every recorded norm is below.
 NO_NORM = float(jnp.finfo(jnp.float32).max)
 
 
@@ -31,14 +34,16 @@ class StabilizeState(NamedTuple):
     """State of `stabilize`.
 
     Attributes:
-        gradient_clip: `ClipState` of the quantile clip, `clip` in the metrics.
-        optimizer_state: State of the optimizer inside.
-        update_cap: `ClipState` of the cap on the update, `clip_2` in the metrics.
-        least_norm: float32 scalar. The least norm above 0 of the steps taken; the
-            largest float32 at first.
-        taken_steps: int32 scalar. Steps taken, up to 2**31 - 1.
-        skipped_run: int32 scalar. Steps skipped in a row until now, up to 2**31 - 1.
-        restarts: int32 scalar. How often the optimizer started again after a bad start.
+        gradient_clip: `ClipState` of the quantile clip, named `clip` in the metrics.
+        optimizer_state: State of the wrapped optimizer.
+        update_cap: `ClipState` of the cap on the update, named `clip_2` in the metrics.
+        least_norm: float32 scalar. The smallest norm above 0 of the steps taken;
+            initially the largest float32.
+        taken_steps: int32 scalar. Number of steps taken, up to 2**31 - 1.
+        skipped_run: int32 scalar. Number of consecutive steps skipped up to now, up to
+            2**31 - 1.
+        restarts: int32 scalar. Number of times the optimizer restarted after a bad
+            start.
     """
 
     gradient_clip: ClipState
@@ -59,9 +64,10 @@ def _has_hyperparams(node: Any) -> bool:
 
 
 def _started_again(inner: Any, params: Any, old: Any) -> Any:
-    """Returns the optimizer's first state, with the hyperparameters of ``old``.
+    """Returns the optimizer's initial state, with the hyperparameters of ``old``.
 
-    `optax.inject_hyperparams` keeps in its state what a training loop may have set.
+    The state of `optax.inject_hyperparams` holds values that a training loop may have
+    set.
     """
     fresh = inner.init(params)
 
@@ -91,53 +97,55 @@ def stabilize(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that neither bad batches nor large steps derail it.
 
-    Four guards, and no threshold in the unit of your gradients:
+    It adds four guards, none of which has a threshold in the units of the gradients:
 
-    1. the gradients are clipped to ``margin`` times a low quantile of their norm so
-       far (`quantile_clip`), against bad batches, at any loss scale;
-    2. a step whose gradients hold NaN or inf, or whose clipped norm is above 1e18, is
-       skipped: zero updates, and the optimizer's state as it was;
-    3. if one of the first ``warmup_steps`` steps has a norm of less than a fifth of the
-       least before it, the steps before were wrong, and the optimizer starts again:
-       with this step, from the state that its ``init`` returns for the parameters as
-       they are. Its count of steps, and so a learning rate schedule, then starts again
-       too, at most ``warmup_steps`` late; what `optax.inject_hyperparams` holds is
-       kept;
-    4. the final update is at most ``max_ratio`` of the parameters in root mean square
-       (`cap_update`), against a learning rate that is too high.
+    1. The gradients are clipped to ``margin`` times a low quantile of their norms so
+       far (`quantile_clip`). This guards against bad batches, at any loss scale.
+    2. A step whose gradients contain NaN or inf, or whose clipped norm is above 1e18,
+       is skipped: its updates are zeros, and the optimizer's state is unchanged.
+    3. If one of the first ``warmup_steps`` steps has a norm below a fifth of the
+       smallest norm before it, the earlier steps were wrong, and the optimizer restarts
+       with this step, from the state that its ``init`` returns for the current
+       parameters. This also restarts its step count, and with it any learning rate
+       schedule, at most ``warmup_steps`` steps late. The hyperparameters of
+       `optax.inject_hyperparams` are kept.
+    4. The root mean square of the final update is at most ``max_ratio`` times that of
+       the parameters (`cap_update`). This guards against a learning rate that is too
+       high.
 
-    The clip and the cap each fail alone where the other holds. In the metrics they are
-    the first and the last clip: `clip` and `clip_2`, unless the optimizer has clips of
-    its own.
+    The clip and the cap each handle failures that the other does not. In the metrics
+    they are the first and the last clip: `clip` and `clip_2`, unless the optimizer
+    contains clips itself.
 
-    An optimizer that looks for the length of its step itself, as `optax.lbfgs` does,
-    hardly moves under the cap: give it ``max_ratio=jnp.inf``.
+    An optimizer that searches for its own step size, such as `optax.lbfgs`, makes
+    little progress under the cap: pass ``max_ratio=jnp.inf``.
 
     Args:
-        optimizer: Any Optax optimizer, its learning rate included.
+        optimizer: Any Optax optimizer, including its learning rate.
         quantile: As in `quantile_clip`.
         margin: As in `quantile_clip`.
         rate: As in `quantile_clip`.
-        warmup_steps: As in `quantile_clip`, and the steps in which the optimizer may
-            start again.
-        max_ratio: The ratio of `cap_update`; inf for no cap.
+        warmup_steps: As in `quantile_clip`; also the number of steps in which the
+            optimizer may restart.
+        max_ratio: The ratio of `cap_update`; inf disables the cap.
         floor: As in `cap_update`.
-        scope: Which entries share one norm, in both clips: `optclip.scopes.tree()`, or
-            `optclip.scopes.leaf()` for a quantile and a cap of each leaf.
+        scope: Which entries share one norm, in both the clip and the cap:
+            `optclip.scopes.tree()`, or `optclip.scopes.leaf()` for one quantile and one
+            cap per leaf.
         mask: Which leaves are clipped and capped, as in `optax.masked`: a pytree of
-            booleans, laid out as the updates or as their first levels, or a function of
-            the updates that returns one. The others, such as those of frozen
-            parameters, are not measured, and pass as they are.
+            booleans with the structure of the updates or a prefix of it, or a function
+            of the updates that returns one. The other leaves, such as those of frozen
+            parameters, are not measured, and pass unchanged.
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `StabilizeState` that needs ``params``. It is the whole
-        optimizer: chain nothing after it. `optclip.step_taken` tells whether it skipped
-        the last step.
+        A gradient transformation whose state is a `StabilizeState`; it needs
+        ``params``. It is the complete optimizer: chain nothing after it.
+        `optclip.step_taken` returns whether the last step was taken.
 
     Raises:
-        TypeError: If ``mask`` holds something else than booleans.
-        ValueError: If a number is out of range, ``params`` are missing, or ``mask``
+        TypeError: If ``mask`` contains anything other than booleans.
+        ValueError: If an argument is out of range, ``params`` are missing, or ``mask``
             does not fit the updates.
 
     Example:
@@ -182,13 +190,13 @@ def stabilize(
     def update_fn(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError(
-                "`stabilize` compares the update with the parameters, and got none: "
-                "call `update(grads, state, params)` where the training loop calls "
-                "`update(grads, state)`. For a loop that you can't change, the "
-                'documentation has a wrapper that keeps the parameters: see "Bad '
-                'steps".'
+                "`stabilize` compares the update with the parameters, but `params` is "
+                "None: call `update(grads, state, params)` instead of "
+                "`update(grads, state)`. For a training loop that you can't change, "
+                "the documentation has a wrapper that keeps the parameters: see "
+                '"Bad steps".'
             )
-        # The clips look at their own states, and the optimizer at its own.
+        # The clips and the optimizer validate their own states.
         parts = ("gradient_clip", "optimizer_state", "update_cap")
         state = states.validate_state(state, lambda: own((), (), ()), parts)
         clip_state: Any
@@ -200,7 +208,8 @@ def stabilize(
         clipped = _masks.restored(flags, clipped, updates)
         norm = states.to_finite_f32(clip_state.norm_before)
         bad = ~jnp.isfinite(norm)
-        # An optimizer that squares such a gradient would keep an infinity permanently.
+        # An optimizer that squares such a gradient would keep an infinite moment
+        # permanently.
         bad |= clip_state.norm_after > LARGEST_NORM
         counts = ~bad & (norm > 0)
         restart = counts & (state.taken_steps < warmup_steps)
@@ -214,9 +223,10 @@ def stabilize(
         if isinstance(out, optax.LookaheadParams):
             raise ValueError(
                 "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
-                "pairs. Put it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
+                "pairs. Use it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
             )
-        # Optimizers give floats for integer leaves, which pass through as they came.
+        # Optimizers return floats for integer leaves, which must pass through
+        # unchanged.
         out = pytrees.leaves_of(updates).rebuild(pytrees.matching(updates, out))
         capped, cap_state = last.update(
             _masks.kept(flags, out), state.update_cap, params

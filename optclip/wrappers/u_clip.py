@@ -1,4 +1,4 @@
-"""Error feedback: what a clip cut off is added to the next gradients."""
+"""Error feedback: adds what a clip removed to the next gradients."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class CarryState(NamedTuple):
     """State of `u_clip`.
 
     Attributes:
-        carry: What was cut off so far, float32, in the structure of the parameters;
-            zeros at first, None for leaves that are not gradients; always finite.
-        inner_state: State of the clip inside.
+        carry: float32, with the structure of the parameters. What the clip has removed
+            so far; initially zeros, always finite, and None for leaves that are not
+            gradients.
+        inner_state: State of the wrapped clip.
     """
 
     carry: Any
@@ -34,25 +35,26 @@ def u_clip(
     max_carry: jax.typing.ArrayLike | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds what a clip cut off to the next gradients: clipping without bias (U-Clip).
+    """Adds what a clip removes to the next gradients, to avoid bias (U-Clip).
 
-    With the carry c, zeros at first: u' = clip(u + c) and then c = u + c - u'. So the
-    sum of the updates stays within a bound of the sum of the gradients: what is clipped
-    is delayed, not dropped. The clip inside measures u + c.
+    With the carry c, initially zeros, u' = clip(u + c) and then c = u + c - u'. What is
+    clipped is therefore delayed and not dropped: the sum of the updates differs from
+    the sum of the gradients only by the carry. The wrapped clip measures u + c.
 
-    Where a leaf of u + c or of u' is not finite, its carry is kept as it was. Entries
-    whose carry is zero reach the clip inside unchanged to the bit, -0 and subnormal
-    numbers included.
+    Where a leaf of u + c or of u' is not finite, its carry is unchanged. Entries whose
+    carry is zero reach the wrapped clip bitwise unchanged, including -0 and subnormal
+    numbers.
 
     Args:
-        inner_clip: Any clip, from here or from Optax.
-        max_carry: The largest norm of the carry, above 0. Otherwise a spike of k
-            thresholds is replayed for k steps. None for no bound, as published.
-        axis_name: As in `optclip.clip_by_rule`; give it to the clip inside as well.
+        inner_clip: Any clip of optclip or Optax.
+        max_carry: Upper bound on the norm of the carry, above 0. Without it, a spike of
+            k times the threshold is replayed for k steps. None for no bound, as
+            published.
+        axis_name: As in `optclip.clip_by_rule`; pass it to the wrapped clip as well.
 
     Returns:
-        A transformation with `CarryState`, which takes as much memory as the parameters
-        in float32.
+        A gradient transformation whose state is a `CarryState`, which takes as much
+        memory as the parameters in float32.
 
     Raises:
         ValueError: If ``max_carry`` is not above 0.
@@ -87,7 +89,7 @@ def u_clip(
         found = pytrees.leaves_of(updates)
         carried = pytrees.matching(updates, state.carry)
         total = [
-            # Chosen, not added: -0 + 0 is +0, and XLA flushes subnormal sums to zero.
+            # Selected, not added: -0 + 0 is +0, and XLA flushes subnormal sums to zero.
             jnp.where(c == 0, x.astype(wide(x)), x.astype(wide(x)) + c.astype(wide(x)))
             for x, c in zip(found.leaves, carried, strict=True)
         ]
