@@ -7,7 +7,7 @@ not depend on the unit: ``action(c * norm, c * limit) == action(norm, limit)``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def zero(norm: jax.Array, limit: Limit) -> jax.Array:
 
 # Each curve f has f(0) = 0, f'(0) = 1 and f(inf) = 1. So groups with a small norm
 # hardly change, and no norm ends above its target.
-_CURVES = {
+_CURVES: dict[CurveName, Callable[[jax.Array], jax.Array]] = {
     "rational": lambda r: r / (1 + r),
     "tanh": jnp.tanh,
     "atan": lambda r: (2 / jnp.pi) * jnp.arctan((jnp.pi / 2) * r),
@@ -121,7 +121,7 @@ def soften(kind: CurveName = "rational") -> Action:
         >>> import optclip
         >>> tx = optclip.clip_by_rule(1.0, action=optclip.actions.soften("tanh"))
     """
-    validation.one_of("kind", kind, tuple(_CURVES))
+    validation.one_of("kind", kind, get_args(CurveName))
     curve = _CURVES[kind]
 
     def action(norm, limit):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ __all__ = [
     "rules_for",
 ]
 
-POLICIES = ("propagate", "zero", "drop", "skip")
+POLICIES = get_args(NonfinitePolicy)
 
 
 class Options(NamedTuple):

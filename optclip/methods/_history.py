@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from optclip._engine import validation
 from optclip._engine.numerics import LAST_COUNT, increment, root_of, usable_unit
 from optclip._engine.rule import Limit, Rule, keep_where
+from optclip._engine.types import RecordedNorm
 
 __all__ = [
     "check_escape",
@@ -149,7 +150,7 @@ def check_escape(steps: Any) -> None:
         validation.steps(escape_steps=steps)
 
 
-RECORDS = ("raw", "clipped")
+RECORDS = get_args(RecordedNorm)
 
 
 def counts(norm: jax.Array) -> jax.Array:

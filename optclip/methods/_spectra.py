@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from optclip._engine.numerics import root_of
 
-__all__ = ["METHODS", "clipped"]
+__all__ = ["Method", "clipped"]
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ def _soft(x: jax.Array, like: jax.Array) -> jax.Array:
     return (inverse_root @ like) / jnp.sqrt(top)
 
 
-METHODS = ("svd", "hardcap", "soft")
+Method: TypeAlias = Literal["svd", "hardcap", "soft"]
 ITERATIONS = {"hardcap": _hardcap, "soft": _soft}
 
 

@@ -15,6 +15,7 @@ from optclip._engine.validation import Static
 from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, hard
 from optclip.methods._history import (
+    RECORDS,
     count_consecutive,
     guard_statistics,
     next_place,
@@ -135,7 +136,7 @@ def window_percentile(
         Networks, 2020, https://arxiv.org/abs/2007.14469
     """
     validation.percentile(percentile=percentile)
-    validation.one_of("record", record, ("raw", "clipped"))
+    validation.one_of("record", record, RECORDS)
     window = validation.size("window", window)
     wanted = (
         jnp.floor(jnp.asarray(percentile) * window / 100) if by_rank else percentile

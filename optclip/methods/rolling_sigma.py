@@ -15,7 +15,13 @@ from optclip._engine.types import DType, NonfinitePolicy, RecordedNorm
 from optclip._engine.validation import Static
 from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
-from optclip.methods._history import guard_statistics, one, places, recorded_norm
+from optclip.methods._history import (
+    RECORDS,
+    guard_statistics,
+    one,
+    places,
+    recorded_norm,
+)
 from optclip.methods.autoclip import ROUNDING, empty, put
 
 __all__ = ["rolling_sigma_clip", "window_sigma"]
@@ -66,7 +72,7 @@ def window_sigma(
     validation.non_negative(sigmas=sigmas)
     if floor is not None:
         validation.non_negative(floor=floor)
-    validation.one_of("record", record, ("raw", "clipped"))
+    validation.one_of("record", record, RECORDS)
     window = validation.size("window", window, least=2)
 
     def update(norm, state, context):

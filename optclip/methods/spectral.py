@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
 def spectral_clip(
     max_sigma: jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike],
     *,
-    method: Literal["svd", "soft", "hardcap"] = "svd",
+    method: _spectra.Method = "svd",
     nonfinite: NonfinitePolicy = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the singular values of each matrix and keeps its singular vectors.
@@ -87,7 +87,7 @@ def spectral_clip(
     """
     if not callable(max_sigma):
         validation.threshold(max_sigma=max_sigma)
-    validation.one_of("method", method, _spectra.METHODS)
+    validation.one_of("method", method, get_args(_spectra.Method))
     validation.one_of("nonfinite", nonfinite, POLICIES)
 
     def init_fn(params) -> Any:
