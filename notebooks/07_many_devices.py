@@ -378,7 +378,7 @@ assert all(cost == ([], 0) for cost in costs_not_cut)
 # - Inside `jax.shard_map`, pass `axis_name="auto"` or the tree of PartitionSpecs to
 #   each clipping transformation; unit and layer scope need the latter. Without it, each
 #   shard is bounded separately instead of the whole gradient.
-# - Agreeing on the norm costs one small all-reduce. That cost is no reason to go
+# - Agreeing on the norm costs one small all-reduce, which is not a reason to train
 #   without clipping.
 #
 # For more, see [Many devices](../scaling.md), which covers `jax.pmap`, several

@@ -77,3 +77,12 @@ def test_a_clip_moves_no_more_than_optax_on_a_tpu(name):
 def test_eight_devices_exchange_one_array(name, target):
     program = cost(f"optclip.{name}", target, 8)
     assert program.collectives == {"all-reduce": 1}
+
+
+@pytest.mark.parametrize("target", ["H100", "TPU v5e"])
+def test_units_on_eight_devices_exchange_six_arrays(target):
+    # Sums of gradients and of parameters, the norms of all units before and after in
+    # one, and the summary; on a GPU, whether the plain sums can be trusted.
+    program = cost("optclip.adaptive_grad_clip", target, 8)
+    assert set(program.collectives) == {"all-reduce"}
+    assert program.collectives["all-reduce"] <= 6
