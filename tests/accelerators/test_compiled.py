@@ -81,8 +81,9 @@ def test_eight_devices_exchange_one_array(name, target):
 
 @pytest.mark.parametrize("target", ["H100", "TPU v5e"])
 def test_units_on_eight_devices_exchange_six_arrays(target):
-    # Sums of gradients and of parameters, the norms of all units before and after in
-    # one, and the summary; on a GPU, whether the plain sums can be trusted.
+    # The sums of gradients and parameters; whether they can be trusted (a GPU) and
+    # which entries are non-finite; the norms of all units; how many were clipped; the
+    # smallest scale, and the threshold that belongs to it.
     program = cost("optclip.adaptive_grad_clip", target, 8)
     assert set(program.collectives) == {"all-reduce"}
     assert program.collectives["all-reduce"] <= 6
