@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,8 +68,12 @@ def root(total: jax.Array, order: float) -> jax.Array:
 
 
 def _norm_of_norms(
-    norms: jax.Array, order: float, add: Any, most: Any, back: Any = None
-):
+    norms: jax.Array,
+    order: float,
+    add: Callable[[jax.Array], jax.Array],
+    most: Callable[[jax.Array], jax.Array],
+    back: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
     """Returns the norm of ``norms``, without squaring large numbers.
 
     The norms are divided by their maximum first. ``add`` and ``most`` are the sum and
@@ -84,7 +88,7 @@ def _norm_of_norms(
     # The squares of the finite norms must not overflow even if another norm is
     # infinite: the derivative of the root is 0 there, and 0 times infinity is NaN.
     unit = usable_unit(jnp.minimum(top, jnp.finfo(top.dtype).max))
-    ratio = norms / (unit if back is None else back(unit))
+    ratio = norms / back(unit)
     powers = jnp.square(ratio) if order == 2.0 else ratio**order
     return root(add(powers), order) * unit
 
@@ -183,7 +187,9 @@ def _over_devices(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.
     return _norm_of_norms(norm, order, add, most)
 
 
-def _euclidean(norms: Sequence[jax.Array], sharded_over: Sequence[tuple[str, ...]]):
+def _euclidean(
+    norms: Sequence[jax.Array], sharded_over: Sequence[tuple[str, ...]]
+) -> jax.Array:
     """Returns the square root of the sum of squares of all ``norms``.
 
     All arrays need the same three sums, so XLA reduces each array in one kernel, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ __all__ = [
     "memoized",
     "trained",
 ]
+
+T = TypeVar("T")
 
 # The most results that one memory holds. A training step needs one or two; the limit
 # matters only in a program that goes through many trees.
@@ -51,7 +53,7 @@ class Leaves(NamedTuple):
         return self.structure, tuple(map(jax.typeof, self.leaves))
 
 
-def memoized(memory: dict, key: Any, make: Callable[[], Any]) -> Any:
+def memoized(memory: dict[Any, T], key: Any, make: Callable[[], T]) -> T:
     """Returns ``make()``, memoized by ``key``; the key None is not memoized."""
     try:
         if key in memory:
