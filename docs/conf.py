@@ -33,7 +33,6 @@ extensions = [
 templates_path = ["_templates"]
 # A page per function, in api/, from the tables of api.md.
 autosummary_generate = True
-autosummary_ignore_module_all = False
 exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 nitpicky = False
 default_role = "py:obj"
