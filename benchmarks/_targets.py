@@ -114,11 +114,15 @@ class Program(NamedTuple):
     seconds: float
 
 
-def compiled(function, target, *arguments, donate=()):
-    """Returns what ``function`` costs for arguments whose sharding names devices."""
+def compiled(function, target, *arguments, donate=(), options=None):
+    """Returns what ``function`` costs for arguments whose sharding names devices.
+
+    ``options`` are XLA's, by name.
+    """
     jax.clear_caches()
     start = sum(os.times()[:4])
-    made = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    made = jax.jit(function, donate_argnums=donate).lower(*arguments)
+    made = made.compile(compiler_options=options)
     seconds = sum(os.times()[:4]) - start
     program = _hlo.computations(made.as_text())
     kernels, moved = _hlo.kernels(program)

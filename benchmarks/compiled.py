@@ -4,6 +4,7 @@ Usage:
 
     python benchmarks/compiled.py [--target H100] [--devices 1] [--tree NAME]
                                   [--dtype bfloat16] [--only TEXT]
+    python benchmarks/compiled.py --training
     python benchmarks/compiled.py --all --output benchmarks/results
 
 It needs JAX's plugins (the dependency groups `gpu` and `tpu`) but no device. Each row
@@ -12,6 +13,7 @@ sharded over both axes of a 4 x 2 mesh.
 """
 
 import functools
+import itertools
 
 # Must come first: it sets environment variables that JAX reads.
 from _targets import TARGETS, compiled, devices
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _gpt import FIXED, SMALL, initial, loss_of
 from _results import machine, parser, write
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -96,6 +99,8 @@ ALL = [
     (SCANNED, "float32", "TPU v5e", 1, (*CORE, "optclip.clip_per_layer")),
     (FIRST, "float32", "TPU v6e", 1, CORE),
 ]
+# The training step is compiled for a GPU only: for a TPU it takes XLA minutes a row.
+TRAINING = (*CORE, "optclip.zclip", *UNITS, *WRAPPERS, "optclip.stabilize")
 
 
 def shapes_of(tree, target, count):
@@ -115,14 +120,18 @@ def shapes_of(tree, target, count):
     return params, place
 
 
+def chained(clip):
+    """Returns AdamW behind a clip, or in a wrapper."""
+    inner = optax.adamw(1e-3)
+    if clip is None:
+        return inner
+    return clip(inner) if callable(clip) else optax.chain(clip, inner)
+
+
 def measure(clip, tree, target, count, dtype="float32"):
     """Returns the costs of a step with clipping; ``dtype`` is that of the gradients."""
     params, place = shapes_of(tree, target, count)
-    inner = optax.adamw(1e-3)
-    if clip is None:
-        tx = inner
-    else:
-        tx = clip(inner) if callable(clip) else optax.chain(clip, inner)
+    tx = chained(clip)
     shapes = {x.shape for x in jax.tree.leaves(params)}
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
@@ -142,22 +151,55 @@ def measure(clip, tree, target, count, dtype="float32"):
     return compiled(step, target, params, state, grads, donate=(0, 1))
 
 
+def measure_training(clip, size, target):
+    """Returns the costs of a whole training step of a GPT of this size."""
+    place = SingleDeviceSharding(devices(target, 1)[0])
+    tx = chained(clip)
+
+    def step(params, state, tokens):
+        grads = jax.grad(loss_of)(params, tokens, size.heads)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.eval_shape(lambda: initial(size))
+    tokens = jax.ShapeDtypeStruct((size.batch, size.context + 1), jnp.int32)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (params, jax.eval_shape(tx.init, params), tokens),
+    )
+    return compiled(step, target, *shapes, donate=(0, 1), options=FIXED)
+
+
+def training_table(target):
+    """Yields the lines of the table of a whole training step."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: initial(SMALL)))
+    yield from ("", f"## Training step of a GPT-2 small, 1 {target}", "")
+    run = functools.partial(measure_training, size=SMALL, target=target)
+    yield from _rows("float32", TRAINING, run, 4 * sum(x.size for x in leaves))
+
+
 def table(tree, dtype, target, count, rows):
     """Yields the lines of one table, as they are measured."""
     size = jnp.dtype(dtype).itemsize * sum(int(np.prod(s)) for s in TREES[tree])
     plural = "s" if count > 1 else ""
     yield from ("", f"## {tree}, {dtype} gradients, {count} {target}{plural}", "")
+    measure(None, "policy network of 8 leaves", target, 1)  # costs that are paid once
+    run = functools.partial(measure, tree=tree, target=target, count=count, dtype=dtype)
+    yield from _rows(dtype, rows, run, size)
+
+
+def _rows(dtype, rows, run, size):
+    """Yields the head and the rows of a table; ``run`` measures one of them."""
     yield (
         "| before AdamW | passes over the gradients | accessed, MB | kernels | "
         "conditions | collectives | temporaries, MB | CPU s to compile |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    measure(None, "policy network of 8 leaves", target, 1)  # costs that are paid once
     bare = None
     for name, clip in clips(dtype).items():
         if bare is not None and rows and name not in rows:
             continue
-        cost = measure(clip, tree, target, count, dtype)
+        cost = run(clip)
         sent = ", ".join(f"{n} {k}" for k, n in sorted(cost.collectives.items()))
         if bare is None:
             bare = cost
@@ -182,6 +224,7 @@ def main():
     """Measures what the command line asks for."""
     options = parser(__doc__)
     options.add_argument("--all", action="store_true", help="all tables of the docs")
+    options.add_argument("--training", action="store_true", help="the training step")
     options.add_argument("--target", choices=TARGETS, default="H100")
     options.add_argument("--devices", type=int, choices=(1, 8), default=1)
     options.add_argument("--tree", choices=TREES, default=FIRST)
@@ -191,24 +234,27 @@ def main():
     lines = [
         "# What a clip costs on accelerators",
         "",
-        "These programs were compiled but not run: no GPU or TPU was available, so the "
-        "time of a step is not known. Rows are compared with the first, AdamW alone: "
-        "bytes that kernels move from and to main memory, in passes over the "
-        "gradients, kernels, and CPU seconds of tracing and compiling. A condition "
-        "makes the host wait. *Accessed* is XLA's own count on a TPU, which counts "
-        "accesses to fast memory too. Parameters are float32; where "
-        "gradients are bfloat16, optclip returns its updates in float32 "
-        "(`update_dtype`).",
+        "These programs were compiled but not run, so the tables do not say how long "
+        "a step takes. Rows are compared with the first, AdamW alone: bytes that "
+        "kernels move from and to main memory, in passes over the gradients, kernels, "
+        "and CPU seconds of tracing and compiling. A condition makes the host wait. "
+        "*Accessed* is XLA's own count on a TPU, which counts accesses to fast memory "
+        "too. Parameters are float32; where gradients are bfloat16, optclip returns "
+        "its updates in float32 (`update_dtype`). The training step computes its "
+        "gradients in bfloat16, and XLA can fuse their conversion to float32 into what "
+        "reads them.",
         "",
         f"Compiled on {machine()}.",
     ]
     print("\n".join(lines))
     rows = tuple(name for name in clips("float32") if chosen.only in name)
     one = (chosen.tree, chosen.dtype, chosen.target, chosen.devices, rows)
-    for part in ALL if chosen.all else [one]:
-        for line in table(*part):
-            print(line, flush=True)
-            lines.append(line)
+    tables = [table(*part) for part in (ALL if chosen.all else [one])]
+    if chosen.all or chosen.training:
+        tables = [training_table("H100"), *(tables if chosen.all else [])]
+    for line in itertools.chain.from_iterable(tables):
+        print(line, flush=True)
+        lines.append(line)
     write(chosen.output, "compiled.md", lines)
 
 

@@ -17,7 +17,8 @@ version = importlib.metadata.version("jaxlib").split(".")
 if (int(version[0]), int(version[1])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([given, *(f for f in FLAGS if f not in given)])
+missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing])
 
 # Many tests compile the same small programs: what one worker has compiled, all load.
 # Workers inherit the variables of the process that starts them, which makes the folder

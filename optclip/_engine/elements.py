@@ -136,9 +136,9 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         tops = call.measured.norm[0]
         tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
         skipped = call.bad & (policy == "skip")
-        # As in `scale_groups`: without this barrier, XLA writes the values that
-        # measuring and clamping have in common to memory.
-        leaves, tops = sharding.kept_apart((leaves, tops))
+        # As in `scale_groups`: without this barrier, XLA for a CPU writes the values
+        # that measuring and clamping have in common to memory.
+        leaves, tops = sharding.kept_apart_on_cpu((leaves, tops))
     new, new_state, recorded = [], [], []
     for i, x in enumerate(leaves):
         wide = widen(x)
@@ -194,7 +194,8 @@ def _leaf_statistics(
     threshold: Any = jnp.asarray(limit.threshold).astype(top.dtype)
     low = jnp.min(threshold, initial=jnp.inf)
     if threshold.ndim == 0 and limit.low is None:
-        usable = jnp.isfinite(top) & (top > 0)
+        # A GPU's division is not correctly rounded: x / x may be below 1.
+        usable = jnp.isfinite(top) & (top > 0) & (last != top)
         scale = jnp.where(usable, last / jnp.where(usable, top, 1.0), 1.0)
         return last, low, top > threshold, scale
     exceeding = _exceeds(x, magnitude, limit)

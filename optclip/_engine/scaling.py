@@ -178,10 +178,10 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
     columns = zip(*((r.scale, r.first, r.zeroed) for r in results), strict=True)
     parts = [column for column in columns if column[0] is not None]
-    # Without the barrier, XLA shares one widened copy of the leaves between measuring
-    # and scaling, and writes it to memory. With it, XLA fuses the scaling into the
-    # optimizer update.
-    leaves, parts = sharding.kept_apart((list(leaves), parts))
+    # Without the barrier, XLA for a CPU shares one widened copy of the leaves between
+    # measuring and scaling, and writes it to memory. With it, XLA fuses the scaling
+    # into the optimizer update.
+    leaves, parts = sharding.kept_apart_on_cpu((list(leaves), parts))
     factors = _for_leaves(parts, call)
     new = [
         cast_output(

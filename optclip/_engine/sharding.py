@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from optclip._engine.pytrees import Leaves, is_measured, leaves_of, trained
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_bound",
     "in_one_array",
     "kept_apart",
+    "kept_apart_on_cpu",
     "leaf_axes",
     "leaf_specs",
     "most",
@@ -245,6 +247,18 @@ def kept_apart(tree: Any) -> Any:
         for i, x in zip(at, behind, strict=True):
             flat[i] = x
     return jax.tree.unflatten(treedef, flat)
+
+
+def kept_apart_on_cpu(tree: Any) -> Any:
+    """Returns ``tree`` behind a barrier on a CPU, and as it is on other devices.
+
+    A GPU or TPU computes a cheap value that two kernels need, such as a gradient that
+    a backward pass converts from bfloat16, in both of them. Behind a barrier, XLA
+    would write it to memory.
+    """
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
+        return tree
+    return lax.platform_dependent(tree, cpu=kept_apart, default=lambda tree: tree)
 
 
 def in_one_array(values: Sequence[jax.Array]) -> list[jax.Array]:

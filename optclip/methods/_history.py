@@ -37,18 +37,18 @@ def guard_statistics(
     """Returns a rule that never records zeros (unless ``zeros``) or non-finite values.
 
     The engine never passes NaN or inf to a rule, so only an overflow of the statistics
-    themselves has to be caught here. The statistics are float32: a float64 norm above
-    the largest float32 is treated as the largest float32, and one below the smallest
-    normal float32 is treated as zero, with an infinite threshold.
+    themselves has to be caught here. The statistics are float32, so a float64 norm
+    above the largest float32 is treated as the largest float32. A norm below the
+    smallest normal float32 is treated as zero, which a GPU would not do by itself; if
+    it is float64, its threshold is infinite.
     """
 
     def guarded(norm, state, context):
-        value, seen, zero = norm, state, norm == 0
+        seen, zero = state, jnp.abs(norm) < SMALLEST
+        value = jnp.where(zero, 0.0, norm).astype(norm.dtype)
         wide = jnp.finfo(norm.dtype).bits > 32
         if wide:
-            zero = jnp.abs(norm) < SMALLEST
-            value = jnp.clip(norm, -LARGEST, LARGEST)
-            value = jnp.where(zero, 0.0, value).astype(norm.dtype)
+            value = jnp.clip(value, -LARGEST, LARGEST)
             # Without this, a multiple of a large statistic would overflow in float32.
             seen = jax.tree.map(lambda x: _in_dtype_of(norm, x), state)
         limit, after = update(value, seen, context)

@@ -40,8 +40,8 @@ def log_window_sigma(
     There is no threshold until half the window, and at least two norms, is filled. The
     norms of a training run are approximately log-normal, so on a logarithmic scale
     large norms that belong to the typical noise are not outliers. The rule is scale
-    invariant. Norms of zero are not recorded, and neither are subnormal norms, below
-    1.2e-38, on devices that flush them to zero.
+    invariant. Norms of zero are not recorded, and neither are subnormal norms, which
+    are below 1.2e-38.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.

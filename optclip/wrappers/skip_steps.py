@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip._engine import group_norms, pytrees, sharding, validation
@@ -359,17 +360,21 @@ def skip_steps(
         if by_loss is not None and loss_said is not None:
             loss_above = states.to_finite_f32(loss_said.threshold)
             loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
-        # Without this, XLA materializes what measuring and the optimizer share, such as
-        # squares.
-        updates = sharding.kept_apart(updates)
+        # Without this, XLA for a CPU materializes what measuring and the optimizer
+        # share, such as squares.
+        updates = sharding.kept_apart_on_cpu(updates)
         out, after = _holding.update_unless(
             skip, inner, updates, state.optimizer_state, params, extra_args
         )
 
         worst = _worst(measured.norm[0], measured.kinds)
-        kinds = measured.kinds[worst]
+        # Picked by comparison: if the gradients are constants of a `jax.lax.scan`, XLA
+        # for a GPU fails to compile an index that depends on them through a barrier.
+        here = np.arange(len(measured.kinds), dtype=np.int32) == worst
+        kinds = jnp.any(measured.kinds & here[:, None], axis=0)
         if paths and state.nonfinite.leaf_code.size != len(paths):
-            worst = states.row_numbers(state.nonfinite, paths)[worst]
+            rows = states.row_numbers(state.nonfinite, paths)
+            worst = jnp.sum(jnp.where(here, rows, 0), dtype=jnp.int32)
         worst = jnp.where(nonfinite | norm_said.spike, worst, -1)
         noted = BadSteps(step, norm, level, worst, kinds)
         last_bad = jax.tree.map(pushed, state.last_bad, noted)

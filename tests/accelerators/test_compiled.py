@@ -7,7 +7,13 @@ import functools
 import pathlib
 import sys
 
+import jax
+import numpy as np
+import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
+
+import optclip
 
 pytest.importorskip("jax_cuda12_plugin")
 pytest.importorskip("libtpu")
@@ -16,6 +22,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 compiled = pytest.importorskip("compiled", reason="benchmarks/ is not here")
+gpt = pytest.importorskip("_gpt", reason="benchmarks/ is not here")
 
 TREE = "29M parameters in 81 leaves"
 SIZE = 4 * sum(compiled.np.prod(shape) for shape in compiled.TREES[TREE])
@@ -62,6 +69,59 @@ def test_units_move_little_more_than_with_optax_on_a_gpu():
     ours, optax = (added(f"{package}.adaptive_grad_clip")[0] for package in
                    ("optclip", "optax"))  # fmt: skip
     assert ours <= optax + 0.05
+
+
+MODEL = gpt.Size(4, 128, 256, 4, 4, 1000)
+
+
+@functools.cache
+def training_cost(name):
+    with jax.numpy_rank_promotion("allow"):
+        return compiled.measure_training(compiled.clips("float32")[name], MODEL, "H100")
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_by_global_norm", "clip_by_leaf_norm", "zclip", "skip_steps"]
+)
+def test_gradients_converted_by_a_backward_pass_are_not_written_for_a_clip(name):
+    ours, optax = map(training_cost, (f"optclip.{name}", "optax.clip_by_global_norm"))
+    size = sum(x.nbytes for x in jax.tree.leaves(gpt.initial(MODEL)))
+    assert ours.bytes - optax.bytes <= 0.1 * size
+    assert ours.conditions == 0
+
+
+SCANNED = {
+    "clip_by_global_norm": optclip.clip_by_global_norm(1.0),
+    "adaptive_grad_clip": optclip.adaptive_grad_clip(0.1),
+    "clip_by_value": optclip.clip_by_value(0.1, record=True),
+    "autoclip": optclip.autoclip(),
+    "adagc": optclip.adagc(),
+    "skip_steps": optclip.skip_steps(optax.adam(1e-2)),
+    "skip_steps of zclip": optclip.skip_steps(
+        optax.chain(optclip.zclip(), optax.adam(1e-2)), when=50.0
+    ),
+    "stabilize": optclip.stabilize(optax.adam(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_a_scan_over_constant_gradients_compiles_for_a_gpu(name):
+    # XLA evaluates what depends on constants and the number of the step only, and
+    # fails if a barrier is part of it.
+    tx = SCANNED[name]
+    params = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
+    grads = {k: np.stack([x, 2 * x, 3 * x]) for k, x in params.items()}
+    place = SingleDeviceSharding(compiled.devices("H100", 1)[0])
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+    )
+
+    def run(state):
+        step = lambda state, g: tx.update(g, state, params)[::-1]  # noqa: E731
+        return jax.lax.scan(step, state, grads)
+
+    jax.jit(run).lower(state).compile()
 
 
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
