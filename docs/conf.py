@@ -1,6 +1,5 @@
 """How Sphinx builds the site; works without a network."""
 
-import os
 import pathlib
 import re
 import shutil
@@ -77,14 +76,21 @@ myst_enable_extensions = ["colon_fence"]
 # The outputs stored in the notebooks are shown; tools/build_notebooks.py makes them.
 nb_execution_mode = "off"
 
-# Links to other projects need their inventories, so only where there is a network.
-if os.environ.get("READTHEDOCS"):
-    extensions.append("sphinx.ext.intersphinx")
-    intersphinx_mapping = {
-        "python": ("https://docs.python.org/3", None),
-        "jax": ("https://docs.jax.dev/en/latest", None),
-        "optax": ("https://optax.readthedocs.io/en/latest", None),
-    }
+# Names of other libraries, and where they are documented. Each file in `inventories`
+# holds the address of a site, and a line per name: the name and its page. They are kept
+# here, so that the site builds without a network.
+SHORT = {"jnp.": "jax.numpy.", "lax.": "jax.lax."}
+
+
+def other_names():
+    """Returns the address of the documentation of each name in `inventories`."""
+    found = {}
+    for file in sorted((HERE / "inventories").glob("*.txt")):
+        first, *rows = file.read_text(encoding="utf-8").splitlines()
+        site = first.removeprefix("# ")
+        pairs = [row.split() for row in rows]
+        found |= {name: f"{site}/{page}" for name, page in pairs}
+    return found
 
 
 def write_tables(app, config):
@@ -155,14 +161,14 @@ def tidy_signature(app, what, name, obj, options, signature, returns):
 
 
 class LinkCode(SphinxPostTransform):
-    """Makes the name of a function or class in prose a link to its page."""
+    """Makes the name of a function or class in prose a link to its documentation."""
 
     default_priority = 5
     formats = ("html",)
 
     def run(self, **kwargs):
-        """Replaces each literal that names a public object."""
-        objects = self.env.domains["py"].objects
+        """Replaces each literal that names a public object, or one of `inventories`."""
+        objects, others = self.env.domains["py"].objects, other_names()
         for node in list(self.document.findall(nodes.literal)):
             if isinstance(node.parent, (nodes.reference, addnodes.pending_xref)):
                 continue
@@ -172,6 +178,15 @@ class LinkCode(SphinxPostTransform):
             name = next(
                 (p + name for p in places if name and p + name in objects), None
             )
+            if name is None and found:
+                start = next((x for x in SHORT if found[1].startswith(x)), "")
+                full = SHORT.get(start, "") + found[1].removeprefix(start)
+                if full in others:
+                    link = nodes.reference(
+                        "", "", node.deepcopy(), internal=False, refuri=others[full]
+                    )
+                    node.replace_self(link)
+                continue
             if name is None or objects[name].docname == self.env.docname:
                 continue
             entry = objects[name]
@@ -186,9 +201,28 @@ class LinkCode(SphinxPostTransform):
             node.replace_self(link)
 
 
+def link_other(app, env, node, contnode):
+    """Links a name in a docstring that is one of `inventories`."""
+    address = other_names().get(node.get("reftarget", ""))
+    if address is None:
+        return None
+    return nodes.reference("", "", contnode, internal=False, refuri=address)
+
+
+def describe(app, pagename, templatename, context, doctree):
+    """Adds the description of the page, for search engines."""
+    rows = (HERE / "descriptions.txt").read_text(encoding="utf-8").splitlines()[1:]
+    found = dict(row.split(": ", 1) for row in rows)
+    if pagename in found:
+        tag = f'<meta name="description" content="{found[pagename]}" />'
+        context["metatags"] = context.get("metatags", "") + tag
+
+
 def setup(app):
     """Registers the steps above; docstrings are translated before napoleon."""
     app.add_post_transform(LinkCode)
+    app.connect("missing-reference", link_other)
+    app.connect("html-page-context", describe)
     app.connect("config-inited", write_tables)
     app.connect("config-inited", copy_notebooks)
     app.connect("autodoc-process-signature", tidy_signature)

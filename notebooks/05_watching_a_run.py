@@ -147,7 +147,7 @@ plt.show()
 # you where it was first seen.
 
 # %%
-by_leaf = jax.device_get(optclip.leaf_metrics(state, params))
+by_leaf = jax.device_get(optclip.leaf_metrics(state))
 names = [name for name in by_leaf if name.endswith("/norm")]
 for name in names:
     print(f"{name.removesuffix('/norm'):16}{by_leaf[name]:.2g}")
@@ -158,7 +158,7 @@ for name in ("skip/steps", "skip/skipped_steps", "skip/spike_steps"):
     print(f"{name:22}{int(totals[name])}")
 print(f"{'clip/clipped_fraction':22}{totals['clip/clipped_fraction']:.2f}")
 print()
-nonfinite_leaves = optclip.nonfinite_leaves(state, params)
+nonfinite_leaves = optclip.nonfinite_leaves(state)
 for leaf in nonfinite_leaves:
     print(f"step {leaf.step}: {leaf.path}")
 

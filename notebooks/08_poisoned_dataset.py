@@ -243,7 +243,7 @@ bottom.set(ylim=(2e-3, 100), xlabel="step")
 plt.show()
 
 print("skipped:", int(left_out.sum()), "of", int(optclip.metrics(state)["skip/steps"]))
-for leaf in optclip.nonfinite_leaves(state, init_params())[:5]:
+for leaf in optclip.nonfinite_leaves(state)[:5]:
     print(
         f"step {leaf.step}: {leaf.path:14} {'NaN' if leaf.nan else '':4}",
         f"norm {leaf.norm:.2g}, loss {leaf.loss:.2g}",
@@ -353,7 +353,7 @@ assert kept["skip/norm"][11] < kept["skip/norm"][:20].max()
 assert kept["skip/loss"][11] < 1.5 * kept["skip/loss"][0]
 assert kept["skip/norm"][306] > kept["skip/threshold"][306]
 assert kept["skip/loss"][306] > 10 * kept["skip/loss_threshold"][306]
-spoiled = [c for c in optclip.nonfinite_leaves(state, init_params()) if c.nan]
+spoiled = [c for c in optclip.nonfinite_leaves(state) if c.nan]
 assert "hidden/kernel" in {c.path for c in spoiled}
 
 spoiled = np.isin(bad_examples, (NAN, INF))

@@ -60,7 +60,7 @@ if _TYPE_CHECKING:
     from optclip import diagnosis
     from optclip.diagnosis import diagnose
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ExampleStats",

@@ -191,8 +191,10 @@ def clip_by_rule(
         if not record:
             steps = states.scalar(0, jnp.int32)
             return UnrecordedState(states.tree_copy(rule_state), steps)
-        groups = None
-        if not (layout.scalar or scope.summary):
+        groups: Any = ()
+        if layout.scalar and not scope.by_element:
+            groups = None
+        elif not (layout.scalar or scope.summary):
             rows = cut.plan.groups.rows
             whole_leaves = layout.groups is not None
             which = [row if whole_leaves else array for array, row in rows] or [0]
@@ -243,7 +245,7 @@ def clip_by_rule(
             state.nonfinite, kinds, bad > 0, state.steps, paths
         )
         groups = state.groups
-        if groups is not None and done.group_stats is not None:
+        if isinstance(groups, GroupStats) and done.group_stats is not None:
             groups = _group_stats(done.group_stats, cut.layout, groups.group_of_leaf)
         steps, clipped_steps = states.count_event(
             state.steps, state.clipped_steps, clipped > 0

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from optclip._engine import group_norms, grouping, pytrees, validation
 from optclip._engine.grouping import Layout
 from optclip._engine.power_sums import unpool
+from optclip._engine.types import Axis, Order
 from optclip._engine.validation import EUCLIDEAN
 
 __all__ = ["global_norm", "leaf_norms", "unit_norms"]
@@ -43,7 +44,9 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
     return list(measured.norm), found
 
 
-def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> jax.Array:
+def global_norm(
+    tree: Any, *, ord: Order = EUCLIDEAN, axis_name: Any = None
+) -> jax.Array:
     """Returns the global norm of a pytree: the norm of all leaves as one vector.
 
     For entries x_1 ... x_n it is (sum |x_i|**p) ** (1/p) with ``ord=p``, the largest
@@ -83,7 +86,7 @@ def global_norm(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> ja
     return norms[0].reshape(()) if norms else jnp.zeros([], jnp.float32)
 
 
-def leaf_norms(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> Any:
+def leaf_norms(tree: Any, *, ord: Order = EUCLIDEAN, axis_name: Any = None) -> Any:
     """Returns the norm of each leaf, in a pytree of the same structure.
 
     Args:
@@ -109,7 +112,7 @@ def leaf_norms(tree: Any, *, ord: Any = EUCLIDEAN, axis_name: Any = None) -> Any
 
 
 def unit_norms(
-    tree: Any, *, axis: Any = None, ord: Any = EUCLIDEAN, axis_name: Any = None
+    tree: Any, *, axis: Axis = None, ord: Order = EUCLIDEAN, axis_name: Any = None
 ) -> Any:
     """Returns the norm of each output unit, in a pytree of the same structure.
 

@@ -13,6 +13,7 @@ import jax
 
 from optclip._engine import grouping, pytrees
 from optclip._engine.grouping import Axes, Layout
+from optclip._engine.types import Axis
 
 __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
@@ -173,7 +174,7 @@ def layer(stack_axes: Any) -> Scope:
     return Scope("layer", _slices(axes_of, stack_axes, "stack_axes"))
 
 
-def unit(axis: Any = None) -> Scope:
+def unit(axis: Axis = None) -> Scope:
     """Makes each output unit (neuron or filter) a group of its own.
 
     The default axes are those of Optax's AGC. A scalar or vector is one unit. A leaf of

@@ -17,9 +17,17 @@ import optax
 
 from optclip._engine import group_norms, pytrees, validation
 from optclip._engine import state as states
-from optclip._engine.lookup import Located, find, known, locate, names_of, outside_jit
+from optclip._engine.lookup import (
+    Located,
+    Paths,
+    contents_of,
+    find,
+    locate,
+    outside_jit,
+    path_finder,
+)
 from optclip._engine.numerics import increment
-from optclip._engine.state import ClipState, NonfiniteStats
+from optclip._engine.state import ClipState, GroupStats, NonfiniteStats
 from optclip._engine.types import Order
 from optclip._engine.validation import EUCLIDEAN
 from optclip.wrappers.skip_steps import SkipState
@@ -148,9 +156,11 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ----------------------- | ------------------------------------------------------ |
     | `clip/norm_before`      | norm of all updates before clipping                    |
     | `clip/norm_after`       | norm of all updates after clipping                     |
-    | `clip/threshold`        | threshold of the group with the smallest scale;        |
-    |                         | 3.4028235e38 if there is none, as in a warm-up         |
-    | `clip/scale`            | smallest factor that a group was multiplied by         |
+    | `clip/threshold`        | threshold; 3.4028235e38 if there is none, as in a      |
+    |                         | warm-up                                                |
+    | `clip/scale`            | factor that the updates were multiplied by             |
+    | `clip/worst_threshold`, | instead of these two, if there are several groups:     |
+    | `clip/worst_scale`      | those of the group with the smallest scale             |
     | `clip/clipped`          | fraction of groups above their threshold at this step  |
     | `clip/steps`            | number of updates so far                               |
     | `clip/clipped_steps`    | number of updates with a group above its threshold     |
@@ -186,8 +196,9 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             several optimizers can be merged.
 
     Returns:
-        A dict of float32 and int32 scalars on the device, or of tracers inside jit;
-        empty if there are no clips. Fetch it with one ``jax.device_get``.
+        A dict of float32 and int32 scalars on the device, or of tracers inside jit.
+        Fetch it with one ``jax.device_get``. It is empty if there is nothing to read,
+        so that a training step can be compared with one without a clip.
 
     Raises:
         ValueError: If ``prefix`` is empty.
@@ -212,11 +223,12 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         return zip(prefixes, [x.state for x in found], strict=True)
 
     for name, state in named(prefix, ClipState):
+        worst = "" if state.groups is None else "worst_"
         out |= {
             f"{name}/norm_before": state.norm_before,
             f"{name}/norm_after": state.norm_after,
-            f"{name}/threshold": state.threshold,
-            f"{name}/scale": state.scale,
+            f"{name}/{worst}threshold": state.threshold,
+            f"{name}/{worst}scale": state.scale,
             f"{name}/clipped": state.clipped,
             f"{name}/steps": state.steps,
             f"{name}/clipped_steps": state.clipped_steps,
@@ -273,7 +285,7 @@ def _of_leaf(values: Any, index: int, row: int) -> list[tuple[str, Any]]:
 
 
 def leaf_metrics(
-    opt_state: Any, params: Any, prefix: str = ""
+    opt_state: Any, params: Any = None, prefix: str = ""
 ) -> dict[str, np.ndarray | np.generic]:
     """Returns norms, thresholds and scales per leaf, as a flat dict of scalars.
 
@@ -289,15 +301,16 @@ def leaf_metrics(
     Args:
         opt_state: Any pytree that contains states of clips.
         params: The parameters that the optimizer was initialized with, as arrays or
-            shapes; only their paths are used.
+            shapes; only their paths are used. Not needed if the optimizer has a state
+            per parameter, such as the moments of Adam, which have the same paths.
         prefix: If it is not empty, keys begin with ``prefix/``.
 
     Returns:
         A dict of NumPy float32 scalars on the host, fetched in one transfer.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialized with,
-            or the state has no metrics per leaf.
+        ValueError: If ``params`` are not those that the optimizer was initialized with
+            or are needed and missing, or the state has no metrics per leaf.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -308,16 +321,16 @@ def leaf_metrics(
         >>> float(optclip.leaf_metrics(state, params)["b/norm_before"])
         1.0
     """
-    names = names_of(params)
+    paths = path_finder(opt_state, params)
     found = [x.state for x in locate(opt_state, (ClipState,))]
-    clips = [(s.nonfinite, s.groups) for s in found if s.groups is not None]
+    clips = [(s.nonfinite, s.groups) for s in found if isinstance(s.groups, GroupStats)]
     found = [x.state for x in locate(opt_state, (RecordNormsState,))]
     recorders = [(s.nonfinite, s.leaf_norm) for s in found]
     if not clips and not recorders:
         raise ValueError(
             "`opt_state` has no metrics per leaf: clips record them in leaf, label and "
             "layer scope only. Use one of these scopes, or chain "
-            "`optclip.record_norms()`."
+            f"`optclip.record_norms()`. It contains: {contents_of(opt_state)}."
         )
     for stats, _ in [*clips, *recorders]:
         outside_jit(stats, "leaf_metrics")
@@ -336,7 +349,7 @@ def leaf_metrics(
         which = groups.group_of_leaf
         which = which.reshape(-1, which.shape[-1])[0]
         rows = _rows_in_arrays(which)
-        for i, path in known(stats.leaf_code, names):
+        for i, path in paths(stats.leaf_code):
             place = int(which[i]), rows[i]
             norms = _of_leaf(groups.group_norm, *place)
             thresholds = _of_leaf(groups.group_threshold, *place)
@@ -347,7 +360,7 @@ def leaf_metrics(
                 values = {"norm_before": norm, "threshold": threshold, "scale": scale}
                 add(f"{path}{layer}", values)
     for stats, norms in recorders:
-        for i, path in known(stats.leaf_code, names):
+        for i, path in paths(stats.leaf_code):
             add(path, {"norm": norms[..., i][()]})
     return out
 
@@ -410,14 +423,14 @@ def _event(leaf: NonfiniteLeaf, steps: int) -> _Event:
     return _Event((leaf.step + 1) / max(steps, 1), leaf)
 
 
-def _nonfinite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
+def _nonfinite(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
     """Returns the leaves that were non-finite at the last such update of a state."""
     stats = read["stats"]
     step = int(stats.last_nonfinite_step)
-    paths = known(stats.leaf_code, names)  # raises if the parameters don't match
     if step < 0:
         return []
-    rows = [(path, stats.nonfinite_kinds[i].tolist()) for i, path in paths]
+    found = paths(stats.leaf_code)
+    rows = [(path, stats.nonfinite_kinds[i].tolist()) for i, path in found]
     return [
         NonfiniteLeaf(path, step, *map(bool, kinds))
         for path, kinds in rows
@@ -425,23 +438,23 @@ def _nonfinite(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLea
     ]
 
 
-def _skipped(read: dict[str, Any], names: dict[int, str]) -> list[NonfiniteLeaf]:
+def _skipped(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
     """Returns the leaves, or the worst leaf, of each of the last skipped steps."""
-    if not read["ring"]:
+    if not read["ring"] or max(read["ring"].bad_step) < 0:
         return []
-    paths: dict[int, Any] = dict(known(read["stats"].leaf_code, names))
-    last = _nonfinite(read, names)
+    named: dict[int, Any] = dict(paths(read["stats"].leaf_code))
+    last = _nonfinite(read, paths)
     found: list[NonfiniteLeaf] = []
     for step, norm, loss, index, kinds in zip(*read["ring"], strict=True):
         if step < 0:
             continue
-        worst = NonfiniteLeaf(paths.get(int(index)), int(step), *map(bool, kinds))
+        worst = NonfiniteLeaf(named.get(int(index)), int(step), *map(bool, kinds))
         for leaf in [c for c in last if c.step == step] or [worst]:
             found.append(leaf._replace(norm=float(norm), loss=float(loss)))
     return found
 
 
-def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
+def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
     """Returns the leaves that held NaN or inf at the last such update.
 
     All states in ``opt_state`` are searched, however deeply they are nested. The
@@ -461,6 +474,8 @@ def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
         opt_state: Any pytree that contains states of clips, of `record_norms` or of
             `skip_steps`.
         params: The parameters that the optimizer was initialized with, for their paths.
+            Not needed if the optimizer has a state per parameter, such as the moments
+            of Adam, which have the same paths.
 
     Returns:
         One `NonfiniteLeaf` per leaf and step; empty if everything was finite so far and
@@ -468,8 +483,9 @@ def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
         was.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialized with,
-            or ``opt_state`` is a batch of states (take one of them first).
+        ValueError: If ``params`` are not those that the optimizer was initialized with
+            or are needed and missing, ``opt_state`` contains no state to read, or it is
+            a batch of states (take one of them first).
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -480,19 +496,23 @@ def nonfinite_leaves(opt_state: Any, params: Any) -> list[NonfiniteLeaf]:
         >>> optclip.nonfinite_leaves(state, params)  # doctest: +ELLIPSIS
         [NonfiniteLeaf(path='w', step=0, nan=True, pos_inf=True, neg_inf=False, ...)]
     """
-    names = names_of(params)
+    paths = path_finder(opt_state, params)
     states = find(opt_state, (SkipState, ClipState, RecordNormsState))
     if not states:
         raise ValueError(
             "`opt_state` contains no state of a clip, `record_norms` or `skip_steps` "
             "of optclip. Pass the state of an optimizer that contains one. A clip with "
-            "`record=False`, as `clip_by_value` is by default, records nothing."
+            "`record=False`, as `clip_by_value` is by default, records nothing. It "
+            f"contains: {contents_of(opt_state)}."
         )
     reads = jax.device_get([_read(state) for state in states])
+    if params is not None:  # a mismatch raises even if there is nothing to report
+        for read in reads:
+            paths(read["stats"].leaf_code)
     # Events of `skip_steps` come first: of two events for a leaf and step, the first is
     # kept, and these have a norm and a loss.
-    skipped = [_event(c, r["steps"]) for r in reads for c in _skipped(r, names)]
-    nonfinite = [_event(c, r["steps"]) for r in reads for c in _nonfinite(r, names)]
+    skipped = [_event(c, r["steps"]) for r in reads for c in _skipped(r, paths)]
+    nonfinite = [_event(c, r["steps"]) for r in reads for c in _nonfinite(r, paths)]
     last = max((event.when for event in nonfinite), default=-1.0)
     events: dict[tuple, _Event] = {}
     for event in [*skipped, *(e for e in nonfinite if e.when == last)]:

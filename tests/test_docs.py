@@ -6,6 +6,7 @@ A block is fenced as ```` ```python ````; all blocks of a file share one namespa
 ```` ```text ```` right below is what the code prints, but for numbers and spaces.
 """
 
+import importlib
 import importlib.util
 import inspect
 import pathlib
@@ -121,12 +122,51 @@ def test_names_in_prose_exist(page):
             found = getattr(found, part)
 
 
+def test_every_page_has_a_description():
+    rows = (ROOT / "docs" / "descriptions.txt").read_text(encoding="utf-8").splitlines()
+    pages = {page.stem for page in PAGES if page.parent != ROOT} - {"changelog"}
+    assert {row.split(": ")[0] for row in rows[1:]} == pages
+
+
+INVENTORIES = {
+    row.split()[0]
+    for file in (ROOT / "docs" / "inventories").glob("*.txt")
+    for row in file.read_text(encoding="utf-8").splitlines()[1:]
+}
+# Modules, methods and options, which have no page of their own.
+UNLINKED = {
+    "flax.nnx", "flax.nnx.Optimizer.update", "flax.serialization", "jax.config.update",
+    "jax.extend", "jax.numpy.inf", "optax.MaskedNode", "optax.losses",
+}  # fmt: skip
+SHORT = {"jnp.": "jax.numpy.", "lax.": "jax.lax."}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_of_other_libraries_in_prose_have_a_link(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    names = r"`((?:jax|jnp|lax|optax|flax|numpy)(?:\.\w+)+)(?:\(.*?\))?`"
+    for name in re.findall(names, text):
+        start = next((x for x in SHORT if name.startswith(x)), "")
+        full = SHORT.get(start, "") + name.removeprefix(start)
+        assert full in INVENTORIES | UNLINKED, f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("name", sorted(INVENTORIES))
+def test_names_of_other_libraries_exist(name):
+    package, *parts = name.split(".")
+    found = importlib.import_module(package)
+    for at, part in enumerate(parts):
+        if not hasattr(found, part):
+            importlib.import_module(".".join([package, *parts[: at + 1]]))
+        found = getattr(found, part)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_that_pages_link_to_exist(page):
     """Sphinx checks links between pages; these are those of the repository as well."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in LINK.findall(text):
-        # The notebooks are copied beside the pages when the site is built.
+        # The notebooks are copied next to the pages when the site is built.
         copied = page.parent != ROOT and target.startswith("notebooks/")
         file = (ROOT if copied else page.parent) / target
         assert file.exists(), f"{page.name} links to {target}"

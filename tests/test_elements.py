@@ -77,16 +77,16 @@ def test_the_telemetry_of_an_interval_tells_what_it_did():
     updates, metrics = clipped(tx, [-3.0, 0.2, 4.0])
     np.testing.assert_allclose(updates, [-0.1, 0.2, 4.0], rtol=1e-6)
     assert float(metrics["clip/clipped"]) == 1.0
-    np.testing.assert_allclose(metrics["clip/scale"], 0.1 / 3.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip/worst_scale"], 0.1 / 3.0, rtol=1e-6)
     _, metrics = clipped(tx, [-0.05, 0.2, 4.0])
     assert float(metrics["clip/clipped"]) == 0.0
-    assert float(metrics["clip/scale"]) == 1.0
+    assert float(metrics["clip/worst_scale"]) == 1.0
 
 
 def test_scale_is_the_smallest_factor_of_an_entry_that_is_not_the_largest():
     tx = optclip.clip_by_rule(jnp.array([1.0, 100.0]), scope=ELEMENT)
     _, metrics = clipped(tx, [10.0, 50.0])
-    np.testing.assert_allclose(metrics["clip/scale"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip/worst_scale"], 0.1, rtol=1e-6)
     assert float(metrics["clip/clipped"]) == 1.0
 
 
@@ -99,9 +99,9 @@ def test_scale_of_entries_that_a_rule_raises_is_above_one():
     tx = optclip.clip_by_rule(raising, scope=ELEMENT)
     updates, metrics = clipped(tx, [2.0, 0.0, -4.0])
     np.testing.assert_allclose(updates, [3.0, 0.0, -6.0], rtol=1e-6)
-    np.testing.assert_allclose(metrics["clip/scale"], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip/worst_scale"], 1.5, rtol=1e-6)
     _, metrics = clipped(tx, [0.0, 0.0])
-    assert float(metrics["clip/scale"]) == 1.0
+    assert float(metrics["clip/worst_scale"]) == 1.0
 
 
 # What each entry method makes of one infinite entry among good ones, after a warm start

@@ -190,7 +190,7 @@ def trained(request):
     data, losses, thresholds = batch(), [], []
     for _ in range(STEPS):
         losses.append(float(run.step(data)))
-        thresholds.append(float(optclip.metrics(run.read()[0])["clip/threshold"]))
+        thresholds.append(float(optclip.metrics(run.read()[0])["clip/worst_threshold"]))
     return run, traces, before, losses, thresholds
 
 

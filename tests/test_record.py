@@ -92,7 +92,7 @@ def test_readers_find_nothing_in_a_clip_without_a_record():
     assert optclip.nonfinite_leaves(state, PARAMS) == []
     assert optclip.metrics(state[0]) == {}
     with pytest.raises(ValueError, match="`record=False`, as `clip_by_value` is"):
-        optclip.nonfinite_leaves(state[0], PARAMS)
+        optclip.nonfinite_leaves(state[0])
 
 
 @pytest.mark.parametrize("make", [optclip.clip_by_rule, optclip.clip_by_value])

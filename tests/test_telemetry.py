@@ -57,8 +57,9 @@ def test_a_fresh_state_has_the_figures_that_its_docstring_says():
 
 def test_metrics_of_a_leaf_clip_name_the_group_that_was_shortened_most():
     got = figures(stepped(optclip.clip_by_leaf_norm(jnp.array([4.0, 6.0]))))
-    assert got["clip/threshold"] == 6
-    assert got["clip/scale"] == 0.5
+    assert got["clip/worst_threshold"] == 6
+    assert got["clip/worst_scale"] == 0.5
+    assert not {"clip/threshold", "clip/scale"} & set(got)
     assert got["clip/clipped"] == 1
     np.testing.assert_allclose(got["clip/norm_after"], np.hypot(4, 6), rtol=1e-6)
     got = figures(stepped(optclip.clip_by_leaf_norm(10.0)))
@@ -77,14 +78,14 @@ def test_of_groups_scaled_alike_the_smallest_threshold_is_told():
 
 def test_the_scale_is_the_smallest_factor_also_where_all_grow():
     tx = optclip.normalize_by_norm(60.0, scope=scopes.leaf())
-    np.testing.assert_allclose(figures(stepped(tx))["clip/scale"], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(figures(stepped(tx))["clip/worst_scale"], 5.0, rtol=1e-6)
 
 
 def test_metrics_of_a_value_clip_are_largest_magnitudes():
     got = figures(stepped(optclip.clip_by_value(3.0, record=True)))
     assert got["clip/norm_before"] == 12
     assert got["clip/norm_after"] == 3
-    assert got["clip/scale"] == 0.25
+    assert got["clip/worst_scale"] == 0.25
     assert got["clip/clipped"] == 1
 
 
@@ -169,13 +170,6 @@ def test_metrics_inside_jit_are_those_outside():
     state, inside = step(GRADS, tx.init(PARAMS))
     chex.assert_trees_all_equal(inside, optclip.metrics(state))
     chex.assert_rank(jax.tree.leaves(inside), 0)
-
-
-def test_a_state_without_a_clip_has_no_metrics():
-    state = optax.adam(1e-3).init(PARAMS)
-    assert optclip.metrics(state) == {}
-    # Of leaf_metrics and nonfinite_leaves an empty answer would be taken for a good
-    # one: see test_misuse.py.
 
 
 def rows(tx, params=PARAMS, grads=GRADS):
@@ -280,3 +274,39 @@ def test_record_norms_changes_nothing_bitwise():
     for key, value in updates.items():
         a, b = np.asarray(out[key]), np.asarray(value)
         np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
+
+
+@pytest.mark.parametrize("maker", [
+    lambda tx: optax.chain(tx, optax.adam(1e-3)),
+    lambda tx: optax.MultiSteps(optax.chain(tx, optax.lion(1e-3)), 1),
+    lambda tx: optax.chain(optax.trace(0.9), optax.flatten(optax.identity()), tx),
+    lambda tx: optclip.skip_steps(optax.chain(tx, optax.adam(1e-3))),
+    lambda tx: optax.partition(
+        {"own": optax.chain(tx, optax.adam(1e-3)), "rest": optax.sgd(1e-3)},
+        {"a": {"w": "own", "b": "rest"}, "c": [{"w": "own"}]},
+    ),
+])  # fmt: skip
+def test_leaves_are_named_by_the_moments_of_the_optimizer(maker):
+    params = {"a": {"w": jnp.ones(2), "b": jnp.ones(3)}, "c": [{"w": jnp.ones(4)}]}
+    bad = {"a": {"w": jnp.ones(2), "b": jnp.ones(3)}, "c": [{"w": jnp.full(4, np.nan)}]}
+    tx = maker(optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0)))
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    _, state = tx.update(bad, state, params)
+    (leaf,), (same,) = (optclip.nonfinite_leaves(state, p) for p in (None, params))
+    assert leaf[:5] == same[:5] == ("c/0/w", 1, True, False, False)
+    got, wanted = optclip.leaf_metrics(state), optclip.leaf_metrics(state, params)
+    assert got.keys() == wanted.keys()
+    assert {"a/w/scale", "c/0/w/norm"} <= got.keys()
+
+
+def test_without_moments_the_parameters_are_needed_to_name_leaves():
+    tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optax.sgd(1e-3))
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert optclip.nonfinite_leaves(state) == []  # there is none to name
+    with pytest.raises(ValueError, match="`params` is needed to name leaves"):
+        optclip.leaf_metrics(state)
+    bad = jax.tree.map(lambda x: x * np.nan, GRADS)
+    _, state = tx.update(bad, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="`params` is needed to name leaves"):
+        optclip.nonfinite_leaves(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,18 @@ from jax.core import Tracer
 from optclip._engine import pytrees
 from optclip._engine.names import path_codes
 
-__all__ = ["Located", "find", "known", "locate", "names_of", "outside_jit"]
+__all__ = [
+    "Located",
+    "Paths",
+    "contents_of",
+    "find",
+    "locate",
+    "outside_jit",
+    "path_finder",
+]
+
+# Maps the codes of leaves that a state stores to (index, path) of each of them.
+Paths = Callable[[Any], list[tuple[int, str]]]
 
 
 class Located(NamedTuple):
@@ -96,22 +108,74 @@ def find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
     return [located.state for located in locate(opt_state, kinds)]
 
 
-def names_of(params: Any) -> dict[int, str]:
+def contents_of(opt_state: Any) -> str:
+    """Describes what an optimizer state contains, for messages."""
+    kinds: dict[str, None] = {}
+
+    def visit(node):
+        if hasattr(node, "_fields"):
+            kinds.setdefault(type(node).__name__)
+        return False
+
+    jax.tree.leaves(opt_state, is_leaf=visit)
+    return ", ".join(kinds) if kinds else f"a {type(opt_state).__name__}"
+
+
+def _names_of(tree: Any) -> dict[int, str]:
     """Returns the map from the codes of leaves, as in a state, to their paths."""
-    paths = pytrees.leaves_of(params).paths
+    paths = pytrees.leaves_of(tree).paths
     codes = path_codes(paths)
     return {int(c): p for c, p in zip(codes, paths, strict=False)}
 
 
-def known(codes: Any, names: dict[int, str]) -> list[tuple[int, str]]:
-    """Returns the (index, path) of each leaf that a state tracks."""
-    table = np.asarray(codes).reshape(-1, np.asarray(codes).shape[-1])[0].tolist()
+def _subtrees(tree: Any, least: int) -> Iterator[Any]:
+    """Yields ``tree`` and all its subtrees with at least this many leaves."""
+    if len(jax.tree.leaves(tree)) < least:
+        return
+    yield tree
+    children = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    for child in children:
+        if child is not tree:
+            yield from _subtrees(child, least)
+
+
+def path_finder(opt_state: Any, params: Any) -> Paths:
+    """Returns a function that finds the paths of the leaves that a state tracks.
+
+    Without ``params``, the paths are those of a part of ``opt_state`` that has the
+    structure of the parameters, such as the moments of Adam.
+    """
     (empty,) = path_codes([]).tolist()
-    missing = [c for c in table if c not in names and c != empty]
-    if missing:
+    given = None if params is None else _names_of(params)
+    memory: dict[tuple, dict[int, str]] = {}
+
+    def names_for(wanted: Sequence[int]) -> dict[int, str]:
+        for tree in _subtrees(opt_state, max(len(wanted), 1)):
+            names = _names_of(tree)
+            if all(code in names for code in wanted):
+                return names
         raise ValueError(
-            f"`params` has no parameter for {len(missing)} of the {len(table)} leaves "
-            "that the state tracks. Pass the parameters that the optimizer was "
-            "initialized with."
+            "`params` is needed to name leaves, since no part of `opt_state` has the "
+            "structure of the parameters, as the moments of Adam have. Pass the "
+            "parameters that the optimizer was initialized with."
         )
-    return [(i, names[c]) for i, c in enumerate(table) if c in names]
+
+    def paths(codes: Any) -> list[tuple[int, str]]:
+        table = np.asarray(codes).reshape(-1, np.asarray(codes).shape[-1])[0].tolist()
+        wanted = tuple(c for c in table if c != empty)
+        if given is None:
+            if wanted not in memory:
+                memory[wanted] = names_for(wanted)
+            names = memory[wanted]
+        else:
+            names = given
+        missing = [c for c in wanted if c not in names]
+        if missing:
+            raise ValueError(
+                f"`params` has no parameter for {len(missing)} of the {len(table)} "
+                "leaves that the state tracks. Pass the parameters that the optimizer "
+                "was initialized with."
+            )
+        return [(i, names[c]) for i, c in enumerate(table) if c in names]
+
+    return paths

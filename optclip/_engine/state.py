@@ -99,7 +99,9 @@ class ClipState(NamedTuple):
         clipped_steps: int32 scalar. The number of updates in which a group was above
             its threshold; stops when ``steps`` does.
         nonfinite: A `NonfiniteStats`: the non-finite entries.
-        groups: A `GroupStats` in leaf, label and layer scope, else None.
+        groups: A `GroupStats` in leaf, label and layer scope; () in unit and element
+            scope, whose groups are too many to store; None in tree scope, which has
+            one group.
     """
 
     rule_state: tuple
@@ -111,7 +113,7 @@ class ClipState(NamedTuple):
     steps: jax.Array
     clipped_steps: jax.Array
     nonfinite: NonfiniteStats
-    groups: GroupStats | None
+    groups: GroupStats | tuple[()] | None
 
 
 class UnrecordedState(NamedTuple):

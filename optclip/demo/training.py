@@ -86,9 +86,10 @@ def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
     seen = optclip.metrics(opt_state)
     norm = seen["norms/global_norm"]
     norms = {"norm_before": norm, "norm_after": seen["norms_2/global_norm"]}
-    if "clip/scale" in seen:
-        own = ("threshold", "scale", "clipped")
-        mine = {name: seen[f"clip/{name}"] for name in own}
+    if "clip/clipped" in seen:
+        worst = "worst_" if "clip/worst_scale" in seen else ""
+        mine = {name: seen[f"clip/{worst}{name}"] for name in ("threshold", "scale")}
+        mine["clipped"] = seen["clip/clipped"]
         # The largest float32 means that there is no threshold yet.
         none = mine["threshold"] >= jnp.finfo(jnp.float32).max
         mine["threshold"] = jnp.where(none, jnp.inf, mine["threshold"])

@@ -11,7 +11,7 @@ from optclip import actions, scopes
 from optclip._engine import validation
 from optclip._engine.rule import Rule
 from optclip._engine.thresholds import limit_at, stateless
-from optclip._engine.types import DType, NonfinitePolicy, Order
+from optclip._engine.types import Axis, DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
 from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip
@@ -60,7 +60,7 @@ def relative_to_params(
 def adaptive_grad_clip(
     clipping: jax.typing.ArrayLike = 0.01,
     eps: jax.typing.ArrayLike = 1e-3,
-    axis: Any = None,
+    axis: Axis = None,
     *,
     ord: Order = EUCLIDEAN,
     nonfinite: NonfinitePolicy = "propagate",

@@ -8,7 +8,7 @@ import jax
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed
-from optclip._engine.types import DType, NonfinitePolicy, Order
+from optclip._engine.types import Axis, DType, NonfinitePolicy, Order
 from optclip._engine.validation import EUCLIDEAN
 from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold, hard
@@ -19,7 +19,7 @@ __all__ = ["clip_by_unit_norm"]
 def clip_by_unit_norm(
     max_norm: Threshold,
     *,
-    axis: Any = None,
+    axis: Axis = None,
     ord: Order = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: NonfinitePolicy = "propagate",
