@@ -9,6 +9,7 @@ those of Optax.
     optclip.metrics(opt_state)  # {"clip/norm_before": ..., "clip/scale": ..., ...}
 """
 
+import difflib as _difflib
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -114,6 +115,16 @@ __all__ = [
 ]
 
 
+# What other libraries call some of these functions.
+_ALIASES = {
+    "agc": "adaptive_grad_clip",
+    "clip_by_norm": "clip_by_global_norm",
+    "clip_grad_norm_": "clip_grad_norm",
+    "clip_grad_value_": "clip_grad_value",
+    "clip_global_norm": "clip_by_global_norm",
+}
+
+
 def __getattr__(name: str) -> _Any:
     # Imported on first use: `optclip.diagnosis` takes as long to import as all the
     # rest.
@@ -127,7 +138,12 @@ def __getattr__(name: str) -> _Any:
             "`optclip.clip_by_value`. To clip by a rule, a scope and an action, use "
             "`optclip.clip_by_rule`."
         )
-    raise AttributeError(f"module 'optclip' has no attribute {name!r}")
+    message = f"module 'optclip' has no attribute {name!r}"
+    alias = _ALIASES.get(name)
+    near = [alias] if alias else _difflib.get_close_matches(name, __all__, 2)
+    if near:
+        message += f". Did you mean {' or '.join(f'`optclip.{n}`' for n in near)}?"
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

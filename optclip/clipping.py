@@ -128,10 +128,15 @@ def clip_by_rule(
         networks, 2013, https://arxiv.org/abs/1211.5063
     """
     validation.one_of("nonfinite", nonfinite, POLICIES)
-    validation.instance("scope", scope, scopes.Scope, "made by `optclip.scopes`")
+    made = "made by a function of `optclip.scopes`: `tree()`, `leaf()`, `label(...)`, "
+    made += "`layer(...)`, `unit()` or `element()`"
+    validation.instance("scope", scope, scopes.Scope, made)
     action = actions.rescale if action is None else action
     if not callable(action):
-        raise TypeError(f"`action` must be one of `optclip.actions`, got {action!r}.")
+        raise TypeError(
+            "`action` must be `rescale`, `normalize`, `zero` or `soften()` of "
+            f"`optclip.actions`, or a function of norms and limits, got {action!r}."
+        )
     if action is actions.soften:
         raise TypeError(
             "`action` must be a function of norms and limits, got `actions.soften`, "
@@ -171,6 +176,11 @@ def clip_by_rule(
 
     def init_fn(params) -> Any:
         state = first_state(params)
+        check_keys = getattr(rule.for_groups, "check_keys", None)
+        if check_keys is not None:
+            tree = pytrees.trained(params)
+            cut = cut_for(tree, pytrees.leaves_of(tree), mapped=False)
+            check_keys(cut.layout.names)
         both = states.kind_of(pytrees.leaves_of(params), state)
         pytrees.memoized(validated, both, lambda: True)
         return state

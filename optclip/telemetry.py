@@ -339,11 +339,12 @@ def leaf_metrics(
     start = f"{prefix}/" if prefix else ""
 
     def add(path: str, values: dict[str, Any]) -> None:
-        end, k = "", 1
-        while any(f"{start}{path}/{name}{end}" in out for name in values):
+        # The only leaf of an array has the empty path.
+        begin, end, k = f"{start}{path}/" if path else start, "", 1
+        while any(f"{begin}{name}{end}" in out for name in values):
             k += 1
             end = f"_{k}"
-        out.update({f"{start}{path}/{n}{end}": value for n, value in values.items()})
+        out.update({f"{begin}{n}{end}": value for n, value in values.items()})
 
     for stats, groups in clips:
         which = groups.group_of_leaf

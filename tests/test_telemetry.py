@@ -310,3 +310,15 @@ def test_without_moments_the_parameters_are_needed_to_name_leaves():
     _, state = tx.update(bad, tx.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="`params` is needed to name leaves"):
         optclip.nonfinite_leaves(state)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.sgd(1e-3)])
+def test_an_array_without_a_container_has_the_empty_path(optimizer):
+    params = jnp.ones(3)
+    tx = optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0), optimizer)
+    _, state = tx.update(params * np.nan, tx.init(params), params)
+    for given in (None, params):
+        (leaf,) = optclip.nonfinite_leaves(state, given)
+        assert leaf.path == ""
+        names = {"norm", "norm_before", "threshold", "scale"}
+        assert optclip.leaf_metrics(state, given).keys() == names

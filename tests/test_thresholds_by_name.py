@@ -189,3 +189,28 @@ ERRORS = [
 def test_misuse_says_what_to_do(act, message):
     with pytest.raises((ValueError, TypeError), match=message):
         act()
+
+
+BY_TOP = optclip.scopes.label(lambda path: path.split("/")[0])
+BY_LEAF = [optclip.scopes.leaf(), optclip.scopes.layer(0), optclip.scopes.unit()]
+TWO = {"encoder": {"w": jnp.ones((2, 3))}, "decoder": {"b": jnp.ones(2)}}
+
+
+@pytest.mark.parametrize("scope", [*BY_LEAF, BY_TOP], ids=lambda scope: scope.name)
+def test_a_key_that_no_group_uses_is_refused(scope):
+    for table, key in (
+        ({"encoder": 1.0, "decodr": 2.0, "": 3.0}, "decodr"),
+        ({"encoder": 1.0, "decoder": 1.0, "haed": 2.0}, "haed"),
+    ):
+        with pytest.raises(ValueError, match=f"the key '{key}' belongs to no group"):
+            optclip.clip_by_rule(table, scope=scope).init(TWO)
+    # A default need not be used.
+    optclip.clip_by_rule({"encoder": 1.0, "decoder": 2.0, "": 3.0}, scope=scope).init(
+        TWO
+    )
+
+
+@pytest.mark.parametrize("scope", BY_LEAF, ids=lambda scope: scope.name)
+def test_a_key_behind_one_that_matches_everything_is_refused(scope):
+    with pytest.raises(ValueError, match="put it before a key that matches more"):
+        optclip.clip_by_rule({"": 3.0, "encoder": 1.0}, scope=scope).init(TWO)

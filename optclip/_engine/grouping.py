@@ -162,6 +162,11 @@ def shape_buckets(leaves: Sequence[Any], *each: Sequence[Any]) -> SliceGroups:
     return SliceGroups(tuple(map(tuple, alike.values())))
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Returns whether a pattern of a table is found in a name."""
+    return re.search(pattern, name) is not None
+
+
 def lookup(table: Any, path: str, argument: str) -> Any:
     """Returns the value of ``path`` in ``table``.
 
@@ -177,7 +182,7 @@ def lookup(table: Any, path: str, argument: str) -> Any:
                     f"the key {pattern!r}."
                 )
             try:
-                found = re.search(pattern, path)
+                found = matches(pattern, path)
             except re.error as error:
                 raise ValueError(
                     f"`{argument}` must map regular expressions to values, but the key "

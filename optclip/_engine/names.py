@@ -77,6 +77,11 @@ def _numbered(names: list[str]) -> list[str]:
     return out
 
 
+# The code of a state without leaves. It is not 0, which is the checksum of the empty
+# name: that of an array without a container.
+NO_LEAF = -1
+
+
 def leaf_names(tree: Any) -> list[str]:
     """Returns the name of each leaf of ``tree``; all names are distinct.
 
@@ -113,4 +118,4 @@ def path_codes(names: list[str]) -> np.ndarray:
             code = _checksum(name)
         taken.add(code)
         codes.append(code)
-    return np.asarray(codes or [0], np.int32)
+    return np.asarray(codes or [NO_LEAF], np.int32)

@@ -231,6 +231,37 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
     return Rule(init, update, "by_name")
 
 
+class _ByName:
+    """What `Rule.for_groups` is for `by_name`.
+
+    It is called with the names of groups, and returns their rule.
+    """
+
+    def __init__(self, table: Any):
+        self.table = table
+
+    def __call__(self, names: Sequence[Any]) -> Rule:
+        return _for_groups(self.table, names)
+
+    def check_keys(self, names: Sequence[Any]) -> None:
+        """Raises if a key gives no group its threshold, which is probably a typo."""
+        table = self.table
+        if not isinstance(table, Mapping) or not names:
+            return
+        # A key that matches every name is a default, which need not be used.
+        wide = {k for k in table if isinstance(k, str) and grouping.matches(k, "")}
+        keys = {k: k for k in table}
+        used = {_threshold_of(keys, name) for name in names}
+        unused = [k for k in table if k not in used | wide]
+        if unused:
+            shown = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+            raise ValueError(
+                f"The threshold with the key {unused[0]!r} belongs to no group: the "
+                f"groups are {shown}, and the first key that matches a group counts. "
+                "Correct the key, put it before a key that matches more, or remove it."
+            )
+
+
 def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     """Returns the rule that gives each group the threshold of its label or path.
 
@@ -246,8 +277,8 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
 
     A key that equals the name of the group is used first. If there is none, the first
     key that matches as a regular expression (with `re.search`) is used; ``""`` matches
-    every name. Keys that match no group are ignored. `optclip.leaf_metrics` shows the
-    threshold that each leaf got.
+    every name. A key that is used for no group is an error, unless it matches every
+    name. `optclip.leaf_metrics` shows the threshold that each leaf got.
 
     Args:
         table: A map from label or pattern to a number, a schedule or a rule, or a
@@ -259,7 +290,7 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     Raises:
         TypeError: If ``table`` is neither a map nor a function.
         ValueError: If ``table`` is empty or holds a negative number. In ``init``, if a
-            group has no threshold.
+            group has no threshold, or a key is used for no group.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -288,6 +319,4 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
             "`scopes.tree()`."
         )
 
-    return Rule(
-        unbound, unbound, "by_name", for_groups=lambda names: _for_groups(table, names)
-    )
+    return Rule(unbound, unbound, "by_name", for_groups=_ByName(table))

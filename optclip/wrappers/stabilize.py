@@ -171,6 +171,13 @@ def stabilize(
     last: Any = cap_update(
         max_ratio, floor=floor, scope=scope, nonfinite="skip", axis_name=axis_name
     )
+    return guarded(inner, first, last, warmup_steps, mask)
+
+
+def guarded(
+    inner: Any, first: Any, last: Any, warmup_steps: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Returns ``inner`` between a clip of its gradients and one of its updates."""
 
     def own(clip, optimizer_state, cap):
         return StabilizeState(
