@@ -1,0 +1,1 @@
+"""Clipping methods compared by training: tasks x methods x learning rates x seeds."""
