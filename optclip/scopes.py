@@ -19,7 +19,7 @@ __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
 
 class Scope(NamedTuple):
-    """A way to split updates into groups, made by the functions of this module.
+    """A way to split updates into groups; the functions of this module return one.
 
     Attributes:
         name: The name of the scope in error messages.
@@ -185,7 +185,7 @@ def unit(axis: Axis = None) -> Scope:
     Args:
         axis: The axes that one unit sums over: an int or tuple of ints for all leaves,
             a function of the path, or a map from regular expression to either. Leaves
-            for which it gives None use the default axes.
+            for which it returns None use the default axes.
 
     Raises:
         ValueError: In ``init``, if an axis is out of range, a leaf of rank 6 or more

@@ -91,9 +91,10 @@ def _children(shapes: Shapes) -> dict[tuple, set]:
 
 
 def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
-    """Returns the function that tells if a leaf can be compared between two states.
+    """Returns a predicate: whether a leaf can be compared across the two states.
 
-    It can if ``init`` laid out both states alike, so that shapes differ by `FACTOR`.
+    It can if both states have the same structure there, with shapes that differ by
+    `FACTOR` only.
     """
     before, after = _children(base), _children(other)
     changed = {node for node, keys in before.items() if after.get(node) != keys}

@@ -743,7 +743,7 @@ def quick_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def power_sums(leaves: Arrays, plan: Plan, platform: str | None) -> PowerSums:
-    """Returns the sums of p-th powers of groups of leaves, in the `Form` of the device.
+    """Returns, for each group of leaves, the sum of the p-th powers of its entries.
 
     The norm is ``sum ** (1 / p) * unit``; with order inf, ``sum`` is the maximum. A sum
     is non-finite only if a leaf is, and only the sums have derivatives. ``platform`` is

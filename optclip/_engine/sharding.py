@@ -120,7 +120,7 @@ def _is_names(node: Any) -> bool:
 
 
 def _manual_axes() -> tuple[set[str], set[str]]:
-    """Returns the manual mesh axes that types show here, and those that they don't.
+    """Returns the manual mesh axes that array types show, and those they do not show.
 
     Types show no mesh axes in `jax.pmap`, and in `jax.shard_map` with
     ``check_vma=False``.

@@ -198,7 +198,7 @@ def _clipped(
 
 
 def _last_of_each_step(run: Run) -> Run:
-    """Returns the run with each step once and in order; a resumed run repeats some."""
+    """Returns the run with sorted steps, without the repeats of a resumed run."""
     _, places = np.unique(run.steps[::-1], return_index=True)
     kept = len(run.steps) - 1 - places
     columns = {

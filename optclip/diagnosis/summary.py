@@ -31,7 +31,7 @@ def _began(run: Run) -> float:
 
 
 def diverged_at(run: Run) -> int | None:
-    """Returns the index from which on a run had diverged; None if it did not.
+    """Returns the index at which the run diverged, or None if it did not.
 
     A run diverged where all steps until its end are not finite; or else where the loss
     stays above its first value until the end, for at least ten steps and a tenth of the

@@ -98,7 +98,7 @@ def places(rows: jax.Array) -> jax.Array:
 
 
 def next_place(count: jax.Array, size: Any) -> jax.Array:
-    """Returns ``count + 1``, minus ``size`` where that would exceed the largest count.
+    """Returns ``count + 1``, less ``size`` if that would exceed the largest count.
 
     So ``count % size`` keeps advancing, and a count of at least ``size`` never falls
     below ``size`` again.

@@ -118,7 +118,8 @@ def ema_zscore(
             norm that exceeds a constant history only by rounding is not a spike.
         escape_steps: After this many consecutive steps that are spikes, or whose norm
             is below a hundredth of the mean, the rule restarts with its warm-up. During
-            the warm-up, a norm is recorded as at most ten times the mean before it.
+            the warm-up, each norm is capped at ten times the previous mean before it is
+            recorded.
             None disables both, as in the original, where a deviation of zero stays
             zero.
         record_zeros: Whether norms of zero are recorded, as in the original.
