@@ -1,5 +1,5 @@
-"""Trains a recurrent network on real text, without clipping and with two methods.
+"""Trains a recurrent network on real text without clipping and with two clips.
 
-Run it as ``python -m optclip.demo``; it needs the extra ``optclip[demo]``. Nothing here
-is imported by the library itself.
+Run it with ``python -m optclip.demo``. It requires the extra ``optclip[demo]``. The
+library itself does not import this package.
 """

@@ -1,8 +1,8 @@
-"""Orbax checkpoints: one folder per chunk; the last complete one is used.
+"""Orbax checkpoints, one folder per chunk; the newest complete checkpoint is used.
 
-Orbax writes into a folder with a temporary name and renames it once everything is on
-disk. The previous checkpoint is deleted only after that, so there is always a complete
-checkpoint.
+Orbax writes to a folder with a temporary name and renames the folder after everything
+is on disk. The previous checkpoint is deleted only after that, so a complete checkpoint
+always exists.
 """
 
 import shutil
@@ -59,12 +59,12 @@ def _load(path: Path, **items: Any) -> Any:
 
 
 def clear(output: Path) -> None:
-    """Deletes the checkpoints of an earlier run in this folder."""
+    """Deletes the checkpoints of any earlier run in this folder."""
     shutil.rmtree(_folder(output), ignore_errors=True)
 
 
 def save(output: Path, progress: Progress, settings: dict[str, Any]) -> None:
-    """Saves progress and settings, then deletes older checkpoints."""
+    """Saves the progress and the settings, then deletes older checkpoints."""
     older = _complete(output)
     with _checkpointer() as checkpointer:
         checkpointer.save(
@@ -82,7 +82,7 @@ def read_settings(output: Path) -> dict[str, Any]:
     """Returns the settings of the newest checkpoint.
 
     Raises:
-        ValueError: If there is none, or if it cannot be read.
+        ValueError: If there is no checkpoint, or if it cannot be read.
     """
     loaded = _load(_newest(output), settings=ocp.args.JsonRestore())
     return loaded["settings"]
@@ -93,15 +93,16 @@ def restore(output: Path, blank: Progress) -> Progress:
 
     Args:
         output: Folder of the run.
-        blank: Progress of the same runs at step 0, for structure and shapes.
+        blank: Progress of the same runs at step 0, which provides the structure and
+            the shapes.
 
     Raises:
-        ValueError: If there is none, or if it cannot be read.
+        ValueError: If there is no checkpoint, or if it cannot be read.
     """
     path = _newest(output)
-    # Returns NumPy arrays, placed on the default device in the same way as a fresh
-    # state: arrays that Orbax places are committed to their device, which would make
-    # jit compile once more.
+    # Restored as NumPy arrays and placed on the default device like a fresh state.
+    # Arrays placed by Orbax are committed to their device, which would make jit
+    # recompile.
     target = ocp.args.StandardRestore(jax.device_get(_tree(blank)))
     loaded = _load(path, progress=target)["progress"]
     states = jax.tree.map(jnp.asarray, loaded["states"])

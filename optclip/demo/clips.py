@@ -1,4 +1,4 @@
-"""The clipping methods that the demo can run, by name, with thresholds for its task."""
+"""The clipping methods available in the demo, with thresholds for its task."""
 
 import functools
 from collections.abc import Callable
@@ -12,12 +12,12 @@ __all__ = ["BASELINE", "METHODS", "Method"]
 
 
 class Method(NamedTuple):
-    """One of optclip's methods, as the demo offers it.
+    """One of optclip's methods as used in the demo.
 
     Attributes:
-        factory: Takes the threshold and returns the transformation.
+        factory: Function of the threshold that returns the transformation.
         threshold: The default of ``--threshold``, for the default learning rate.
-        meaning: What the threshold bounds, in words.
+        meaning: Description of the quantity that the threshold bounds.
     """
 
     factory: Callable[[Any], optax.GradientTransformationExtraArgs]

@@ -1,4 +1,4 @@
-"""What ``python -m optclip.demo`` does: prepare, train in chunks, show the results."""
+"""The command ``python -m optclip.demo``: trains in chunks and presents the results."""
 
 import importlib.util
 import shlex
@@ -49,12 +49,12 @@ def _open_folder(output: Path) -> None:
 
 
 class _Task(NamedTuple):
-    """Everything that training needs, validated.
+    """The validated inputs of the training.
 
     Attributes:
         options: The user's choices.
         sizes: The network's sizes.
-        text: The text to learn.
+        text: The text to train on.
         resumed: Whether to continue from a checkpoint.
     """
 
@@ -64,7 +64,7 @@ class _Task(NamedTuple):
     resumed: bool
 
     def settings(self) -> dict[str, Any]:
-        """Returns what a checkpoint stores in addition to the progress, for JSON."""
+        """Returns the JSON data that a checkpoint stores alongside the progress."""
         options = self.options._asdict()
         del options["output"]
         path = options["text"]
@@ -77,7 +77,7 @@ class _Task(NamedTuple):
 
 
 def _prepare(given: dict[str, Any], resume: bool, sizes: Sizes) -> _Task:
-    """Returns the task, or raises a `ValueError` that tells the user what to do."""
+    """Returns the task, or raises a `ValueError` with instructions for the user."""
     _require_extras()
     if not resume:
         options = merge(given, None)
@@ -168,14 +168,15 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
     """Runs the demo.
 
     Args:
-        argv: The command line; by default, that of the process.
-        sizes: Sizes of the network; a resumed run keeps the sizes it started with.
+        argv: Command-line arguments; defaults to the arguments of the process.
+        sizes: Sizes of the network. A resumed run keeps its original sizes.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr, if an option is invalid.
+        SystemExit: If an option is invalid. The code is 2, and one line is written to
+            stderr.
     """
     parser = Parser()
     given = vars(parser.parse_args(argv))

@@ -1,4 +1,4 @@
-"""The report of the run without clipping: ``--diagnose``."""
+"""The report on the run without clipping, for ``--diagnose``."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = ["NAMES", "write"]
 
 NAMES = ("report.png", "report.html")
 
-# How many batches the diagnosis looks at.
+# Number of batches used for the diagnosis.
 _BATCHES = 16
 
 
 def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
-    """Returns a diagnosis of the network at initialization, with the first seed."""
+    """Returns a diagnosis of the network as initialized with the first seed."""
     try:
         from optclip.diagnosis._diagnose import diagnose
     except ImportError:
@@ -41,7 +41,7 @@ def _diagnosis(options: Options, sizes: Sizes, codes: jax.Array) -> Any:
 
 
 def write(options: Options, sizes: Sizes, codes: Any, name: str) -> tuple[Path, Path]:
-    """Writes the report for the first seed of a run, and returns its files."""
+    """Writes the report for the first seed of a run and returns its file paths."""
     run = pick(read_run(options.output / LOG), name, 0)
     diagnosis = _diagnosis(options, sizes, jnp.asarray(codes))
     return write_report(run, diagnosis=diagnosis, output=options.output)

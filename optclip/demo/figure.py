@@ -1,4 +1,4 @@
-"""The demo's figure: loss per character, and gradient norms with the threshold."""
+"""The demo's figure: loss per character, and gradient norms with their threshold."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from optclip.demo.training import Progress, Run
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colors, distinguishable with every kind of color vision; the dashes
-# keep the first of two equal curves visible under the second.
+# Okabe and Ito's colors, which people with any kind of color vision can distinguish.
+# The dashes keep the first of two equal curves visible beneath the second.
 _STYLES = (
     {"color": "#D55E00", "linestyle": "-"},
     {"color": "#56B4E9", "linestyle": "-"},
@@ -22,19 +22,19 @@ _STYLES = (
 )
 
 
-# Steps over which the thick lines are smoothed.
+# Number of steps over which the thick lines are smoothed.
 _WINDOW = 11
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the running median of one value per step; NaN where it is not finite."""
+    """Returns the running median over the steps, with non-finite medians as NaN."""
     padded = np.pad(values, _WINDOW // 2, mode="edge")
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(padded, _WINDOW), -1)
     return np.where(np.isfinite(smooth), smooth, np.nan)
 
 
 def _curves(axes: Any, runs: list[Run], progress: Progress, field: str) -> None:
-    """Draws each seed thin, their median thick, and a mark where a seed diverges."""
+    """Draws a thin line per seed, a thick line for the median, and divergence marks."""
     steps = np.arange(progress.step)
     every = zip(runs, progress.records, _STYLES, strict=True)
     for order, (run, record, style) in enumerate(every):
@@ -63,7 +63,7 @@ def _curves(axes: Any, runs: list[Run], progress: Progress, field: str) -> None:
 
 
 def _note(axes: Any, height: float, words: str) -> None:
-    """Writes text above a horizontal line, at the right."""
+    """Writes text above the right end of a horizontal line."""
     axes.annotate(
         words,
         xy=(1, height),
@@ -95,14 +95,15 @@ def _thresholds(axes: Any, runs: list[Run], progress: Progress, meaning: str) ->
 def draw(
     path: Path, runs: list[Run], progress: Progress, entropy: float, meaning: str
 ) -> None:
-    """Draws the runs into a PNG file.
+    """Plots the runs and saves the figure as a PNG file.
 
     Args:
-        path: The file.
-        runs: The runs.
-        progress: Their telemetry.
+        path: Path of the PNG file.
+        runs: The runs to plot.
+        progress: The progress of the runs, including their metrics.
         entropy: Unigram entropy of the text, in nats.
-        meaning: What the threshold of optclip's clip bounds.
+        meaning: Description of the quantity that the threshold of optclip's clip
+            bounds.
     """
     figure = Figure(figsize=(8, 7.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)

@@ -14,8 +14,8 @@ __all__ = ["CharRNN", "create", "define", "loss"]
 class CharRNN(nnx.Module):
     """Predicts the next character: h' = tanh(embed(x) + W h + b), logits = V h' + c.
 
-    W is initialized orthogonal, so that gradients at first neither vanish nor explode
-    over time.
+    W is initialized to an orthogonal matrix, so that the gradients neither vanish nor
+    explode over time at the start of training.
     """
 
     def __init__(self, symbols: int, hidden: int, *, rngs: nnx.Rngs):
@@ -46,7 +46,7 @@ def define(symbols: int, hidden: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def create(symbols: int, hidden: int, seeds: jax.Array) -> dict[str, Any]:
-    """Returns initial parameters, a dict of arrays whose first axis is over seeds."""
+    """Returns the initial parameters, a dict of arrays whose first axis is the seed."""
 
     def create_one(seed):
         network = CharRNN(symbols, hidden, rngs=nnx.Rngs(jax.random.key(seed)))
@@ -56,7 +56,7 @@ def create(symbols: int, hidden: int, seeds: jax.Array) -> dict[str, Any]:
 
 
 def loss(params: dict[str, Any], definition: Any, windows: jax.Array) -> jax.Array:
-    """Returns the mean loss per character, in nats, of windows [batch, T + 1]."""
+    """Returns the mean loss per character, in nats, for windows [batch, T + 1]."""
     network = nnx.merge(definition, nnx.State(params))
     logits = network(windows[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])

@@ -1,4 +1,4 @@
-"""The demo's options: how they are parsed, checked, and merged with a checkpoint's."""
+"""Parses and validates the demo's options, and merges them with a checkpoint's."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 class Options(NamedTuple):
-    """What the user can choose: one attribute for each option."""
+    """The options that the user can set."""
 
     method: str
     threshold: float
@@ -33,14 +33,14 @@ class Options(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the user cannot choose.
+    """Sizes that the user cannot set.
 
     Attributes:
         symbols: Size of the alphabet.
-        hidden: Units of the network.
-        length: Characters that gradients are backpropagated over.
-        batch: Windows of text per step.
-        chunk: Steps between checkpoints.
+        hidden: Number of hidden units.
+        length: Number of characters that gradients are backpropagated through.
+        batch: Number of windows of text per step.
+        chunk: Number of steps between checkpoints.
     """
 
     symbols: int = 64
@@ -161,11 +161,11 @@ class Parser(OneLineParser):
 
 
 def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:
-    """Returns the options: those given, completed by a checkpoint's or by the defaults.
+    """Returns the given options, with the others taken from a checkpoint or defaults.
 
     Args:
-        given: Options by name, None where the user gave none.
-        stored: Those of the checkpoint to resume, as `Options`, or None.
+        given: Options by name; None for each option that the user did not set.
+        stored: Options of the checkpoint to resume, by name, or None.
 
     Raises:
         ValueError: If a given option differs from the checkpoint's.

@@ -1,4 +1,4 @@
-"""The demo's log, ``metrics.jsonl``: one object per step, run and seed."""
+"""The demo's log, ``metrics.jsonl``: one JSON object per step, run and seed."""
 
 import json
 import math
@@ -15,7 +15,7 @@ LOG = "metrics.jsonl"
 
 
 def _number(value: np.float32) -> float | None:
-    """Returns the shortest float that rounds to this float32; None if not finite."""
+    """Returns the shortest float that rounds to ``value``; None if it is not finite."""
     return float(str(value)) if math.isfinite(value) else None
 
 
@@ -27,7 +27,7 @@ def _row(run: Run, seed: int, step: int, values: dict[str, Any]) -> dict[str, An
 
 
 def write_rows(log: IO[str], runs: list[Run], progress: Progress, begun: int) -> None:
-    """Writes the steps from ``begun`` on. A threshold that does not exist is null."""
+    """Writes the steps starting at ``begun``; a threshold is null if there is none."""
     for step in range(begun, progress.step):
         for run, record in zip(runs, progress.records, strict=True):
             for seed in range(record["loss"].shape[1]):
@@ -38,7 +38,7 @@ def write_rows(log: IO[str], runs: list[Run], progress: Progress, begun: int) ->
 
 
 def open_log(path: Path, runs: list[Run], progress: Progress) -> IO[str]:
-    """Returns the log, rewritten to hold exactly the steps that are in the progress."""
+    """Rewrites the log to contain exactly the steps in ``progress``, and returns it."""
     log = path.open("w", encoding="utf-8")
     write_rows(log, runs, progress, 0)
     return log

@@ -1,4 +1,4 @@
-"""The demo's results in a table."""
+"""The demo's table of results."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ class Summary(NamedTuple):
     Attributes:
         name: Name of the run.
         losses: Final loss of each seed: the mean over the last tenth of the steps.
-        diverged: How many seeds ended above the loss they began with, or not finite.
-        clipped: Share of the steps, over all seeds, in which something was clipped.
+        diverged: Number of seeds whose final loss is above their initial loss or not
+            finite.
+        clipped: Fraction of the steps, over all seeds, in which anything was clipped.
     """
 
     name: str

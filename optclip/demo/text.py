@@ -1,4 +1,4 @@
-"""Text as numbers: the documentation that comes with Python, or the user's own file."""
+"""Encodes text as integers: Python's own documentation or the user's file."""
 
 import hashlib
 from pathlib import Path
@@ -10,19 +10,19 @@ __all__ = ["SHORTEST", "Text", "encode", "load"]
 
 SHORTEST = 1000
 
-# Python 3.11 ships 466,000 characters and later versions more: with this limit, all
-# versions train on nearly the same amount.
+# Python 3.11 ships 466,000 characters and later versions ship more. With this limit,
+# all versions train on nearly the same amount of text.
 _LENGTH = 450_000
 
 
 class Text(NamedTuple):
-    """A text as numbers.
+    """A text encoded as integers.
 
     Attributes:
-        codes: int32[characters]. 0 is the most frequent character; the last code
-            represents all characters that are too rare for a code of their own.
-        entropy: Unigram entropy of the codes in nats: the loss of a model that knows
-            how frequent each character is, and ignores the context.
+        codes: int32[characters]. 0 is the most frequent character. The last code
+            represents all characters that are too rare to have their own code.
+        entropy: Unigram entropy of the codes in nats. This is the loss of a model that
+            knows the frequency of each character but ignores the context.
         digest: A hash that identifies the text.
     """
 
@@ -32,7 +32,7 @@ class Text(NamedTuple):
 
 
 def _documentation() -> str:
-    """Returns the language reference that ``help()`` shows."""
+    """Returns the language reference that ``help()`` displays."""
     try:
         from pydoc_data import topics
     except ImportError as error:
@@ -71,7 +71,7 @@ def load(path: Path | None, symbols: int) -> Text:
     """Returns the text of a file, or Python's own documentation.
 
     Raises:
-        ValueError: If it cannot be read, or if it is too short.
+        ValueError: If the text cannot be read, is too short, or repeats one character.
     """
     text = _documentation() if path is None else _read(path)
     if len(text) < SHORTEST:

@@ -1,7 +1,7 @@
-"""Three runs on the same data, with the same initialization and different clipping.
+"""Trains three runs with the same data and initialization but different clipping.
 
-All seeds of a run train together under `jax.vmap`, one chunk of steps per
-`jax.lax.scan`; the metrics are read from the optimizer state inside the jitted step.
+All seeds of a run are trained together under `jax.vmap`, with one `jax.lax.scan` per
+chunk of steps. The metrics are read from the optimizer state inside the jitted step.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ FIELDS = ("loss", "norm_before", "norm_after", "threshold", "scale", "clipped")
 
 
 class Run(NamedTuple):
-    """One way to train.
+    """A training configuration.
 
     Attributes:
-        name: Its name in the table, the figure and the log.
-        transformation: The clipping and the optimizer.
-        threshold: The clipping threshold, infinite without clipping.
+        name: The name of the run in the table, the figure and the log.
+        transformation: The clip chained with the optimizer.
+        threshold: The clipping threshold; infinite if the run does not clip.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Run(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The progress of the runs: what a checkpoint holds.
+    """The progress of the runs, as stored in a checkpoint.
 
     Attributes:
-        step: Steps taken.
-        states: Parameters and optimizer state of each run, all seeds stacked.
-        records: Telemetry of each run: float32[steps, seeds] by name, NaN from ``step``
-            on.
+        step: Number of steps taken.
+        states: Parameters and optimizer state of each run, stacked over the seeds.
+        records: Metrics of each run: a dict of float32[steps, seeds] arrays, which are
+            NaN from index ``step`` onward.
     """
 
     step: int
@@ -60,14 +60,14 @@ class Progress(NamedTuple):
 
 
 def plan(options: Options) -> list[Run]:
-    """Returns the runs: without clipping, with Optax's, and with optclip's."""
+    """Returns three runs: no clipping, Optax's clip, and a clip from optclip."""
     method = clips.METHODS[options.method]
     own = options.threshold
     same = options.method == clips.BASELINE
     usual = own if same else clips.METHODS[clips.BASELINE].threshold
 
     def run(name, clip, threshold):
-        # `record_norms` measures the same norm in all runs, whichever norm is clipped.
+        # `record_norms` measures the same norm in all runs, whatever the clip measures.
         descent = optax.sgd(options.learning_rate)
         chain = optax.chain(
             optclip.record_norms(), clip, optclip.record_norms(), descent
@@ -114,7 +114,8 @@ def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
 def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Array:
     """Returns the batch for a step: windows of text, [batch, length + 1].
 
-    It depends only on seed and step, so that a resumed run sees the same batches.
+    The batch depends only on the seed and the step, so that a resumed run trains on the
+    same batches.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     last = codes.shape[0] - sizes.length
@@ -125,7 +126,7 @@ def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Arra
 def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
     """Returns a jitted function of (state, steps, seeds, codes) for all seeds of a run.
 
-    The function returns the new state and the metrics, with axes [steps, seeds].
+    The function returns the new state and the metrics, whose axes are [steps, seeds].
     """
     definition = model.define(sizes.symbols, sizes.hidden)
 
@@ -149,7 +150,7 @@ def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
 def advance(
     progress: Progress, chunks: list[Callable[..., Any]], steps: int, codes: jax.Array
 ) -> Progress:
-    """Returns the progress after this many more steps of every run."""
+    """Trains every run for ``steps`` more steps and returns the new progress."""
     begun, ended = progress.step, progress.step + steps
     numbers = jnp.arange(begun, ended)
     states, records = [], []

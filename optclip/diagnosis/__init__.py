@@ -1,4 +1,4 @@
-"""Why gradients explode: where in the program, from which cause, and what to do."""
+"""Diagnoses exploding gradients: where in the program, why, and what to do."""
 
 from optclip.diagnosis._diagnose import diagnose
 from optclip.diagnosis.findings import Diagnosis, Finding, Remedy

@@ -1,4 +1,4 @@
-"""``python -m optclip.diagnosis RUN_FOLDER``: the report of a recorded run."""
+"""``python -m optclip.diagnosis RUN_FOLDER``: writes the report of a recorded run."""
 
 import argparse
 import sys
@@ -50,10 +50,10 @@ def _others(runs: Sequence[Run], shown: Run) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report of a run, and prints its headline.
+    """Writes the report of a run and prints its headline.
 
     Args:
-        argv: The command line; by default, that of the process.
+        argv: The command-line arguments; ``sys.argv[1:]`` by default.
 
     Returns:
         The exit code, 0.

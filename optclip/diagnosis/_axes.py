@@ -9,11 +9,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 __all__ = ["Panel", "drawable", "log_axis", "tidy"]
 
-# Okabe and Ito's colors, distinguishable with every kind of color vision.
+# Okabe and Ito's colors, which people with any type of color vision can tell apart.
 BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#E69F00"
 VERMILION, PURPLE, GREEN = "#D55E00", "#CC79A7", "#009E73"
 
-# Lines with more points than this have no markers.
+# Lines with more points than this are drawn without markers.
 FEW = 60
 
 
@@ -21,11 +21,11 @@ class Panel(NamedTuple):
     """A plot of one quantity.
 
     Attributes:
-        title: What it shows.
-        says: The same in one sentence, as alternative text.
-        draw: Draws it into a figure or a part of one.
-        wide: Whether it needs the whole width of the page.
-        height: In inches, on a page of ten.
+        title: The title of the plot.
+        says: A one-sentence description, used as alternative text.
+        draw: A function that draws the plot into a figure or subfigure.
+        wide: Whether the plot needs the full width of the page.
+        height: Height in inches, for a page 10 inches wide.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 
 
 def _power(value: float, _: Any = None) -> str:
-    """Returns the label of a tick: a short number, or a power of ten."""
+    """Returns the label of a tick: a short number or a power of ten."""
     if value <= 0:
         return ""
     exponent = round(math.log10(value))
@@ -49,7 +49,7 @@ def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
     """Makes an axis logarithmic, with ticks that suit the range of the values.
 
     The axis spans at least ``least`` decades, so that nearly constant values look
-    level.
+    flat.
     """
     low, high = float(np.min(values)), float(np.max(values))
     if (lacking := 10 ** (least / 2) / math.sqrt(high / low)) > 1:
@@ -70,11 +70,11 @@ def log_axis(axis: Any, values: np.ndarray, least: float = 0.0) -> None:
 
 
 def tidy(axes: Any) -> None:
-    """Gives axes a light grid, and no box."""
+    """Adds a light grid to the axes and removes the box around them."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Returns what a logarithmic axis can show, with NaN in place of the rest."""
+    """Replaces values that a logarithmic axis can't show by NaN."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)

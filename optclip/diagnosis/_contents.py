@@ -1,4 +1,4 @@
-"""The text of the report: the same for the PNG and for the HTML page."""
+"""The text of the report, shared by the PNG and the HTML page."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _NAMED, _CULPRITS = 6, 8
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A line of text, and rows of (label, text) below it."""
+    """A line of text followed by rows of (label, text)."""
 
     lead: str
     rows: tuple[tuple[str, str], ...] = ()
@@ -32,7 +32,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with items."""
+    """A heading followed by items."""
 
     heading: str
     items: tuple[Item, ...]
@@ -43,10 +43,10 @@ class Contents:
     """Everything that the page shows.
 
     Attributes:
-        title: Which run it is about.
-        headline: What happened, in one sentence.
-        run: The numbers to draw.
-        sites: The `Site`s of the diagnosis; empty without one.
+        title: The name of the run.
+        headline: A one-sentence summary of the run.
+        run: The recorded run to plot.
+        sites: The `Site`s of the diagnosis; empty if there is no diagnosis.
         sections: The text below the plots.
         suggestion: The suggested threshold.
     """
@@ -98,7 +98,7 @@ def _culprit(culprit: NonfiniteLeaf) -> Item:
     words = [f"held {held}"] if held else []
     if culprit.norm is not None:
         words.append(f"gradient norm {_figure(culprit.norm)}")
-    if culprit.loss:  # 0 where none was given
+    if culprit.loss:  # 0 if no loss was given
         words.append(f"loss {_figure(culprit.loss)}")
     lead = "the loss" if culprit.path is None else culprit.path
     return Item(lead, ((f"Step {culprit.step}", "; ".join(words)),))
@@ -113,7 +113,7 @@ def _culprits(nonfinite_leaves: Sequence[NonfiniteLeaf]) -> Section:
 
 
 def suggestion_of(run: Run, diagnosis: Diagnosis | None) -> Suggestion:
-    """Returns a suggested threshold, from the norms up to where the run diverged."""
+    """Suggests a threshold from the norms recorded before the run diverged."""
     place = diverged_at(run)
     if not place:
         return suggest_threshold(run.norms, diagnosis=diagnosis)

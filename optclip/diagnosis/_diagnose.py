@@ -1,4 +1,4 @@
-"""Why gradients explode: the measurements, the rules, and the report."""
+"""Diagnoses exploding gradients: runs the measurements and applies the rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _loud(words: str) -> None:
 
 
 def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
-    """Returns the signals by name, in the form that a report holds."""
+    """Returns the signals by name, as stored in `Diagnosis.signals`."""
     plan = probe.tapped and probe.tapped.plan
     seen = len(plan.sites) if plan else 0
     depth, time = signals.depth, signals.time
@@ -62,7 +62,7 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
 
 
 def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> list[str]:
-    """Returns what could not be inspected, and why."""
+    """Lists the parts that could not be inspected, with the reasons."""
     words = []
     if probe.tapped is None:
         words.append(
@@ -122,56 +122,57 @@ def diagnose(
     max_batches: int = MOST,
     progress: bool = True,
 ) -> Diagnosis:
-    """Finds out why gradients explode, where in the model, and what to do about it.
+    """Determines why gradients explode, where in the model, and how to fix it.
 
-    It measures the gradients of the batches, the signals at each use of a parameter
-    (see `optclip.diagnosis.tap`), and the effect of a few steps. Then it tries
-    remedies, without changing your parameters or state: the same program with smaller
-    weights, with relu, in float32, and with smaller steps. The findings are ordered by
-    how much their remedy helps.
+    `diagnose` measures the gradients of the batches, the signals at each use of a
+    parameter (see `optclip.diagnosis.tap`), and the effect of a few steps. It then
+    tries remedies without changing your parameters or state: it runs the same program
+    with smaller weights, with relu, in float32, and with smaller steps. Findings are
+    ordered by how much their remedy helps.
 
     | cause            | what is measured                                        |
     | ---------------- | ------------------------------------------------------- |
-    | `initialization` | weights relative to He initialization; gradient with those |
+    | `initialization` | weights relative to He initialization; gradient at that size |
     | `depth`          | growth of the signal over the layers                    |
     | `recurrence`     | growth of the signal over the steps of a scan           |
     | `activation`     | gain of each activation; the gradient with relu         |
-    | `learning_rate`  | fall of the loss relative to the prediction; twelve steps |
+    | `learning_rate`  | loss decrease relative to the prediction; twelve steps  |
     | `bad_batch`      | norms of the batches relative to their median           |
     | `overflow`       | the same program in float32                             |
-    | `loss_sum`       | loss of a batch relative to that of its halves          |
+    | `loss_sum`       | loss of a batch relative to the loss of its halves      |
     | `vanishing`      | the opposite of growth                                  |
-    | `uphill`         | the change of the loss that the gradient predicts       |
+    | `uphill`         | the change in the loss that the gradient predicts       |
 
     A model with non-finite values is never reported as healthy. Parts of the program
     that can't be inspected, such as functions with a custom derivative, are judged from
-    outside, by gradients, losses and trial steps; the headline then says so. A
-    diagnosis costs about 60 training steps and compiles about five programs: run it
-    when a run fails, or before a long run.
+    the outside, by gradients, losses and trial steps, and the headline says so. A
+    diagnosis costs about as much as 60 training steps and compiles about five programs.
+    Run it when training fails or before a long run.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over dropout
-            keys and batch statistics, so that two calls give the same loss.
+            keys and batch statistics, so that two calls return the same loss.
         params: A pytree of arrays, a Flax NNX model or an Equinox model. The model
-            itself is not changed; it is given to ``loss_fn`` as a copy.
-        batches: Batches of the training data, at least one, preferably 8 to 24. They
-            are numbered from 0 in their order.
-        optimizer: The Optax optimizer of the run, with its clip.
-        opt_state: Its state, if the run has started; by default, that of
-            ``optimizer.init``. In a run that has started, small progress per step is
-            normal; then only a rising loss indicates a learning rate that is too high.
+            itself is not changed: ``loss_fn`` receives a copy.
+        batches: Batches of the training data: at least one, preferably 8 to 24. They
+            are numbered from 0 in the order given.
+        optimizer: The Optax optimizer of the run, including its clipping.
+        opt_state: The optimizer state, if the run has started; defaults to
+            ``optimizer.init(params)``. In a run that has started, small progress per
+            step is normal, so only a rising loss indicates a learning rate that is too
+            high.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
-        max_batches: How many batches to look at, at most.
-        progress: Whether to print each stage on stderr.
+        max_batches: The maximum number of batches to use.
+        progress: Whether to print each stage to stderr.
 
     Returns:
-        A `Diagnosis`. Print it.
+        A `Diagnosis`. Print it to read the report.
 
     Raises:
-        TypeError: If ``optimizer`` is not a transformation, or ``batches`` does not
-            hold batches.
-        ValueError: If the loss is not a real scalar, there is no batch, ``params``
-            holds no real or complex numbers, or ``opt_state`` does not match
+        TypeError: If ``optimizer`` is not a gradient transformation, or ``batches`` is
+            not an iterable of batches.
+        ValueError: If the loss is not a real scalar, ``batches`` is empty, ``params``
+            contains no real or complex arrays, or ``opt_state`` does not match
             ``params``.
 
     Example:

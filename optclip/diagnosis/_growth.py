@@ -1,4 +1,4 @@
-"""How a signal grows over the sites of a program, and what makes it grow."""
+"""Measures how a signal grows over the sites of a program, and why."""
 
 import collections
 import math
@@ -10,24 +10,24 @@ from optclip.diagnosis.taps import Site
 
 __all__ = ["Growth", "Layer", "depth_growth", "he_ratios", "layers_of", "time_growth"]
 
-# From this many uses of one leaf on, they are a recurrence and not weight sharing.
+# A leaf used at least this many times is a recurrence rather than weight sharing.
 USES = 4
 # The fewest layers or steps whose growth can be distinguished from noise.
 FEWEST = 4
 
 
 class Layer(NamedTuple):
-    """One matrix product or convolution, in the order of depth.
+    """One matrix product or convolution; layers are ordered by depth.
 
     Attributes:
-        leaf: Path of its parameters.
-        back_in: Norm of the backward signal at its input, over all steps.
-        back_out: The same at its output.
-        rms_in: Root mean square of its input.
-        rms_out: Root mean square of its output.
-        he: Root mean square of its weights over that of He initialization.
-        activation: Functions between the layer before and this one, or None.
-        source: Index of that layer in the list, or None.
+        leaf: Path of the layer's parameters.
+        back_in: Norm of the backward signal at the input, over all steps.
+        back_out: Norm of the backward signal at the output, over all steps.
+        rms_in: Root mean square of the input.
+        rms_out: Root mean square of the output.
+        he: Root mean square of the weights divided by that of He initialization.
+        activation: Functions between the previous layer and this one, or None.
+        source: Index of the previous layer in the list, or None.
     """
 
     leaf: str
@@ -47,10 +47,10 @@ class Growth(NamedTuple):
         back: Decades by which the backward signal grows from the last layers (or steps)
             to the first.
         forward: Decades by which the forward signal grows from the first to the last.
-        count: Layers or steps.
+        count: Number of layers or steps.
         leaves: Paths of the leaves involved.
-        each: Factor for each layer or step.
-        half: Decades over the earlier half of the steps alone.
+        each: Growth factor per layer or step.
+        half: Decades of growth over the earlier half of the steps alone.
     """
 
     back: float
@@ -68,7 +68,7 @@ def _log(values: np.ndarray | list[float]) -> np.ndarray:
 
 
 def _ends(logs: np.ndarray) -> float:
-    """Returns the mean of the last quarter minus that of the first (finite values)."""
+    """Returns the last quarter's mean minus the first's, ignoring non-finite values."""
     logs = logs[np.isfinite(logs)]
     if len(logs) < 2:
         return 0.0
@@ -87,7 +87,7 @@ def _usual(number) -> float:
 
 
 def _columns(site: Site) -> list[tuple[float, ...]]:
-    """Returns the five statistics of a site, once for each layer that it represents."""
+    """Returns the five statistics of a site, one tuple per layer it represents."""
     figures = (
         site.signal_in,
         site.signal_out,
@@ -116,7 +116,7 @@ def repeated(sites: tuple[Site, ...]) -> set[str]:
 
 
 def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
-    """Returns the layers in the order of depth; a recurrence's steps are one layer."""
+    """Returns the layers by depth; the steps of a recurrence count as one layer."""
     again, found, place = repeated(sites), [], {}
     chosen = [s for s in sites if _is_layer(s)]
     first = {leaf: next(s.order for s in chosen if s.leaf == leaf) for leaf in again}
@@ -152,7 +152,7 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
 
 
 def depth_growth(layers: list[Layer]) -> Growth:
-    """Returns how the signals grow over the layers."""
+    """Returns the growth of the signals over the layers."""
     back = -_ends(_log([x.back_out for x in layers]))
     forward = _ends(_log([x.rms_out for x in layers]))
     steps = max(0.75 * len(layers), 1)
@@ -162,7 +162,7 @@ def depth_growth(layers: list[Layer]) -> Growth:
 
 
 def _time(signal: np.ndarray, rms: np.ndarray, leaf: str) -> Growth | None:
-    """Returns the growth over steps: backward in time, the first step last."""
+    """Returns the growth over steps, backward in time: the first step comes last."""
     if len(signal) < FEWEST:
         return None
     backward = _log(signal)[::-1]
@@ -178,7 +178,7 @@ def _time(signal: np.ndarray, rms: np.ndarray, leaf: str) -> Growth | None:
 
 
 def time_growth(sites: tuple[Site, ...]) -> Growth | None:
-    """Returns the largest growth over the steps of a recurrence, or None."""
+    """Returns the largest growth over the steps of any recurrence, or None."""
     found = []
     for site in sites:
         used = _is_layer(site) or site.kind == "scale"
@@ -201,7 +201,7 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
         return max(g.back, g.forward)
 
     most = max(grown, key=size)
-    # Every leaf that takes part in the steps sees the same growth.
+    # All leaves of the same recurrence have the same growth.
     alike = [g.leaves[0] for g in grown if size(g) > 0.9 * size(most)]
     return most._replace(leaves=tuple(dict.fromkeys(alike)))
 
@@ -215,7 +215,7 @@ def he_ratios(layers: list[Layer]) -> dict[str, float]:
 
 
 def activation_gains(layers: list[Layer]) -> list[tuple[Layer, float, float]]:
-    """Returns the backward and forward gain at each layer after an activation."""
+    """Returns each layer after an activation with its backward and forward gains."""
     found = []
     for layer in layers:
         if not layer.activation or layer.source is None:

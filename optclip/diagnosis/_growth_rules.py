@@ -1,4 +1,4 @@
-"""Rules for a signal that grows: from layer to layer, or from step to step."""
+"""Rules for a signal that grows from layer to layer or from step to step."""
 
 import math
 import statistics
@@ -20,14 +20,14 @@ __all__ = [
 
 
 class Candidate(NamedTuple):
-    """A finding, and by how many decades its remedy improves the norm."""
+    """A finding, and the number of decades by which its remedy improves the norm."""
 
     finding: Finding
     benefit: float
 
 
 def lowered(before: float, after: float) -> float:
-    """Returns by how many decades a remedy lowers the norm; inf if then finite."""
+    """Returns by how many decades the norm decreases; inf if it becomes finite."""
     if not math.isfinite(after):
         return 0.0
     if not math.isfinite(before):
@@ -40,7 +40,7 @@ def _paths(layers: list[Layer]) -> tuple[str, ...]:
 
 
 def _growing(s: Signals) -> float:
-    """Returns the decades by which a signal grows over the layers."""
+    """Returns the number of decades by which a signal grows over the layers."""
     if s.depth is None:
         return 0.0
     return max(s.depth.back, s.depth.forward)
@@ -108,12 +108,12 @@ def recurrence(s: Signals) -> Candidate | None:
 
 
 def _clip_bound(s: Signals) -> float:
-    """Returns a bound for a gradient whose own norm can't be trusted."""
+    """Returns a clipping bound for a gradient whose own norm can't be trusted."""
     return 1.0 if not s.first.finite else float(min(1.0, s.norm))
 
 
 def _worse(s: Signals) -> bool:
-    """Whether typically sized weights would raise the loss: then they were learned."""
+    """Whether weights of typical size raise the loss, so the weights were learned."""
     before = s.first.loss
     return s.first.finite and s.scaled_loss > max(1.1 * before, before + 0.1)
 
@@ -125,7 +125,7 @@ def initialization(s: Signals) -> Candidate | None:
     if not s.scaled or not enough or _worse(s) or _by_depth(s):
         return None
     if s.time is not None and recurrence(s) and set(s.scaled) & set(s.time.leaves):
-        return None  # these are the recurrence's own weights
+        return None  # the recurrence itself uses these weights
     largest = max(s.he[leaf] for leaf in s.scaled)
     if largest < LIMITS.weights:
         return None  # of a typical size; something else makes the signal grow
@@ -152,7 +152,7 @@ def initialization(s: Signals) -> Candidate | None:
 
 
 def _by_depth(s: Signals) -> bool:
-    """Whether many layers, each a little too large, make a signal grow."""
+    """Whether a signal grows because many layers each amplify it slightly."""
     if s.depth is None or s.depth.count < LIMITS.many or s.depth.each > LIMITS.layer:
         return False
     evened = lowered(s.norm, s.scaled_norm) > LIMITS.drop and not _worse(s)

@@ -1,4 +1,4 @@
-"""The gradient norms that were recorded, or that a rule keeps in its state."""
+"""Reads gradient norms from recorded numbers or from the state of a rule."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ _RECORD = (
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Norms, and what is known about those that are not included.
+    """Gradient norms, and what is known about the norms that are missing.
 
     Attributes:
-        norms: float64[n], non-finite ones included where they were recorded.
-        ordered: Whether they are in the order of the steps.
-        steps: How many steps they represent.
-        nonfinite: How many of these were not finite.
-        note: A remark about their origin; "" if there is none.
-        missing: Why there are no norms; "" if there are.
+        norms: float64[n], including non-finite norms if they were recorded.
+        ordered: Whether the norms are in the order of the steps.
+        steps: Number of steps that the norms represent.
+        nonfinite: Number of those steps whose norm was not finite.
+        note: A remark about the origin of the norms; "" if there is none.
+        missing: The reason why there are no norms; "" if there are norms.
     """
 
     norms: np.ndarray
@@ -75,7 +75,7 @@ def _of_numbers(values: Any) -> History:
 
 
 def _memories(rule_state: Any) -> Iterator[Any]:
-    """Yields the parts of a rule's state that keep information about the norms."""
+    """Yields the parts of a rule's state that store information about the norms."""
 
     def remembers(node):
         return bool(_MEMORIES & set(getattr(node, "_fields", ())))
@@ -95,7 +95,7 @@ def _window(memory: Any) -> np.ndarray:
 
 
 def _histogram(memory: Any) -> np.ndarray:
-    """Returns the center of its bin for each norm that was counted."""
+    """Returns the bin center of each norm in the histogram."""
     counts = np.rint(np.asarray(memory.norm_counts, np.float64).reshape(-1))
     middles = (np.arange(BINS) + 0.5 - FIRST_BIN) * (OCTAVES / BINS)
     norms = np.exp2(float(np.reshape(memory.first_log, ())) + middles)
@@ -103,7 +103,7 @@ def _histogram(memory: Any) -> np.ndarray:
 
 
 def _summary(memory: Any) -> str:
-    """Describes what a rule keeps instead of norms."""
+    """Describes what a rule stores instead of norms."""
     if "log_quantile" in memory._fields:
         value, name = np.exp(float(np.ravel(memory[0])[0])), "running quantile"
     else:
@@ -161,11 +161,11 @@ def _of_states(wrappers: list[Any], clips: list[Any], recorders: list[Any]) -> H
 
 
 def history_of(source: Any) -> History:
-    """Returns the norms in ``source``: numbers, or an optimizer state.
+    """Returns the norms in ``source``, which holds numbers or is an optimizer state.
 
     Raises:
-        TypeError: If ``source`` is neither.
-        ValueError: If the numbers are not norms, or can't be read here.
+        TypeError: If ``source`` is neither numbers nor an optimizer state.
+        ValueError: If the numbers are not norms, or if their values can't be read.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(source)):
         raise ValueError(

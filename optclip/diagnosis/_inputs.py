@@ -16,7 +16,7 @@ __all__ = ["batches_of", "broken_parts", "fitted", "not_finite_leaves", "outside
 
 
 def outside_jit(name: str, *trees: Any) -> None:
-    """Raises if an argument is traced: the measurements are needed on the host."""
+    """Raises if an argument is traced, since the host needs the measured values."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
         raise ValueError(f"`{name}` runs programs of its own: call it outside of jit.")
 
@@ -38,12 +38,12 @@ def _as_array(leaf: Any, path: str, number: int) -> jax.Array:
 
 
 def batches_of(batches: Any, most: int) -> tuple[list[Any], bool]:
-    """Returns at most this many batches as arrays, and whether there are more.
+    """Returns up to ``most`` batches as arrays, and whether there are more.
 
     Raises:
-        TypeError: If it is not an iterable of batches, or a batch holds a leaf that is
-            not an array.
-        ValueError: If there is no batch.
+        TypeError: If ``batches`` is not an iterable of batches, or if a leaf of a batch
+            is not an array.
+        ValueError: If ``batches`` is empty.
     """
     if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -66,7 +66,7 @@ def batches_of(batches: Any, most: int) -> tuple[list[Any], bool]:
 
 
 def not_finite_leaves(tree: Any) -> tuple[str, ...]:
-    """Returns the paths of the leaves that hold a NaN or infinity."""
+    """Returns the paths of the leaves that contain NaN or infinity."""
     named = _named(tree)
     inexact = [(p, x) for p, x in named if jnp.issubdtype(_dtype(x), jnp.inexact)]
     return tuple(p for p, x in inexact if not bool(jnp.all(jnp.isfinite(x))))
@@ -102,11 +102,11 @@ def _bare(tree: Any) -> Any:
 def fitted(params: Any, opt_state: Any, expected: Any) -> Any:
     """Returns the optimizer state in the structure of ``optimizer.init(params)``.
 
-    A state for parameters that include integers is reduced to the parameters that are
-    diagnosed, and Flax NNX variables are replaced by their values.
+    If the parameters include integers, the state is reduced to the parameters that are
+    diagnosed. Flax NNX variables are replaced by their values.
 
     Raises:
-        ValueError: If it does not match ``params``, or if arrays were deleted.
+        ValueError: If the state does not match ``params``, or if arrays were deleted.
     """
     if hasattr(opt_state, "tx") and hasattr(opt_state, "opt_state"):
         raise ValueError(

@@ -7,35 +7,35 @@ __all__ = ["LIMITS", "Limits"]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of the rules; `diagnose` includes them in its signals.
+    """The limits that the rules use; `diagnose` includes them in its signals.
 
     Attributes:
-        growth: Decades over the layers of a network.
-        mild_growth: The same where there are ``many`` layers, and removing the growth
-            lowers the norm.
+        growth: Decades of growth over the layers of a network.
+        mild_growth: The same if there are at least ``many`` layers and removing the
+            growth lowers the norm.
         many: The number of layers that counts as many.
-        time_growth: Decades over the earlier half of the steps of a recurrence. A sum
-            of equal contributions makes 0.3 there.
-        shrink: Decades over the layers by which a signal vanishes.
+        time_growth: Decades of growth over the earlier half of the steps of a
+            recurrence. A sum of equal contributions grows by 0.3.
+        shrink: Decades by which a signal shrinks over the layers.
         drop: Decades by which a remedy must lower the norm.
-        mild_drop: The same if it also makes a step achieve the predicted fall of the
-            loss.
+        mild_drop: The same if the remedy also makes a step achieve the predicted
+            decrease in the loss.
         weights: Size of the weights relative to He initialization.
-        layer: Growth per layer above which the weights are the cause and not the depth.
+        layer: Growth per layer above which the cause is the weights, not the depth.
         activation: Gain of an activation that counts as a symptom.
-        outlier: Decades by which a bad batch stands out.
+        outlier: Decades by which the norm of a bad batch exceeds the others.
         outlier_z: The same in robust standard deviations.
-        few: The largest share of batches that can be outliers.
-        trust: Share of the predicted fall of the loss that is achieved.
-        mild_trust: The same, if steps a tenth as large achieve what is predicted.
-        trust_after: The same with smaller steps.
-        twice: Range of ratios that count as twice a loss.
+        few: The largest fraction of batches that can be outliers.
+        trust: Fraction of the predicted decrease in the loss that is achieved.
+        mild_trust: The same, if steps a tenth as large achieve the prediction.
+        trust_after: The same for smaller steps.
+        twice: Range of loss ratios that count as a factor of two.
         rise: Factor by which the loss must rise in a rehearsal of a run that has
             started.
-        lost: Share of such a run's improvement over parameters of 0 that it must also
-            lose.
-        leap: The same at any step of a rehearsal, for any run.
-        worse: Share of the initial loss by which a rehearsal must end above one with
+        lost: Fraction of its improvement over all-zero parameters that such a run must
+            also lose.
+        leap: The same factor at any step of a rehearsal, for any run.
+        worse: Fraction of the initial loss by which a rehearsal must end above one with
             smaller steps.
     """
 

@@ -1,4 +1,4 @@
-"""The rows of a run, from a file, a mapping of arrays or a list of mappings."""
+"""Reads the rows of a run from a file, a mapping of arrays or a list of mappings."""
 
 import json
 from collections.abc import Mapping
@@ -60,11 +60,12 @@ def _rows_of_arrays(columns: Mapping[str, Any]) -> list[Row]:
 
 
 def rows_in(source: Any) -> tuple[list[Row], str]:
-    """Returns the rows in ``source``, and the name for it in messages.
+    """Returns the rows in ``source``, and the name of ``source`` in error messages.
 
     Raises:
-        TypeError: If ``source`` can't hold rows.
-        ValueError: If it is a file that can't be read, or arrays of different shapes.
+        TypeError: If ``source`` is of a type that can't hold rows.
+        ValueError: If ``source`` is a file that can't be read, or if its arrays differ
+            in shape.
     """
     if isinstance(source, (str, Path)):
         path = _file_in(Path(source))

@@ -11,7 +11,7 @@ __all__ = ["as_arrays", "is_weight"]
 
 
 def is_weight(leaf: Any) -> bool:
-    """Returns whether a leaf is an array of real or complex numbers."""
+    """Whether a leaf is an array of real or complex numbers."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
@@ -20,7 +20,7 @@ def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, *args):
-        # Copied at each call, because the call may modify them.
+        # Copied at each call because the call may modify the variables.
         mine = jax.tree.map(lambda x: x, rest)
         return loss_fn(nnx.merge(graph, params, mine), *args)
 
@@ -28,12 +28,12 @@ def _from_nnx(nnx: Any, loss_fn: Callable, model: Any) -> tuple[Callable, Any]:
 
 
 def as_arrays(loss_fn: Callable, params: Any) -> tuple[Callable, Any]:
-    """Returns a loss that takes a pytree of arrays only, and that pytree.
+    """Returns a loss function that takes only a pytree of arrays, and that pytree.
 
-    A Flax NNX model is split, and merged again at each call: changes that a call makes
-    to it, such as batch statistics and key counters, are discarded. In other trees,
-    such as Equinox models, leaves that are not arrays of real or complex numbers are
-    kept as they are.
+    A Flax NNX model is split, then merged again at each call. Changes that a call makes
+    to the model, such as batch statistics and key counters, are discarded. In other
+    pytrees, such as Equinox models, leaves that are not arrays of real or complex
+    numbers are left unchanged.
     """
     nnx = getattr(sys.modules.get("flax"), "nnx", None)
     if nnx is not None and isinstance(params, nnx.Module):

@@ -1,4 +1,4 @@
-"""What is known about the parts of a model that can't be inspected."""
+"""Statistics of the parts of a model that can't be inspected."""
 
 import collections
 import math
@@ -17,11 +17,11 @@ __all__ = ["norms_by_path", "unseen_ratios"]
 def unseen_ratios(
     tapped: Tapped | None, params: Any, seen: Collection[str]
 ) -> dict[str, float]:
-    """Returns the size of weights without a measured site, relative to He's.
+    """Returns the relative size of weights that have no measured site.
 
-    These are the weights of matrix products and convolutions that appear in the program
-    but can't be measured there, for example in a function with a custom derivative: the
-    signal is out of reach, but the parameters are not.
+    Sizes are relative to He initialization. Such weights belong to matrix products and
+    convolutions that appear in the program but can't be measured there, for example in
+    a function with a custom derivative. Only their signals are out of reach.
     """
     if tapped is None:
         return {}
@@ -42,7 +42,7 @@ def unseen_ratios(
 def norms_by_path(
     paths: Sequence[str], rows: Sequence[Sequence[float]]
 ) -> dict[str, tuple[float, ...]]:
-    """Returns the numbers of each leaf by its path, given one row per step."""
+    """Returns the numbers of each leaf, by path, from one row per step."""
     if not rows:
         return {}
     return dict(zip(paths, zip(*rows, strict=True), strict=True))

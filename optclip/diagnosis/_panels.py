@@ -24,9 +24,9 @@ from optclip.diagnosis.summary import diverged_at
 
 __all__ = ["panels_of"]
 
-# Above so many points, only the range within each of so many parts is drawn.
+# A line with more than _MANY points is drawn as the range within each of _BINS parts.
 _MANY, _BINS = 2000, 250
-# Fewer norms than this do not make a distribution.
+# With fewer norms than this, no histogram is drawn.
 _HISTOGRAM = 10
 
 
@@ -34,7 +34,7 @@ _HISTOGRAM = 10
 
 
 def _curve(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """Draws a line; for very many points, their range and its middle."""
+    """Draws a line or, if there are too many points, their range and its middle."""
     if len(x) <= _MANY:
         marker = "o" if len(x) <= FEW else None
         axes.plot(x, y, color=BLUE, linewidth=1.3, marker=marker, markersize=4)
@@ -50,7 +50,7 @@ def _curve(axes: Any, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _marks(run: Run) -> list[tuple[str, np.ndarray, str]]:
-    """Returns the kinds of steps to mark: name, which steps, color."""
+    """Returns (name, flags, color) for each kind of step to mark."""
     kinds = (
         ("clipped", run.clipped, ORANGE),
         ("left out", run.skipped, PURPLE),
@@ -62,8 +62,8 @@ def _marks(run: Run) -> list[tuple[str, np.ndarray, str]]:
 def _bars(run: Run, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Returns the positions, heights and width of the bars.
 
-    A bar is one step, or several steps in a long run: it is higher the more of them are
-    marked.
+    Each bar stands for one step or, in a long run, for several steps. Its height
+    increases with the fraction of these steps that are marked.
     """
     first, last = float(run.steps[0]), float(run.steps[-1])
     width = max(1.0, np.ceil((last - first) / _BINS))
@@ -96,7 +96,7 @@ def _strip(axes: Any, run: Run) -> None:
 
 
 def _threshold(axes: Any, run: Run) -> None:
-    """Draws the threshold, and labels it at the right of the data."""
+    """Draws the threshold and labels it to the right of the data."""
     if run.thresholds is None:
         return
     axes.plot(run.steps, run.thresholds, color="black", linewidth=1.3)
@@ -188,7 +188,7 @@ def _draw_histogram(norms: np.ndarray, figure: Any) -> None:
 
 
 def panels_of(contents: Contents) -> list[Panel]:
-    """Returns the panels for which there are data."""
+    """Returns the panels for which there is data."""
     run = contents.run
     shown = drawable(run.norms)
     norms = shown[np.isfinite(shown)]

@@ -1,4 +1,4 @@
-"""A command-line parser whose errors are one line."""
+"""A command-line parser with one-line error messages."""
 
 import argparse
 from typing import NoReturn
@@ -7,8 +7,8 @@ __all__ = ["OneLineParser"]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parses a command line. An error is one line on stderr and exit code 2."""
+    """Parses a command line; errors print one line to stderr and exit with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Exits with one line instead of a usage notice."""
+        """Prints one line instead of the usage message, then exits."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

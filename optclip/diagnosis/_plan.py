@@ -1,7 +1,8 @@
-"""Where a program uses its parameters: matmuls, convolutions, lookups and scales.
+"""Finds the matmuls, convolutions, lookups and scales that use parameters.
 
 A program is a jaxpr. Each of its values depends on constants, on parameters alone, or
-on data; a site is an equation where data and parameters meet. Nothing is computed here.
+on data. A site is an equation that combines data with parameters. Nothing is evaluated
+here.
 """
 
 import math
@@ -38,7 +39,7 @@ class _Place(NamedTuple):
 
 
 def scan_layout(eqn: Any) -> tuple[int, int]:
-    """Returns how many constants and carries a scan has, inferred from ranks."""
+    """Returns a scan's numbers of constants and carries, inferred from ranks."""
     inner = closed(eqn.params["jaxpr"]).jaxpr
     ranks = zip(eqn.outvars, inner.outvars, strict=True)
     carries = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in ranks)
@@ -48,7 +49,7 @@ def scan_layout(eqn: Any) -> tuple[int, int]:
 
 
 def _together(mades: list[Made]) -> Made:
-    """Returns the provenance of a value computed from all of these."""
+    """Returns the provenance of a value computed from all the given values."""
     if any(m.data for m in mades):
         return DATA
     leaves = frozenset().union(*(m.leaves for m in mades))
@@ -66,7 +67,7 @@ def _is_elementwise(eqn: Any) -> bool:
 
 
 def _chained(eqn: Any, mades: list[Made]) -> Chain | None:
-    """Returns the chain of an elementwise function's result."""
+    """Returns the chain of the result of an elementwise function."""
     data = [(v, m) for v, m in zip(eqn.invars, mades, strict=True) if m.data]
     chains = [m.chain for _, m in data]
     if not _is_elementwise(eqn) or any(c is None for c in chains):
@@ -111,7 +112,7 @@ KINDS = {
 
 
 def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
-    """Returns the site that an equation is, or None."""
+    """Returns the site for an equation, or None if it is not a site."""
     kind = KINDS.get(eqn.primitive.name)
     if kind is None:
         return None
@@ -151,7 +152,7 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
 
 
 def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
-    """Plans a scan's body: a carry depends on parameters only if it stays so."""
+    """Plans the body of a scan, iterating until the provenance of carries is stable."""
     consts, carries = scan_layout(eqn)
     program = closed(eqn.params["jaxpr"])
     inside = place._replace(lengths=(*place.lengths, eqn.params["length"]))
@@ -172,7 +173,7 @@ def _scan_plan(eqn: Any, mades: list[Made], place: _Place) -> Plan:
 
 
 def _crossing(made: Made) -> Made:
-    """Returns the provenance of a value after it is passed into another program."""
+    """Returns the provenance of a value once it is passed into another program."""
     if made.chain is None or not made.chain.functions:
         return made
     return made._replace(chain=made.chain._replace(before=LOST))
@@ -191,14 +192,14 @@ BETTER = {
 
 
 class _Beyond(NamedTuple):
-    """Sites out of reach: the reason for each, and those that appear in the program."""
+    """The reason for each unreachable site, and the ones that appear in the program."""
 
     reasons: tuple[str, ...] = ()
     unseen: tuple[SiteSpec, ...] = ()
 
 
 def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
-    """Plans the programs in an equation; also returns the sites out of reach."""
+    """Plans the programs in an equation; also returns the unreachable sites."""
     name, plans = eqn.primitive.name, []
     if name == "scan":
         plans = [_scan_plan(eqn, made, place)]
@@ -224,14 +225,14 @@ def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
 
 
 def _outs_of(step: Step) -> list[Made]:
-    """Returns the provenance of the results of an opened equation."""
+    """Returns the provenance of each result of an opened equation."""
     if len(step.plans) == 1 and step.eqn.primitive.name in INLINED:
         return [_crossing(m) for m in step.plans[0].outs]
     return [_together(list(o)) for o in zip(*(p.outs for p in step.plans), strict=True)]
 
 
 def _result(eqn: Any, made: list[Made], used: bool) -> Made:
-    """Returns the provenance of the result of any other equation."""
+    """Returns the provenance of the result of an equation that is not opened."""
     if eqn.primitive.name in ("dynamic_slice", "gather") and made[0].leaves:
         return made[0]  # a layer's own slice, wherever the index comes from
     whole = DATA if used else _together(made)
@@ -276,7 +277,7 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
 
 
 def plan_program(program: Any, params: int) -> Plan:
-    """Plans a program of which the first ``params`` arguments are parameter leaves."""
+    """Plans a program whose first ``params`` arguments are parameter leaves."""
     given = [
         Made(frozenset([i])) if i < params else DATA
         for i in range(len(program.jaxpr.invars))

@@ -1,4 +1,4 @@
-"""The programs that a diagnosis runs, each compiled once, and what they measure."""
+"""Compiles and runs the programs of a diagnosis, each compiled only once."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from optclip.diagnosis.taps import Site, Tapped, tapped
 
 __all__ = ["Batch", "Probe", "Step", "halves_of"]
 
-# A step's updates are tried at these fractions of their size.
+# Each step is tried with its updates scaled by these factors.
 PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
 
 
@@ -24,10 +24,10 @@ class Step(NamedTuple):
     """Predictions and measurements for the next step of the optimizer.
 
     Attributes:
-        finite: Whether its updates are finite.
-        zero: Whether they are all 0.
-        slope: The change of the loss that the gradient predicts; negative is downhill.
-        trust: Share of the predicted change that is achieved, by part of the updates.
+        finite: Whether the updates are finite.
+        zero: Whether all updates are 0.
+        slope: The change in the loss that the gradient predicts; negative is downhill.
+        trust: Fraction of the predicted change that is achieved, by update scale.
     """
 
     finite: bool
@@ -40,10 +40,10 @@ class Batch(NamedTuple):
     """The measurements of one batch.
 
     Attributes:
-        loss: Its loss.
-        norm: Norm of its gradient.
-        bad_leaves: Paths of leaves whose gradient is not finite.
-        sites: What was measured in the program, if anything.
+        loss: Loss of the batch.
+        norm: Norm of the gradient.
+        bad_leaves: Paths of the leaves whose gradient is not finite.
+        sites: The measurements at each site, if the program could be read.
         leaf_norms: Norm of the gradient of each leaf.
     """
 
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 def halves_of(batch: Any, axis: int) -> list[Any]:
-    """Returns an even part of a batch along an axis, and its halves; or nothing."""
+    """Returns an even-sized slice of a batch and its two halves, or an empty list."""
     shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
     sizes = {shape[axis] if len(shape) > axis else 0 for shape in shapes}
     if len(sizes) != 1 or (half := sizes.pop() // 2) < 1:
@@ -83,16 +83,16 @@ def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Probe:
-    """A model under diagnosis: its programs, compiled once.
+    """The programs of the model under diagnosis, each compiled once.
 
     Attributes:
         loss_fn: ``loss_fn(params, batch)`` returns a scalar.
         optimizer: The optimizer.
         show: Called with a short message before each stage.
-        tapped: The loss's program, or None if it could not be read.
-        why_not: The reason why it could not be read.
+        tapped: The program of the loss, or None if it could not be read.
+        why_not: The reason why the program could not be read.
         no_steps: The reason why no steps can be tried; "" if they can.
-        paths: Paths of the parameters, known even where the program can't be read.
+        paths: Paths of the parameters, known even if the program can't be read.
     """
 
     loss_fn: Callable[[Any, Any], jax.Array]
@@ -122,7 +122,7 @@ class Probe:
             self.no_steps = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def _read(self, params: Any, batch: Any) -> Tapped | None:
-        """Returns the program for batches of these shapes; None if it can't be read."""
+        """Returns the program for batches of this shape; None if it can't be read."""
         key = (
             jax.tree.structure(batch),
             tuple(
@@ -130,7 +130,7 @@ class Probe:
             ),
         )
         if key not in self._programs:
-            # The user's own errors come first.
+            # Raises errors in the user's function first.
             jax.eval_shape(self.loss_fn, params, batch)
             try:
                 seen = tapped(self.loss_fn, params, batch)
@@ -142,7 +142,7 @@ class Probe:
         return self._programs[key]
 
     def _gradients(self, params, batch):
-        """Returns loss, gradients, their norms, and the statistics of all sites."""
+        """Returns the loss, the gradients, their norms, and statistics of all sites."""
         seen = self._read(params, batch)
         if seen is None:
             loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
@@ -163,7 +163,7 @@ class Probe:
         return (loss, norm, each, jnp.stack(fine), figures, signals), grads
 
     def _changed_norm(self, params, batch, change):
-        """Returns loss and gradient norm of the program with a change."""
+        """Returns the loss and gradient norm of the changed program."""
         seen = self._read(params, batch)
         assert seen is not None
         run = seen.run
@@ -181,7 +181,7 @@ class Probe:
         return optax.apply_updates(params, updates), opt_state, loss, each
 
     def _updates(self, grads, opt_state, params, batch, loss):
-        """Returns the updates, with every argument that Optax's optimizers may take."""
+        """Computes the updates, passing all extra arguments that Optax supports."""
         more = {
             "value": loss,
             "grad": grads,
@@ -190,14 +190,14 @@ class Probe:
         return self.optimizer.update(grads, opt_state, params, **more)
 
     def _next_step(self, grads, opt_state, params, batch, loss):
-        """Returns the next updates, the change that they predict, and their norm."""
+        """Returns the next updates, the predicted change in loss, and their norm."""
         updates, _ = self._updates(grads, opt_state, params, batch, loss)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(updates), strict=True)
         slope = sum(_inner(g, u) for g, u in pairs)
         return updates, slope, norms.global_norm(updates)
 
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
-        """Returns the measurements of one batch, and its gradients."""
+        """Returns the measurements of one batch and its gradients."""
         found, grads = self._gradient(params, batch)
         loss, norm, each, fine, figures, signals = found
         seen = self._read(params, batch)
@@ -208,12 +208,12 @@ class Probe:
         return Batch(float(loss), float(norm), bad, sites, sizes), grads
 
     def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
-        """Returns loss and norm with a change; NaN if the change can't be made."""
+        """Returns the loss and norm after a change; NaN if the change can't be made."""
         if self.tapped is None:
             return float("nan"), float("nan")
         try:
             loss, norm = self._changed(params, batch, change)
-        except Exception:  # a change that can't be built tells nothing
+        except Exception:  # a change that can't be built is not evidence
             return float("nan"), float("nan")
         return float(loss), float(norm)
 
@@ -224,13 +224,13 @@ class Probe:
     def step(
         self, params: Any, opt_state: Any, batch: Any, grads: Any, loss: float
     ) -> Step:
-        """Returns the next step, and how much of its predicted change is achieved."""
+        """Returns the next step, with the achieved fraction of its predicted change."""
         value = jnp.asarray(loss, jnp.float32)
         updates, slope, size = self._next(grads, opt_state, params, batch, value)
         slope, size = float(slope), float(size)
         found = {}
         for part in PARTS if np.isfinite(size) else ():
-            # A change below rounding error tells nothing.
+            # A change below rounding error is not evidence.
             if not abs(part * slope) > 1e-5 * abs(loss):
                 continue
             moved = self._moved(params, updates, part)
@@ -244,10 +244,10 @@ class Probe:
     def rehearse(
         self, params: Any, opt_state: Any, batches: Iterable[Any], part: float
     ) -> tuple[list[float], list[tuple[float, ...]]]:
-        """Trains a few steps, with ``part`` of each update.
+        """Trains for a few steps with each update scaled by ``part``.
 
         Returns:
-            The loss of each step, and the gradient norm of each leaf.
+            The loss and the per-leaf gradient norms of each step.
         """
         losses, sizes = [], []
         for batch in batches:

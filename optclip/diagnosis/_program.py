@@ -1,4 +1,4 @@
-"""The data structures of a planned program: provenance, sites, steps."""
+"""Data structures of a planned program: provenance, sites and steps."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ __all__ = [
     "opaque_uses",
 ]
 
-# Elementwise functions that are linear in their one data argument, and copies.
+# Copies, and elementwise functions that are linear in their one data argument.
 LINEAR = {
     "add",
     "add_any",
@@ -101,7 +101,7 @@ LOST = "in another program"
 INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 OPENED = INLINED | {"scan", "cond"}
 RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-# The program does not show what these do with their operands, or not as a product.
+# Primitives whose use of their operands the program does not show as a product.
 OPAQUE = {
     "custom_linear_solve",
     "ffi_call",
@@ -115,7 +115,7 @@ OPAQUE = {
 
 
 class Chain(NamedTuple):
-    """The path of a value from a site's output through elementwise functions alone."""
+    """The path from a site's output to a value through elementwise functions alone."""
 
     site: int
     functions: tuple[str, ...]
@@ -123,14 +123,14 @@ class Chain(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The provenance of a value: what it was computed from.
+    """The provenance of a value, that is, the inputs from which it was computed.
 
     Attributes:
-        leaves: Indices of the parameter leaves, for a value computed from parameters
-            alone.
-        data: Whether data or a site went into it.
-        chain: Its path from a site, or None.
-        stacked: Whether it is a slice of a scanned leaf: the parameters of one layer.
+        leaves: Indices of the parameter leaves, if the value was computed from
+            parameters alone.
+        data: Whether the value depends on data or on the output of a site.
+        chain: The path from a site to the value, or None.
+        stacked: Whether the value is a slice of a scanned leaf, as for one layer.
     """
 
     leaves: frozenset = frozenset()
@@ -139,7 +139,7 @@ class Made(NamedTuple):
     stacked: bool = False
 
     def without_chain(self) -> "Made":
-        """Returns the same provenance, to start another program with."""
+        """Returns the same provenance without its chain, for use in another program."""
         return self._replace(chain=None)
 
 
@@ -152,15 +152,15 @@ class SiteSpec(NamedTuple):
     Attributes:
         kind: "matmul", "conv", "embedding" or "scale".
         leaves: Indices of the leaves used.
-        number: Its index in the order of execution.
-        fan_in: Inputs that one output sums over.
-        fan_out: Outputs that one input goes into.
-        data_at: Which operand is the data.
+        number: Index of the site in the order of execution.
+        fan_in: Number of inputs that each output sums over.
+        fan_out: Number of outputs to which each input contributes.
+        data_at: Index of the data operand.
         functions: Nonlinear functions between the previous site and this one.
         source: Index of the previous site, or None.
-        before: The variable that the first of these functions was applied to.
+        before: The variable to which the first of ``functions`` is applied.
         lengths: Lengths of the enclosing scans, outermost first.
-        stacked: Whether each step of the innermost scan has parameters of its own.
+        stacked: Whether each step of the innermost scan has its own parameters.
         dtype: The dtype of the result.
     """
 
@@ -179,13 +179,13 @@ class SiteSpec(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One equation: a site, a container of programs, or anything else.
+    """One equation: a site, a container of other programs, or neither.
 
     Attributes:
         eqn: The equation.
-        site: The site that it is, or None.
+        site: The site, or None if the equation is not a site.
         plans: The programs inside the equation.
-        opened: Whether these have sites that can be reached.
+        opened: Whether these programs contain reachable sites.
     """
 
     eqn: Any
@@ -195,14 +195,14 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A program with its sites.
+    """A program and its sites.
 
     Attributes:
-        jaxpr: The program, closed.
-        steps: Its equations.
-        sites: All sites, those of containers included, in the order of execution.
-        hidden: Reasons for the sites that can't be reached, one for each.
-        outs: The provenance of its results.
+        jaxpr: The program, as a closed jaxpr.
+        steps: The equations of the program.
+        sites: All sites in the order of execution, including sites in containers.
+        hidden: For each unreachable site, the reason.
+        outs: The provenance of the results.
         unseen: The hidden sites that nevertheless appear in the program, for example in
             a function with a custom derivative.
     """
@@ -223,7 +223,7 @@ def name_of(eqn: Any) -> str:
 
 
 def inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
-    """Returns the programs in an equation, and the provenance of their arguments."""
+    """Returns the programs in an equation and the provenance of their arguments."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         start = params["cond_nconsts"]
@@ -241,7 +241,7 @@ def inner_programs(eqn: Any, mades: list[Made]) -> list[tuple[Any, list[Made]]]:
 
 
 def opaque_uses(eqn: Any, made: list[Made]) -> int:
-    """Returns how many parameters meet data in an equation that can't be read."""
+    """Counts the parameters that meet data in an equation that can't be read."""
     impl = getattr(eqn.primitive, "impl", None)
     module = getattr(getattr(impl, "func", impl), "__module__", None) or "jax"
     # Primitives of other libraries may do anything with their operands.

@@ -1,4 +1,4 @@
-"""Runs a planned program, with probes at its sites or with a change in it."""
+"""Runs a planned program with probes at its sites or with a change."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ from optclip.diagnosis._program import LOST, Plan, Step
 
 __all__ = ["Change", "magnitude", "no_probes", "replay"]
 
-BEYOND = 1e9  # stands for a number that was too large for float16
+BEYOND = 1e9  # replaces a number that was too large for float16
 LOW = (jnp.float16, jnp.bfloat16)
 
 
 class Change(NamedTuple):
-    """What is changed in a program.
+    """The changes to make in a program.
 
     Attributes:
         relu: Whether functions between two sites are replaced by relu.
@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 
 def magnitude(x: jax.Array, mean: bool = False) -> jax.Array:
-    """Returns the norm of all entries, or their rms, even where squares overflow."""
+    """Returns the norm or rms of all entries, even if their squares overflow."""
     if not x.size:
         return jnp.zeros([], jnp.float32)
     sizes = jnp.abs(x).astype(jnp.float32)
@@ -45,7 +45,7 @@ def magnitude(x: jax.Array, mean: bool = False) -> jax.Array:
 
 @jax.custom_vjp
 def _probed(x: jax.Array, probe: jax.Array) -> jax.Array:
-    """Returns x. The derivative for ``probe`` is the norm of the backward signal."""
+    """Returns x; the derivative for ``probe`` is the norm of the backward signal."""
     del probe
     return x
 
@@ -65,12 +65,12 @@ _probed.defvjp(_probed_fwd, _probed_bwd)
 
 
 def no_probes(plan: Plan) -> list[jax.Array]:
-    """Returns the zeros to differentiate for: two per site, at its input and output."""
+    """Returns zeros to differentiate with respect to, one per site input and output."""
     return [jnp.zeros((*s.lengths, 2), jnp.float32) for s in plan.sites]
 
 
 def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation in float32 where it was written in lower precision."""
+    """Evaluates one equation, using float32 instead of lower precision."""
 
     def wide(x):
         low = getattr(x, "dtype", None) in LOW
@@ -93,7 +93,7 @@ def _is_low(value: Any) -> bool:
 def _site(
     jaxpr: Any, step: Step, values: list, probe: Any, plain: Any, change: Change
 ) -> tuple:
-    """Evaluates a site; returns its result and what was measured there."""
+    """Evaluates a site; returns its result and its measurements."""
     spec = step.site
     assert spec is not None
     at, values = spec.data_at, list(values)
@@ -149,7 +149,7 @@ def _scan(step: Step, values: list, probes: list, change: Change) -> tuple:
 
 
 def _cond(step: Step, values: list, probes: list, change: Change) -> tuple:
-    """Evaluates a conditional; the sites of the branches not taken measure nothing."""
+    """Evaluates a conditional; sites in branches not taken are not measured."""
     shapes = [jax.ShapeDtypeStruct((*p.shape[:-1], 3), jnp.float32) for p in probes]
     starts = [0]
     for plan in step.plans:
@@ -194,12 +194,12 @@ def replay(
 
     Args:
         plan: The plan.
-        values: The arguments of its program.
-        probes: What `no_probes` returns, or none at all.
-        change: What to change.
+        values: The arguments of the program.
+        probes: Probes as returned by `no_probes`, or an empty sequence.
+        change: The changes to make.
 
     Returns:
-        The results, and for each site rms of input, output and parameters.
+        The results, and for each site the rms of its input, output and parameters.
     """
     jaxpr = plan.jaxpr.jaxpr
     consts = plan.jaxpr.consts
@@ -245,7 +245,7 @@ def replay(
 
 
 def _wide_constant(value: Any) -> Any:
-    """Returns a constant in float32, with an infinity as a large finite number."""
+    """Casts a constant to float32, replacing infinities by large finite numbers."""
     if getattr(value, "dtype", None) not in LOW:
         return value
     value = value.astype(jnp.float32)

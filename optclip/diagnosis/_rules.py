@@ -1,4 +1,4 @@
-"""From signals to causes: each rule looks for one cause and describes its remedy."""
+"""Infers causes from signals; each rule detects one cause and describes its remedy."""
 
 import math
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def _loss_sum(s: Signals) -> Candidate | None:
 
 
 def _promise(trust: float, smaller: float, part: float) -> str:
-    """Describes how much of the predicted fall of the loss is achieved."""
+    """Describes how much of the predicted decrease in the loss is achieved."""
     if not (math.isfinite(trust) and math.isfinite(smaller)):
         return ""
 
@@ -121,7 +121,7 @@ def _run_of(s: Signals, part: float, start: float, peak: float | None) -> str:
 
 
 def _uphill(s: Signals) -> Candidate | None:
-    # In a run that has started, momentum may go uphill for a step.
+    # In a run that has started, momentum may point uphill for a step.
     if s.begun or not s.slope > 1e-5 * abs(s.first.loss):
         return None
     finding = Finding(
@@ -140,7 +140,7 @@ def _uphill(s: Signals) -> Candidate | None:
 
 
 def _rehearsed(s: Signals, most: float) -> float:
-    """Returns the part of the rate that trained best, if its loss is below ``most``."""
+    """Returns the best rate scale, or 0 if its loss is not below ``most``."""
     ends = {part: ended(losses) for part, losses in s.rehearsals.items() if part < 1}
     best = min(ends, key=lambda part: ends[part])
     return best if ends[best] < most else 0.0
@@ -158,7 +158,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
     good = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
     distrusted = trust < LIMITS.trust and any(p <= 0.3 for p in good)
     diverged = end > start + margin and better
-    # A step that achieves only half of what a smaller one would is close to achieving
+    # A step that achieves only half as much as a smaller one is close to achieving
     # nothing, unless the run makes faster progress with such steps.
     tried = s.trust.get(0.1, math.nan)
     mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
@@ -166,14 +166,14 @@ def _learning_rate(s: Signals) -> Candidate | None:
     hopeless = math.isinf(end) and math.isinf(slow)
     leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
     early = mild or diverged or (distrusted and better)
-    if s.begun:  # a run settles where a step achieves little, and still trains there
+    if s.begun:  # steps that achieve little are normal, and such a run still trains
         gained = s.empty_loss - start
         floor = start + (LIMITS.lost * gained if gained > 0 else 0.0)
         # Near a loss of 0, a harder batch can have a loss many times as large.
         leaped = leaped and max(whole) > floor
         early = better and end > max(LIMITS.rise * abs(start), floor)
     else:
-        # All parts that were tried are wrong, so only far smaller steps could be right.
+        # Steps of every size that was tried fail; only far smaller ones might work.
         wrong = s.trust and min(s.trust) <= 0.01 and max(s.trust.values()) < 0
         early = early or (wrong and end > start + margin and slow > start + margin)
     if not (hopeless or leaped or early):
@@ -197,7 +197,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
         "by elimination" if hopeless and not rehearsed else "measured",
         (Remedy("scale_learning_rate", part),),
     )
-    # Other causes make steps fail as well: findings whose remedy helps more come first.
+    # Other causes also make steps fail; findings whose remedy helps more come first.
     relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
     relative = 0.0 if hopeless else max(relative, 0.0)
     return Candidate(finding, min(math.log10(1 + relative), 0.9))
@@ -229,7 +229,7 @@ BROKEN = {
 
 
 def _given(s: Signals) -> Finding | None:
-    """Returns the finding for what was not finite before anything was computed."""
+    """Returns a finding if an input was not finite before anything was computed."""
     for name, (evidence, remedy) in BROKEN.items():
         where = s.broken.get(name, ())
         if name in ("batches", "empty"):
@@ -287,7 +287,7 @@ RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
     _learning_rate,
     vanishing,
 )
-# Explanations for a growing signal; of several, the one whose remedy helps most.
+# Explanations for a growing signal. Only the one whose remedy helps most is kept.
 GROWTH = {"activation", "recurrence", "initialization", "depth"}
 
 
@@ -297,7 +297,7 @@ def judge(signals: Signals) -> tuple[Finding, ...]:
         return (given,)
     found = [c for rule in RULES if (c := rule(signals)) is not None]
     causes = {c.finding.cause for c in found}
-    # These causes explain growth over the layers, so it is not due to depth.
+    # These causes explain growth over the layers, so depth is not the cause.
     if causes & {"activation", "initialization", "recurrence"}:
         found = [c for c in found if c.finding.cause != "depth"]
     found.sort(key=lambda c: -c.benefit)

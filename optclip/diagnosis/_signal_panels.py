@@ -1,4 +1,4 @@
-"""The backward signal, by depth and over the steps of a recurrence."""
+"""Panels of the backward signal, by depth and over the steps of a recurrence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,8 @@ __all__ = ["signal_panels"]
 
 _LINES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION)
 
-# More rows than this become a heat map, more columns are thinned, and more names are
-# omitted.
+# More rows than this are drawn as a heat map, more columns than this are thinned, and
+# more names than this are omitted.
 _ROWS, _COLUMNS, _NAMES = len(_LINES), 96, 10
 
 
@@ -35,7 +35,7 @@ def _short(path: str) -> str:
 
 
 def _lost(axes: Any, places: np.ndarray) -> None:
-    """Marks the places whose signal is not finite."""
+    """Marks the positions at which the signal is not finite."""
     if places.size:
         axes.plot(
             places,
@@ -123,14 +123,14 @@ def _draw_time(sites: Sequence[Any], figure: Any) -> None:
 
 
 def _can_draw(signals: Sequence[Any]) -> bool:
-    """Whether there are at least two numbers that a line could join."""
+    """Whether there are at least two numbers to join with a line."""
     flat = [np.ravel(np.asarray(x, np.float64)) for x in signals]
     values = np.concatenate([*flat, np.zeros(0)])
     return bool(np.sum(np.isfinite(drawable(values))) >= 2)
 
 
 def signal_panels(every: Sequence[Any]) -> list[Panel]:
-    """Returns the panels for which the `Site`s of a diagnosis have data."""
+    """Returns the panels for which the `Site`s of a diagnosis contain data."""
     sites = [s for s in every if s.signal_out is not None]
     sites = sorted(sites, key=lambda site: site.order)
     over_time = [s for s in sites if np.ndim(s.signal_out)]

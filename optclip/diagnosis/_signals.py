@@ -1,4 +1,4 @@
-"""Everything that a diagnosis measures, taken once and then only read."""
+"""Takes all measurements of a diagnosis once; the rules only read them."""
 
 import dataclasses
 import math
@@ -22,46 +22,46 @@ __all__ = ["LIMITS", "Signals", "ended", "measure"]
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """The measurements.
+    """The measurements of a diagnosis.
 
     Attributes:
         batches: The measurements of each batch.
         outliers: Indices of the batches that differ from the others.
         usual: Index of the batch that represents the others.
         layers: The layers of the program, in the order of depth.
-        depth: Growth over them, or None.
+        depth: Growth over the layers, or None.
         time: Growth over the steps of a recurrence, or None.
         he: Size of the weights relative to He initialization, by leaf.
         gains: Backward and forward gains of activations.
-        relu_norm: Norm of the gradient with relu for every activation; NaN if not
-            measured.
-        wide_norm: The same in float32 for float16 and bfloat16.
-        low: Names of dtypes below float32 in the program.
-        scaled_norm: The same with weights of a typical size.
-        scaled_loss: The loss with these weights.
-        scaled: The factor for each leaf that makes its size typical.
-        halves: Loss over the mean of the losses of its halves; NaN if it can't be
-            measured.
-        size: Examples in a batch, or examples and positions, that the loss sums over.
-        trust: Share of the predicted change of the loss that is achieved, by part.
-        slope: The change of the loss that the gradient predicts for a step.
+        relu_norm: Norm of the gradient with every activation replaced by relu; NaN if
+            not measured.
+        wide_norm: The same with float16 and bfloat16 replaced by float32.
+        low: Names of the dtypes in the program that are narrower than float32.
+        scaled_norm: Norm of the gradient with weights of typical size.
+        scaled_loss: The loss with weights of typical size.
+        scaled: For each leaf, the factor that gives it a typical size.
+        halves: Loss of a batch divided by the mean loss of its halves; NaN if it can't
+            be measured.
+        size: Number of examples, or of examples times positions, that the loss sums.
+        trust: Fraction of the predicted change in the loss achieved, by update scale.
+        slope: The change in the loss that the gradient predicts for a step.
         still: Whether the next step is known to change nothing.
         bad_updates: Whether the next step's updates are not finite, though the
             gradient is.
         no_steps: The reason why no steps could be tried; "" if they could.
         broken: If no batch has a finite gradient, the paths of "parameters" and the
-            numbers of "batches" that hold numbers which are not finite, and of those
-            that are "empty"; if the updates are not finite, the paths of the
-            "optimizer" state that are not. In other cases such numbers may be intended:
-            a mask of -inf, a best loss so far of inf.
-        scaled_trust: The same for whole steps, with weights of a typical size.
-        rehearsals: Losses of a few steps, by part of the updates.
-        starts: Losses of the same batches before them.
+            indices of "batches" that contain non-finite numbers, and the indices of
+            batches that are "empty". If the updates are not finite, the paths of
+            non-finite leaves in the "optimizer" state. In other cases such numbers may
+            be intended, such as a mask of -inf or an initial best loss of inf.
+        scaled_trust: As ``trust``, for full steps with weights of typical size.
+        rehearsals: Losses over a few steps of training, by update scale.
+        starts: Losses of the same batches before those steps.
         empty_loss: If the run has started, the loss of the same model with all
-            parameters 0, that is, before it has learned anything.
+            parameters set to 0, as a proxy for an untrained model.
         begun: Whether the run has started.
         rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
-            with the whole rate.
+            at the full learning rate.
     """
 
     batches: tuple[Batch, ...]
@@ -105,7 +105,7 @@ class Signals:
 
 
 def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
-    """Returns the indices of batches that differ from the others, if they are few."""
+    """Returns the indices of batches that differ from the rest, if there are few."""
     logs = np.array(
         [math.log10(b.norm) if b.finite and b.norm > 0 else np.nan for b in batches]
     )
@@ -130,7 +130,7 @@ def _usual(batches: list[Batch], outliers: tuple[int, ...]) -> int:
 
 
 def _low_dtypes(probe: Probe, params: Any, batch: Any) -> tuple[str, ...]:
-    """Returns the dtypes below float32 that the program computes in."""
+    """Returns the dtypes narrower than float32 in which the program computes."""
     if probe.tapped is None:
         dtypes = {str(jnp.result_type(x)) for x in jax.tree.leaves((params, batch))}
     else:
@@ -149,7 +149,7 @@ def _scale(params: Any, factors: dict[str, float], paths: tuple[str, ...]) -> An
 
 
 def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
-    """Returns the median over some batches of the loss over that of its halves."""
+    """Returns the median ratio of a batch's loss to the mean loss of its halves."""
     ratios = []
     for batch in chosen[:3]:
         try:
@@ -164,7 +164,7 @@ def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
 
 
 def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
-    """Returns the ratio that reveals a sum, and how many numbers it sums over."""
+    """Returns the ratio that reveals a sum and the number of terms in that sum."""
     shapes = [np.shape(x) for x in jax.tree.leaves(chosen[0])]
     size = next((shape[0] for shape in shapes if shape), 0)
     first = _halves(probe, params, chosen, 0)
@@ -176,10 +176,11 @@ def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
 
 
 def _factors(signals: Signals) -> dict[str, float]:
-    """Returns the factors that would make the weights a typical size, if they help.
+    """Returns the factors that would bring weights to a typical size, if they help.
 
-    Weights larger than He initialization are scaled to that size; otherwise, if the
-    signal grows over many layers, each weight gets the factor that would keep it level.
+    Weights larger than He initialization are scaled down to it. Otherwise, if the
+    signal grows over many layers, each weight gets the factor that would keep the
+    signal constant.
     """
     he, depth = signals.he, signals.depth
     large = {leaf: round(1 / x, 4) for leaf, x in he.items() if x > LIMITS.weights}
@@ -201,7 +202,7 @@ def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
 def measure(
     probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
 ) -> Signals:
-    """Measures everything; a stage without anything to measure is skipped."""
+    """Runs every stage of measurement, skipping stages that have nothing to measure."""
     probe.show(f"gradients of {len(batches)} batches")
     seen = [_seen(probe, params, b, number) for number, b in enumerate(batches)]
     outliers = outliers_of(seen)
@@ -255,7 +256,7 @@ def measure(
 
 
 def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]:
-    """Measures what steps do, and whether the loss is a sum."""
+    """Measures the effect of steps, and whether the loss is a sum."""
     probe.show("halves of batches")
     more: dict[str, Any] = _sums(probe, params, fine)
     if probe.no_steps:
@@ -286,7 +287,7 @@ def ended(losses: list[float]) -> float:
 
 
 def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
-    """Trains with the full rate, a tenth and, as long as that is better, less."""
+    """Trains at the full rate, a tenth, and lower rates while the loss improves."""
     found: dict[float, list[float]] = {}
     last, sizes = math.inf, []
     for part in (1.0, 0.1, 0.03, 0.01, 0.001):

@@ -1,4 +1,4 @@
-"""What a diagnosis reports: findings with evidence and remedies; what was not seen."""
+"""The report of a diagnosis: findings with their evidence and remedies."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Remedy"]
 
-# Each cause, and its name in the report.
+# Maps each cause to its name in the report.
 CAUSES = {
     "initialization": "The weights are too large",
     "depth": "The signal grows from layer to layer",
@@ -27,15 +27,15 @@ CAUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """One thing to do, in a form that a program can apply.
+    """A single remedy, in a form that a program can apply.
 
     Attributes:
         kind: "scale_weights" (multiply the leaves ``where`` by ``amount``),
             "scale_learning_rate" (by ``amount``), "divide_loss" (by ``amount``),
-            "drop_batches" (those numbered in ``where``), "float32", "normalize",
+            "drop_batches" (the indices in ``where``), "float32", "normalize",
             "residual", "gate", "change_activation" or "clip" (by a global norm of
             ``amount``).
-        amount: The number for it, or None.
+        amount: The factor or norm, or None if the kind needs no number.
         where: Paths of leaves, or indices of batches as strings.
     """
 
@@ -50,15 +50,15 @@ class Finding:
 
     Attributes:
         cause: A key of `CAUSES`.
-        where: Paths of parameter leaves in the order in which they are used, or "batch
-            23", counted from 0 in the order of the batches.
-        evidence: What was measured, with numbers.
-        remedy: What to do about it, most important first.
-        severity: "high" if training can't continue, "medium" if it suffers, "low" if it
-            is worth knowing.
+        where: Paths of parameter leaves in the order in which they are used, or a batch
+            such as "batch 23", counted from 0.
+        evidence: The measurements that support the finding.
+        remedy: Suggested fixes, most important first.
+        severity: "high" if training can't continue, "medium" if training suffers, "low"
+            if the finding is merely worth knowing.
         confidence: "measured" if the cause itself, or the effect of its remedy, was
             measured; "by elimination" if other causes were ruled out.
-        remedies: The remedy in a form that a program can apply, most important first.
+        remedies: The fixes in a form that a program can apply, most important first.
     """
 
     cause: str
@@ -77,7 +77,7 @@ class Finding:
     def __str__(self) -> str:
         """Returns the finding as a few lines of text."""
         where = ", ".join(self.where[:4])
-        if where[:1].isdigit():  # paths into a list are only numbers
+        if where[:1].isdigit():  # paths into a list are bare numbers
             where = f"leaves {where}"
         if len(self.where) > 4:
             where += f" and {len(self.where) - 4} more"
@@ -93,7 +93,7 @@ class Finding:
 
 
 NOTHING = "nothing was found that makes the gradients explode."
-# Cases that do not need the program to be inspected.
+# Describes judgments made without inspecting the program.
 OUTSIDE = "from outside (gradients of the batches, losses, trial steps)"
 
 
@@ -124,7 +124,7 @@ def nothing_found(signals: Mapping[str, Any]) -> str:
 
 
 def largest_gradient(signals: Mapping[str, Any]) -> str:
-    """Returns in which parameter the gradient is largest, in words; "" if unknown."""
+    """Describes which parameter has the largest gradient; "" if unknown."""
     norms, steps = (
         signals.get(key, {}) for key in ("leaf_norms", "rehearsed_leaf_norms")
     )
@@ -144,14 +144,14 @@ def largest_gradient(signals: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What `optclip.diagnose` found.
+    """The result of `optclip.diagnose`.
 
     Attributes:
-        findings: The causes, ordered by how much their remedy helps; empty if nothing
-            was found wrong.
-        signals: The measurements behind them by name: scalars, tuples of numbers, and
-            under "sites" each `Site` of the program.
-        not_seen: What could not be inspected, and why.
+        findings: The causes, ordered by how much their remedy helps; empty if no
+            problem was found.
+        signals: The underlying measurements by name: scalars, tuples of numbers, and,
+            under "sites", each `Site` of the program.
+        not_seen: The parts that could not be inspected, with the reasons.
     """
 
     findings: tuple[Finding, ...]
@@ -160,7 +160,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found wrong."""
+        """Whether no problem was found."""
         return not self.findings
 
     def __str__(self) -> str:

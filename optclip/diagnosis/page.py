@@ -1,4 +1,4 @@
-"""The report of a run: one PNG, and one HTML page."""
+"""Writes the report of a run as one PNG and one HTML page."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _panel(title: str, svg: str) -> str:
 
 
 def _page(contents: Contents, svgs: Sequence[tuple[str, str]]) -> str:
-    """Returns the page: well-formed HTML that loads nothing from elsewhere."""
+    """Returns the page as well-formed, self-contained HTML."""
     title = _text(contents.title)
     parts = [_panel(*named) for named in svgs]
     parts += [_section(section) for section in contents.sections]
@@ -122,27 +122,28 @@ def write_report(
     nonfinite_leaves: Sequence[NonfiniteLeaf] | None = None,
     output: str | Path,
 ) -> tuple[Path, Path]:
-    """Writes a report of a run: ``report.png``, and ``report.html`` for a browser.
+    """Writes a report of a run as ``report.png`` and ``report.html``.
 
-    It shows the gradient norm over the steps with the threshold and the steps that were
-    clipped, skipped or not finite; the distribution of the norms; with a diagnosis, the
-    backward signal by depth and the findings; and a suggested threshold. Parts without
-    data are omitted. The page is one file: it has no scripts and loads nothing.
+    The report plots the gradient norm over the steps, with the threshold and the steps
+    that were clipped, skipped or not finite, and the distribution of the norms. It also
+    suggests a threshold. If a diagnosis is given, it adds the backward signal by depth
+    and the findings. Parts without data are omitted. The page is a single
+    self-contained file without scripts.
 
     | run                    | the report                                       |
     | ---------------------- | ------------------------------------------------ |
-    | diverged               | the threshold uses only the steps before         |
+    | diverged               | the threshold uses only the steps before that    |
     | fewer than ten norms   | no distribution, and no threshold                |
     | no finite norm         | no plot of the norms; the headline says so       |
-    | several names or seeds | the first to diverge, else with a bad step       |
+    | several names or seeds | the first that diverged, else with a bad step    |
 
     Args:
         run_or_metrics: A run's folder or log; a mapping of arrays or a list of dicts
             with the keys of `optclip.metrics`, optionally with "step" and "loss"; an
             array of gradient norms; or a `Run`.
-        diagnosis: What `diagnose` found.
-        nonfinite_leaves: What `optclip.nonfinite_leaves` found.
-        output: Folder to write into; it is created if needed, and an earlier report in
+        diagnosis: The result of `diagnose`.
+        nonfinite_leaves: The result of `optclip.nonfinite_leaves`.
+        output: Folder to write to. It is created if needed, and any existing report in
             it is replaced.
 
     Returns:
@@ -172,7 +173,7 @@ def write_report(
     contents = contents_of(run, diagnosis, nonfinite_leaves)
     png, page = folder / "report.png", folder / "report.html"
     text = _page(contents, pictures.svgs_of(contents))
-    # Moved into place atomically: no partial file, and no writing through a symlink.
+    # Moved into place atomically, to avoid partial files and writes through symlinks.
     drawn, written = folder / "report.png.new", folder / "report.html.new"
     pictures.save_png(drawn, contents)
     written.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report as one PNG, and its panels as SVG; the only part that needs Matplotlib."""
+"""Draws the report as one PNG and its panels as SVG, using Matplotlib."""
 
 import contextlib
 import html
@@ -21,7 +21,7 @@ from optclip.diagnosis.records import printable
 __all__ = ["save_png", "svgs_of"]
 
 _WIDTH, _DPI, _FONT = 10.0, 160, 12
-# Height in inches of a line of text, and how many characters fit into one.
+# Height of a line of text in inches, and the number of characters that fit in it.
 _LINE, _CHARACTERS = 0.235, 110
 # Size of a separate panel, chosen so that its text is readable on a phone.
 _ALONE = 6.2
@@ -53,7 +53,7 @@ def _wrapped(words: str, indent: int) -> list[str]:
 
 
 def _lines(section: Section) -> list[tuple[str, bool]]:
-    """Returns the lines of a section, each with whether it is bold."""
+    """Returns the lines of a section as pairs (text, whether it is bold)."""
     found = [("", False), (section.heading, True)]
     for item in section.items:
         found += [(line, False) for line in _wrapped(item.lead, 0)]
@@ -122,7 +122,7 @@ def save_png(path: Path, contents: Contents) -> None:
 
 
 def _inline(svg: str, prefix: str, says: str) -> str:
-    """Returns an SVG for embedding: without external references, with unique ids."""
+    """Returns an SVG for embedding, with unique ids and no external references."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -146,7 +146,7 @@ def _svg(panel: Panel) -> str:
 
 
 def svgs_of(contents: Contents) -> list[tuple[str, str]]:
-    """Returns title and SVG element of each panel, for embedding in a page."""
+    """Returns the title and SVG element of each panel, for embedding in a page."""
     with _own_style():
         return [
             (panel.title, _inline(_svg(panel), f"p{number}-", panel.says))

@@ -1,4 +1,4 @@
-"""Recorded runs: the demo's log, a log of `optclip.metrics`, or arrays."""
+"""Reads recorded runs from the demo's log, a log of `optclip.metrics`, or arrays."""
 
 import dataclasses
 import itertools
@@ -19,20 +19,20 @@ _LOSSES = ("loss", "train/loss", "train_loss", "skip/loss")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What was recorded of a run, with one entry for each recorded step.
+    """The record of a run, with one entry per recorded step.
 
     Attributes:
         name: Name of the run; "" if it has none.
-        seed: Its seed as text; "" if none is known.
+        seed: Seed of the run as text; "" if unknown.
         steps: int64. Step numbers, ascending.
-        norms: float64. Gradient norms before the clip, NaN or inf where not finite.
-        nonfinite: bool. Whether the gradient or loss was not finite, at this step or at
-            one since the previous recorded step.
-        losses: float64, or None where no loss was recorded.
-        thresholds: float64, NaN where there was none; or None.
-        clipped: bool. Whether something was clipped; or None if that is not known.
-        skipped: bool. Whether the step was skipped, or one since the previous recorded
-            step; or None if that is not known.
+        norms: float64. Gradient norms before clipping; NaN or inf if not finite.
+        nonfinite: bool. Whether the gradient or loss was not finite at this step or at
+            any step since the previous recorded one.
+        losses: float64, or None if no loss was recorded.
+        thresholds: float64, NaN at steps without a threshold; or None.
+        clipped: bool. Whether anything was clipped; or None if unknown.
+        skipped: bool. Whether this step, or any step since the previous recorded one,
+            was skipped; or None if unknown.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Name and seed for display; "" if it has neither."""
+        """The name and seed for display; "" if the run has neither."""
         seed = f"seed {self.seed}" if self.seed else ""
         title = ", ".join(word for word in (self.name, seed) if word)
         return printable(title)
 
 
 def printable(text: str) -> str:
-    """Returns the text with unprintable characters, like terminal codes, replaced."""
+    """Replaces unprintable characters in the text, such as terminal escape codes."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _number(value: Any, key: str, origin: str) -> float:
-    """Returns a value of a row as a float; None is how JSON stores "not finite"."""
+    """Returns a value of a row as a float; JSON's null means non-finite."""
     if value is None:
         return math.nan
     try:
@@ -73,7 +73,7 @@ def _number(value: Any, key: str, origin: str) -> float:
 
 
 def _key(keys: Iterable[str], *wanted: str) -> str | None:
-    """Returns the first key that is one of these, with or without a prefix and a group.
+    """Returns the first key that matches, with or without a prefix and a group.
 
     Keys of `optclip.metrics` may be nested: "skip/norm" may be "critic/skip/norm", and
     in a group of `optax.partition` it may be "skip/encoder/norm". Nested keys are used
@@ -97,9 +97,9 @@ def _key(keys: Iterable[str], *wanted: str) -> str | None:
 
 
 def _clip_of(keys: Sequence[str]) -> str:
-    """Returns the prefix of the first clipping transformation's keys; else "clip/".
+    """Returns the key prefix of the first clipping transformation, else "clip/".
 
-    `leaf_metrics` also has a norm before clipping, but it has no counters.
+    `leaf_metrics` also records a norm before clipping, but no counters.
     """
     if "norm_before" in keys:
         return ""
@@ -118,7 +118,7 @@ class _Columns:
         self.keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
     def values(self, *wanted: str) -> np.ndarray | None:
-        """Returns a column, NaN where a row lacks it; None if all rows lack it."""
+        """Returns a column, with NaN for rows without it; None if no row has it."""
         key = _key(self.keys, *wanted)
         if key is None:
             return None
@@ -126,12 +126,12 @@ class _Columns:
         return np.array([_number(row.get(key), key, self._origin) for row in rows])
 
     def present(self, *wanted: str) -> np.ndarray:
-        """Returns which rows have the column, null or not."""
+        """Indicates which rows have the column, even if its value is null."""
         key = _key(self.keys, *wanted)
         return np.array([key in row for row in self._rows], bool)
 
     def with_norm(self, clip: str) -> "tuple[_Columns, str]":
-        """Returns the rows with a gradient norm, and its key."""
+        """Returns the rows that have a gradient norm, and the key of that norm."""
         # Under `skip_steps`, a transformation inside does not see skipped steps.
         names = (
             "skip/norm",
@@ -151,7 +151,7 @@ class _Columns:
 
 
 def _rises(counts: np.ndarray | None) -> np.ndarray | None:
-    """Returns where a counter has risen; a counter that restarts has not."""
+    """Indicates where a counter has increased; a restarted counter has not."""
     if counts is None:
         return None
     return np.diff(counts, prepend=0.0 if counts[0] <= 1 else counts[0]) > 0
@@ -163,12 +163,12 @@ def _steps_of(columns: _Columns, clip: str, number: int) -> np.ndarray:
         counts = columns.values("skip/steps", f"{clip}steps", "norms/steps")
         steps = np.arange(number) if counts is None else counts - 1
     known = np.isfinite(steps)
-    known &= np.abs(np.where(known, steps, 0)) < 2**62  # larger is invalid
+    known &= np.abs(np.where(known, steps, 0)) < 2**62  # larger numbers are invalid
     return np.where(known, steps, np.arange(number)).astype(np.int64)
 
 
 def _finite(columns: _Columns, clip: str, norms: np.ndarray) -> np.ndarray:
-    """Returns where everything that was recorded was finite."""
+    """Indicates the steps at which all recorded values were finite."""
     good = np.isfinite(norms)
     losses = columns.values(*_LOSSES)
     if losses is not None:
@@ -198,7 +198,7 @@ def _clipped(
 
 
 def _last_of_each_step(run: Run) -> Run:
-    """Returns the run with sorted steps, without the repeats of a resumed run."""
+    """Returns the run with its steps sorted, keeping the last record of each step."""
     _, places = np.unique(run.steps[::-1], return_index=True)
     kept = len(run.steps) - 1 - places
     columns = {
@@ -248,18 +248,19 @@ def read_run(source: Any) -> tuple[Run, ...]:
     """Returns the runs in a log, one for each name and seed.
 
     Args:
-        source: A folder that holds ``metrics.jsonl``; such a file, with one object per
-            step, in the demo's format or with the keys of `optclip.metrics`; a mapping
-            of arrays or a sequence of mappings with such keys; or an array of norms.
+        source: A folder that contains ``metrics.jsonl``; such a file, with one object
+            per step, in the demo's format or with the keys of `optclip.metrics`; a
+            mapping of arrays or a sequence of mappings with these keys; or an array of
+            norms.
 
     Returns:
-        A tuple of `Run`. Rows without a gradient norm, such as those of an evaluation,
-        are ignored; if a step was recorded twice, the last row counts; and an
+        A tuple of `Run`. Rows without a gradient norm, such as evaluation results, are
+        ignored. If a step was recorded more than once, the last row is used. An
         incomplete last line is not an error.
 
     Raises:
-        ValueError: If there is no such file, if it is empty or holds no JSON objects,
-            if no gradient norm is recorded, or if arrays differ in length.
+        ValueError: If the file does not exist, is empty or contains no JSON objects, if
+            no gradient norm is recorded, or if arrays differ in length.
 
     Example:
         >>> from optclip.diagnosis.records import read_run

@@ -1,4 +1,4 @@
-"""Summarizes a run in one sentence, and selects the run to report."""
+"""Summarizes a run in one sentence and selects the run to report."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,24 @@ from optclip.diagnosis.records import Run
 
 __all__ = ["diverged_at", "headline", "names_of", "pick"]
 
-# A loss that ends above its initial value is noise unless it stays there this long.
+# A rise of the loss above its initial value is noise unless it lasts this long: at
+# least this many steps and this fraction of the run.
 _LONG, _PART = 10, 0.1
 
 
 def _tail(flags: np.ndarray) -> int:
-    """Returns the index from which on all flags are set; their number if none."""
+    """Returns the start of the trailing run of set flags, or ``len(flags)`` if none."""
     unset = np.flatnonzero(~flags)
     return int(unset[-1]) + 1 if unset.size else 0
 
 
 def _lost(run: Run) -> np.ndarray:
-    """Returns which non-finite steps were not skipped."""
+    """Indicates the non-finite steps that were not skipped."""
     return run.nonfinite if run.skipped is None else run.nonfinite & ~run.skipped
 
 
 def _began(run: Run) -> float:
-    """Returns the first loss; infinity if none is known."""
+    """Returns the first known loss, or infinity if there is none."""
     losses = np.zeros(0) if run.losses is None else run.losses
     known = losses[np.isfinite(losses)]
     return float(known[0]) if known.size else np.inf
@@ -33,9 +34,9 @@ def _began(run: Run) -> float:
 def diverged_at(run: Run) -> int | None:
     """Returns the index at which the run diverged, or None if it did not.
 
-    A run diverged where all steps until its end are not finite; or else where the loss
-    stays above its first value until the end, for at least ten steps and a tenth of the
-    run.
+    A run diverged if all of its steps from this index to the end are non-finite or, if
+    there are no such steps, if the loss stays above its first value until the end, for
+    at least ten steps and a tenth of the run.
     """
     lost, number = _lost(run), len(run.steps)
     place = _tail(lost)
@@ -74,7 +75,7 @@ def _losses(run: Run) -> list[str]:
 
 
 def headline(run: Run) -> str:
-    """Returns what happened in a run, in one plain sentence."""
+    """Summarizes a run in one plain sentence."""
     parts = [_clips(run)]
     if run.skipped is not None and run.skipped.any():
         parts.append(f"{int(np.sum(run.skipped)):,} left out")
@@ -91,7 +92,7 @@ def headline(run: Run) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> str:
-    """Returns the names of runs, each with its seeds."""
+    """Returns the names of the runs, each with its seeds."""
     seeds: dict[str, list[str]] = {}
     for run in runs:
         seeds.setdefault(run.name, []).append(run.seed)
@@ -113,11 +114,12 @@ def pick(
 ) -> Run:
     """Returns the requested run, or the first one with something to report.
 
-    That is the first run that diverged; else the first with a non-finite step; else the
-    first with a skipped step; else the first.
+    Of the runs that match ``name`` and ``seed``, returns the first that diverged, else
+    the first with a non-finite step, else the first with a skipped step, else the first
+    run.
 
     Raises:
-        ValueError: If there is no such run.
+        ValueError: If no run matches.
     """
     found = [run for run in runs if name is None or run.name == name]
     found = [run for run in found if seed is None or run.seed == str(seed)]

@@ -1,4 +1,4 @@
-"""What a program does with its parameters, measured at each use that can be reached."""
+"""Measures the signals at each reachable use of the parameters in a program."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ Number = float | tuple
 class Site:
     """One use of parameters in a program.
 
-    Numbers described as "one per step" are tuples inside `jax.lax.scan`, nested for
-    nested scans, and floats elsewhere.
+    Attributes described as "one per step" are tuples for a site inside `jax.lax.scan`
+    (nested tuples for nested scans) and floats otherwise.
 
     Attributes:
-        leaf: Path of the parameter leaf, as "layers/3/kernel"; the largest, if several
-            leaves are combined before they are used.
+        leaf: Path of the parameter leaf, such as "layers/3/kernel"; if several leaves
+            are combined before use, the path of the largest.
         leaves: Paths of all leaves that are used.
         kind: "matmul", "conv", "embedding" or "scale".
-        order: Its index in the order of execution.
-        fan_in: How many inputs each output sums over.
-        fan_out: How many outputs each input goes into.
+        order: Index of the site in the order of execution.
+        fan_in: Number of inputs that each output sums over.
+        fan_out: Number of outputs to which each input contributes.
         rms_in: Root mean square of the input, one per step; 0 for the indices of an
             embedding.
-        rms_out: The same of the output.
-        rms_weight: The same of the parameters, as they are used.
+        rms_out: Root mean square of the output, one per step.
+        rms_weight: Root mean square of the parameters as used, one per step.
         signal_in: Norm of the gradient of the loss with respect to the input, through
             this use alone, one per step.
         signal_out: Norm of the gradient of the loss with respect to the output, one per
             step.
         dtype: The dtype of the output.
         activation: Names of the nonlinear functions between the site ``source`` and
-            this one, such as "tanh"; None if there is more between them, such as a
-            normalization or a sum with another branch.
-        source: The ``order`` of that site, or None.
+            this one, such as "tanh"; None if other operations lie between them, such
+            as a normalization or a sum with another branch.
+        source: The ``order`` of the previous site, or None.
         stacked: Whether each step has its own parameters, as in a scan over layers.
             Otherwise all steps share them, as in a recurrence.
     """
@@ -73,13 +73,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """What `tap` measured.
+    """The measurements of `tap`.
 
     Attributes:
         sites: The uses of parameters, in the order of execution.
-        loss: The loss of the program that was tapped.
-        total: How many uses there are, including those out of reach.
-        not_seen: For each use out of reach, the reason.
+        loss: The loss returned by the tapped program.
+        total: Number of uses, including unreachable ones.
+        not_seen: For each unreachable use, the reason.
     """
 
     sites: tuple[Site, ...]
@@ -88,7 +88,7 @@ class Taps:
     not_seen: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Returns a table of the sites, and how many were measured."""
+        """Returns a table of the sites, with the number of sites that were measured."""
         head = ("use", "signal back", "rms in", "rms out", "fan in", "leaf")
         rows: list[tuple[str, ...]] = [head]
         for x in self.sites:
@@ -113,12 +113,12 @@ def _brief(number: Number) -> str:
 
 
 class Tapped(NamedTuple):
-    """A loss function whose program was read.
+    """A loss function and the program that was read from it.
 
     Attributes:
         plan: The program and its sites.
         paths: Paths of the leaves of ``params``.
-        sizes: Their sizes.
+        sizes: Sizes of those leaves.
         run: ``(params, args, probes, change) -> (loss, figures)``.
     """
 
@@ -128,7 +128,7 @@ class Tapped(NamedTuple):
     run: Callable[..., tuple[jax.Array, list[jax.Array]]]
 
     def sites(self, figures: Any, signals: Any) -> tuple[Site, ...]:
-        """Returns the sites, with what was measured there."""
+        """Returns the sites with their measurements."""
         found = []
         for spec, rms, signal in zip(self.plan.sites, figures, signals, strict=True):
             leaves = sorted(spec.leaves, key=lambda i: -self.sizes[i])
@@ -156,7 +156,7 @@ class Tapped(NamedTuple):
         return tuple(found)
 
 
-# What JAX inlines for these functions, where they are not programs of their own.
+# The primitives that JAX inlines for functions that are not programs of their own.
 _WRITTEN_OUT = {
     frozenset({"logistic", "mul"}): "silu",
     frozenset({"integer_pow", "tanh", "mul"}): "gelu",
@@ -166,7 +166,7 @@ _WRITTEN_OUT = {
 
 
 def _function(names: tuple[str, ...]) -> str:
-    """Returns the name of the function that consists of these primitives."""
+    """Returns the name of the function that these primitives implement."""
     return _WRITTEN_OUT.get(frozenset(names), " ".join(names))
 
 
@@ -193,7 +193,7 @@ def _loss_of(value: Any) -> jax.Array:
 
 
 def scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Returns the loss function without its auxiliary output, and checks its result."""
+    """Wraps a loss function to drop its auxiliary output and check its result."""
     if not callable(loss_fn):
         raise TypeError(f"`loss_fn` must be a function, got {type(loss_fn).__name__}.")
 
@@ -232,30 +232,30 @@ def tap(
 ) -> Taps:
     """Measures the signals at each use of the parameters in a loss function.
 
-    The norm of a parameter's gradient does not show where a signal grows: in a deep
-    network without normalization it is the same in every layer, because what the
-    backward signal gains, the forward signal has lost. This function reads the program
-    of the loss, and measures the backward signal itself, at the input and the output of
-    every matrix product, convolution, lookup and elementwise scale that uses a
-    parameter, at each step of a scan. The model needs no hooks and no changes.
+    The norm of a parameter's gradient does not reveal where a signal grows: in a deep
+    network without normalization, it is the same in every layer, because the forward
+    signal loses what the backward signal gains. `tap` reads the program of the loss and
+    measures the backward signal itself, at the input and the output of every matrix
+    product, convolution, lookup and elementwise scale that uses a parameter, at each
+    step of a scan. The model needs no hooks or changes.
 
-    It looks inside `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
-    `jax.lax.cond`. A function with a custom derivative keeps it; uses inside such a
+    `tap` looks inside `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
+    `jax.lax.cond`. Functions with a custom derivative keep it. Uses inside such a
     function, or inside a `jax.lax.while_loop`, a `jax.shard_map`, a callback, a Pallas
-    kernel or a linear solve, are out of reach, and are counted and named.
+    kernel or a linear solve, can't be measured; they are counted and listed.
 
-    It costs about one training step, and compiles its own program: call it
-    occasionally, not in each step.
+    A call costs about as much as one training step and compiles its own program, so
+    call `tap` occasionally, not at every step.
 
     Args:
         loss_fn: ``loss_fn(params, *args)`` returns a real scalar.
         params: A pytree of arrays, a Flax NNX model or an Equinox model. The model
-            itself is not changed; it is given to ``loss_fn`` as a copy.
+            itself is not changed: ``loss_fn`` receives a copy.
         *args: The other arguments of ``loss_fn``: pytrees of arrays.
-        has_aux: Whether it returns (loss, aux).
+        has_aux: Whether ``loss_fn`` returns (loss, aux).
 
     Returns:
-        `Taps`, with a `Site` for each use. Print it for a table.
+        `Taps`, with a `Site` for each use. Print it to see a table.
 
     Raises:
         TypeError: If ``loss_fn`` is not a function.
@@ -275,7 +275,7 @@ def tap(
     """
     outside_jit("tap", params, args)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
-    jax.eval_shape(loss_fn, params, *args)  # the user's own errors come first
+    jax.eval_shape(loss_fn, params, *args)  # raises errors in the user's function first
     try:
         seen = tapped(loss_fn, params, *args)
 

@@ -1,4 +1,4 @@
-"""A threshold from recorded gradient norms, or the reason why there is none."""
+"""Suggests a threshold from recorded gradient norms, or explains why it can't."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from optclip.diagnosis.findings import Diagnosis
 
 __all__ = ["Suggestion", "suggest_threshold"]
 
-# Fewer norms say little about what is typical.
+# Fewer norms than this are too few to estimate the typical norm.
 FEWEST = 10
 # In decades (powers of ten): an outlier is this far above the median ...
 FAR = 1.0
-# ... and by this many robust deviations, to each of which the floor is added.
+# ... and by this many robust deviations, after adding the floor to the deviation.
 DEVIATIONS, FLOOR = 5.0, 0.05
-# In decades: a spread or drift above this causes a warning.
+# In decades: a spread or drift above this triggers a warning.
 WIDE, DRIFTED = 0.5, 0.5
-# If a larger share is far above, the norms are not exceptions.
+# If a larger fraction of the norms is far above, they are not outliers.
 SHARE = 0.25
 # Causes whose remedy changes the typical norm.
 _FIRST = {
@@ -39,18 +39,18 @@ _FIRST = {
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A threshold for clipping by the global norm, and how far to trust it.
+    """A threshold for clipping by the global norm, and how far it can be trusted.
 
     Attributes:
         max_norm: The threshold; None if none can be suggested.
-        spread: Decades (powers of ten) between the 10% and the 90% quantile of the
-            norms that count; None without norms.
-        outliers: How many norms were excluded because they are far above the others.
-        drift: Decades from the median of the first quarter of the norms to that of the
-            last, negative if they fell; None if their order is not known.
-        nonfinite: How many steps had a norm that is not finite.
-        samples: How many norms there were, including those excluded.
-        warnings: What to know before using it.
+        spread: Decades (powers of ten) between the 10% and 90% quantiles of the norms
+            that count; None if there are no norms.
+        outliers: Number of norms excluded because they are far above the others.
+        drift: Decades from the median of the first quarter of the norms to the median
+            of the last, negative if norms fell; None if their order is unknown.
+        nonfinite: Number of steps with a non-finite norm.
+        samples: Number of norms, including the excluded ones.
+        warnings: Caveats to read before using the threshold.
         declined: The reason why there is no threshold; None if there is one.
     """
 
@@ -84,12 +84,12 @@ class Suggestion:
 
 
 def factor_of(decades: float) -> str:
-    """Returns ten to this power as text, also where it exceeds float64."""
+    """Returns 10 to this power as text, even if it exceeds float64."""
     return f"{10**decades:.3g}" if abs(decades) < 300 else f"1e{decades:+.0f}"
 
 
 def _outliers(logs: np.ndarray) -> np.ndarray:
-    """Returns which norms are so far above the median that they are outliers."""
+    """Indicates which norms are outliers, that is, far above the median."""
     above = logs - np.median(logs)
     deviation = 1.4826 * np.median(np.abs(above)) + FLOOR
     far = (above > FAR) & (above > DEVIATIONS * deviation)
@@ -102,7 +102,7 @@ def _drift(logs: np.ndarray) -> float:
 
 
 def _open_cause(diagnosis: Diagnosis | None) -> str | None:
-    """Returns the reason why the report speaks against a threshold, if it does."""
+    """Returns the reason why the diagnosis advises against a threshold, or None."""
     for finding in () if diagnosis is None else diagnosis.findings:
         if finding.cause in _FIRST and finding.severity != "low":
             return (
@@ -172,9 +172,9 @@ def suggest_threshold(
 ) -> Suggestion:
     """Suggests a threshold for `clip_by_global_norm` from recorded norms.
 
-    It is the ``quantile`` of the norms, without those that are not finite, are 0, or
-    are far above the others: more than a decade above the median and more than five
-    robust deviations (1.4826 times the median deviation, plus 0.05 decades).
+    The threshold is the ``quantile`` of the norms, excluding norms that are non-finite,
+    0, or far above the others: more than a decade and more than five robust deviations
+    (1.4826 times the median deviation, plus 0.05 decades) above the median.
 
     | norms                                      | then                    |
     | ------------------------------------------ | ----------------------- |
@@ -186,27 +186,28 @@ def suggest_threshold(
 
     An open cause is a finding of severity "medium" or "high" whose remedy changes the
     typical norm: any cause except a recurrence or the learning rate. A threshold at the
-    median scales down half of the steps; for an optimizer that is invariant to the
-    scale of gradients, such as Adam, that matters little.
+    median scales down half of the steps, which matters little for an optimizer that is
+    invariant to the scale of gradients, such as Adam.
 
     Args:
-        norms_or_state: Gradient norms, one number per step in order (None counts as not
-            finite); or an optimizer state with `skip_steps` or a clip in it whose rule
-            keeps them: `autoclip`, `percentile_clip` in tree scope,
-            `rolling_sigma_clip`. If the rule records clipped norms, the threshold is
-            computed from those.
-        quantile: Which quantile, between 0 and 1.
-        diagnosis: What `diagnose` found, if it was run.
+        norms_or_state: Gradient norms, one number per step in order (None counts as
+            non-finite); or an optimizer state that contains `skip_steps` or a clipping
+            transformation whose rule stores norms: `autoclip`, `percentile_clip` in
+            tree scope, or `rolling_sigma_clip`. If the rule records clipped norms, the
+            threshold is computed from the clipped norms.
+        quantile: The quantile to use, between 0 and 1.
+        diagnosis: The result of `diagnose`, if it was run.
 
     Returns:
-        A `Suggestion`; print it, or read its ``max_norm``, which is None if it
-        declines.
+        A `Suggestion`. Print it, or read its ``max_norm``, which is None if no
+        threshold can be suggested.
 
     Raises:
         TypeError: If ``norms_or_state`` is neither norms nor a state of optclip, or
-            ``diagnosis`` is not a diagnosis.
-        ValueError: If there are no norms, one is negative, they have several axes or
-            are traced, the state is a batch of states, or ``quantile`` is out of range.
+            ``diagnosis`` is not a `Diagnosis`.
+        ValueError: If there are no norms, a norm is negative, the norms have several
+            axes or are traced, the state is a batch of states, or ``quantile`` is out
+            of range.
 
     Example:
         >>> import optclip

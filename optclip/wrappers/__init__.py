@@ -1,1 +1,1 @@
-"""Wrappers of optimizers, clips and loss functions."""
+"""Wrappers for optimizers, clips and loss functions."""

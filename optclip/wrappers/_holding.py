@@ -1,4 +1,4 @@
-"""Runs an optimizer and discards its step where a flag is set."""
+"""Runs an optimizer and discards its step if a flag is set."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def update_unless(
     """Returns the new updates and state, or zeros and the old state if ``flag`` is set.
 
     Both are selected with ``jnp.where``, so NaN is never multiplied by zero. Under jit,
-    each leaf of the state is selected where it is computed, and the updates are
-    computed from the selected values. This does not change the updates, which are zeros
-    wherever an old value was selected. XLA then updates each moment in place in a
-    single loop, instead of copying the old one first.
+    each leaf of the state is selected as soon as it is computed, and the updates are
+    computed from the selected values. This does not change the result: if the old
+    values are selected, the updates are zeros anyway. XLA can then update each moment
+    in place in a single loop instead of copying the old moment first.
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(updates)):
         out, after = optimizer.update(updates, state, params, **extra)

@@ -1,4 +1,4 @@
-"""The default rule of `skip_steps`: deviations of the logarithm of the norm."""
+"""The default rule of `skip_steps`: standard deviations of the log norm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["log_window_sigma"]
 
 # Not a plain int, which `optax.inject_hyperparams` would convert to an array.
 WINDOW = Static(128)
-# The smallest and the largest logarithm of a norm. They are slightly inside the range
-# of normal float32 numbers, so that `exp` of the largest is finite.
+# Bounds on the logarithm of a norm. Both are slightly inside the range of the normal
+# float32 numbers, so that `exp` of the upper bound is finite.
 LEAST_LOG, LARGEST_LOG = -87.3, 88.7
 
 
@@ -30,24 +30,23 @@ def log_window_sigma(
     window: Any = WINDOW,
     min_ratio: jax.typing.ArrayLike = 2.0,
 ) -> Rule:
-    """Returns the default rule of `skip_steps`: deviations of the log norm.
+    """Returns the default rule of `skip_steps`: standard deviations of the log norm.
 
-    With the mean m and the standard deviation s of the logarithms of the last
-    ``window`` norms before this one, the threshold is
+    Let m be the mean and s the standard deviation of the logarithms of the previous
+    ``window`` norms. The threshold is
 
         t = exp(m + max(sigmas * s, log(min_ratio)))
 
-    There is no threshold until half the window, and at least two norms, is filled. The
-    norms of a training run are approximately log-normal, so on a logarithmic scale
-    large norms that belong to the typical noise are not outliers. The rule is scale
-    invariant. Norms of zero are not recorded, and neither are subnormal norms, which
-    are below 1.2e-38.
+    There is no threshold until half the window, and at least two norms, have been
+    recorded. The norms of a training run are approximately log-normal, so large norms
+    that are part of the typical noise are not outliers on a logarithmic scale. The rule
+    is scale invariant. Zero norms and subnormal norms (below 1.2e-38) are not recorded.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
         window: Number of norms kept, at least 2.
         min_ratio: Lower bound on the threshold relative to the geometric mean of the
-            norms, above 0. It takes effect where the norms hardly vary.
+            norms, above 0. It takes effect when the norms hardly vary.
 
     Returns:
         A rule whose state is ``window`` float32 values and one int32 value per group.
@@ -68,7 +67,7 @@ def log_window_sigma(
         ring, count = state
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
-        # Entries that are not filled yet hold 0, whose logarithm is not finite.
+        # Unused entries are 0, whose logarithm is not finite.
         logs = jnp.log(jnp.where(valid, jnp.maximum(ring, math.exp(LEAST_LOG)), 1.0))
         number = jnp.maximum(known, 1).astype(logs.dtype)
         mean = jnp.sum(logs, axis=-1) / number

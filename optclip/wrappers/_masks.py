@@ -1,4 +1,4 @@
-"""Masks for the leaves that a wrapper applies to, as in `optax.masked`."""
+"""Masks that select the leaves a wrapper applies to, as in `optax.masked`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(mask: Mask) -> None:
 
 
 def selected(mask: Mask, tree: Any) -> Any:
-    """Returns the booleans of ``mask`` for ``tree``, or None without a mask."""
+    """Returns the booleans of ``mask`` for ``tree``, or None if there is no mask."""
     if callable(mask):
         mask = mask(tree)
         check(mask)
@@ -42,7 +42,7 @@ def selected(mask: Mask, tree: Any) -> Any:
 
 
 def kept(flags: Any, tree: Any) -> Any:
-    """Returns ``tree`` with `optax.MaskedNode` in place of leaves flagged False."""
+    """Returns ``tree`` with each leaf flagged False replaced by `optax.MaskedNode`."""
     if flags is None:
         return tree
 
@@ -59,7 +59,7 @@ def kept(flags: Any, tree: Any) -> Any:
 
 
 def restored(flags: Any, new: Any, old: Any) -> Any:
-    """Returns ``new`` with its masked leaves replaced by those of ``old``."""
+    """Returns ``new`` with its masked leaves replaced by the leaves of ``old``."""
     if flags is None:
         return new
 

@@ -1,10 +1,10 @@
-"""How `skip_steps` detects spikes: by a rule, and by how rare such values are.
+"""Spike detection for `skip_steps`: a rule combined with a test of rarity.
 
 A rule alone is not enough. If it excludes spikes from its history, it never learns that
 they have become normal; if it includes them, a single spike hides the next ones. The
-rule therefore sees only steps that are taken, and a second, much longer history counts
-how often values of that size have occurred. Frequent values are not spikes, whatever
-the rule says.
+rule therefore records only steps that are taken, and a second, much longer history
+counts how often values of similar size have occurred. Frequent values are never spikes,
+even if they exceed the threshold of the rule.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ __all__ = [
 ]
 
 # Number of steps over which values and skips are counted. The default limit of ten
-# similar values is 2% of it: new data in 5% of the batches has 26 similar values, and
-# isolated spikes in 1% of the batches have 5.
+# similar values is 2% of this: new data in 5% of the batches produces 26 similar
+# values, whereas isolated spikes in 1% of the batches produce 5.
 RECENT = 512
-# Relative differences up to this are rounding errors: 8 times the float32 epsilon.
+# Relative differences of at most 8 times the float32 epsilon are rounding errors.
 NEAR = 2.0**-20
 LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def no_values() -> jax.Array:
-    """Returns a history of the last values that is still empty."""
+    """Returns an empty history of values."""
     return jnp.full(RECENT, -LARGEST, jnp.float32)
 
 
@@ -56,7 +56,7 @@ def pushed(rows: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def mean_loss(loss: Any, names: Any) -> jax.Array:
-    """Returns the loss, averaged over the devices on which it differs."""
+    """Returns the loss, averaged over the mesh axes that it varies over."""
     try:
         loss = jnp.asarray(loss)
     except (TypeError, ValueError) as error:
@@ -109,12 +109,12 @@ def loss_rule(when_loss: Any, when: Any) -> Rule | None:
 
 
 class Verdict(NamedTuple):
-    """The verdict of a rule on a value.
+    """Result of applying a rule to a value.
 
     Attributes:
         spike: Whether the value is a spike.
         threshold: The threshold of the rule, clipped to the finite range.
-        after: The new state of the rule, for a step that is taken.
+        after: The new state of the rule if the step is taken.
     """
 
     spike: jax.Array
@@ -132,7 +132,7 @@ def judge(
     signed: bool,
     max_similar: int | None = None,
 ) -> Verdict:
-    """Judges ``value`` by the rule, and by how rare such values are in ``recent``."""
+    """Applies the rule to ``value`` and counts the similar values in ``recent``."""
 
     def no_params():
         raise ValueError(
@@ -145,13 +145,14 @@ def judge(
     limit, after = apply_rule(rule, fine, state, context, signed=signed)
     bound = jnp.asarray(limit.threshold).astype(fine.dtype)
     bound = jnp.where(jnp.isnan(bound), -LARGEST, jnp.clip(bound, -LARGEST, LARGEST))
-    # A value that exceeds the threshold only by rounding is not a spike, such as a
-    # constant compared with its own mean. The difference of the halves can't overflow.
+    # A value that exceeds the threshold only by a rounding error, such as a constant
+    # compared with its own mean, is not a spike. Both sides are halved so that their
+    # difference can't overflow.
     above = fine / 2 - bound / 2
     spike = above > NEAR / 2 * jnp.abs(bound)
     if max_similar is not None and not isinstance(recent, tuple):
-        # Similar norms are at least half as large. A loss has no natural zero, so
-        # similar losses are at least half as far above the threshold.
+        # A norm is similar if it is at least half as large. A loss has no natural zero,
+        # so a loss is similar if it is at least half as far above the threshold.
         similar = recent >= (bound + above if signed else fine / 2)
         spike &= jnp.sum(similar, dtype=jnp.int32) < max_similar
     after = jax.tree.map(lambda old, new: new.astype(old.dtype), state, after)

@@ -26,13 +26,13 @@ class ExampleStats(NamedTuple):
     Attributes:
         loss: float32 scalar. Mean loss of the examples that were used; 0 if none were.
         example_norms: float32[batch]. The norm of each example's gradient before
-            clipping, NaN or inf where the gradient contains one. With ``axis_name``,
-            only for the examples on this device.
+            clipping; NaN or inf if the gradient contains NaN or inf. If ``axis_name``
+            is given, it covers only the examples on this device.
         clipped_share: float32 scalar. Fraction of the used examples that were clipped.
         dropped_examples: int32 scalar. Number of examples left out because of NaN or
             inf.
-        aux: What ``loss_fn`` returned alongside the loss, stacked; None without
-            ``has_aux``.
+        aux: The auxiliary outputs of ``loss_fn``, stacked over the examples; None if
+            ``has_aux`` is False.
     """
 
     loss: jax.Array
@@ -91,7 +91,7 @@ def _check_params(params: Any) -> None:
 
 
 def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Yields the names of the operations that communicate along these mesh axes."""
+    """Yields the names of the operations that communicate along the mesh axes."""
 
     def is_program(value):
         return hasattr(value, "eqns") or hasattr(value, "jaxpr")
@@ -107,7 +107,7 @@ def _collectives(jaxpr: Any, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _check_alone(loss_fn: Callable[..., Any], names: tuple[str, ...]) -> None:
-    """Raises if a loss, or its derivative, communicates along these mesh axes."""
+    """Raises if a loss or its derivative communicates along the mesh axes."""
     program = jax.make_jaxpr(loss_fn)()
     mixing = set(_collectives(program.jaxpr, names)) - {"axis_index", "pvary", "pcast"}
     if mixing:
@@ -124,7 +124,7 @@ def _zeros(x: Any) -> jax.Array:
 
 
 def _rounded_within(tree: Any, like: Any, max_norm: Any) -> Any:
-    """Returns ``tree`` in the dtypes of ``like``, with its norm still bounded."""
+    """Casts ``tree`` to the dtypes of ``like``; its norm is at most ``max_norm``."""
     leaves = jax.tree.leaves(like)
     eps = max([float(jnp.finfo(jnp.result_type(x)).eps) for x in leaves], default=0.0)
     margin = 1 - max(eps, 4 * float(jnp.finfo(jnp.float32).eps))
@@ -143,10 +143,10 @@ def clipped_grad(
 ) -> Callable[..., Any]:
     """Returns a gradient function that clips each example's gradient before the mean.
 
-    With the gradient g_i of example i, u is the mean of g_i * min(1, max_norm / |g_i|)
-    over all examples whose gradient and loss are finite. Each of n such examples
-    contributes at most max_norm / n to the norm of the mean, however wrong it is.
-    Clipping the mean gradient cannot guarantee that.
+    The result is the mean of g_i * min(1, max_norm / |g_i|) over all examples i whose
+    gradient g_i and loss are finite. Each of n such examples contributes at most
+    max_norm / n to the norm of the mean, however bad its gradient is. Clipping the mean
+    gradient cannot guarantee this.
 
     | example                     | result                                        |
     | --------------------------- | --------------------------------------------- |
@@ -157,23 +157,23 @@ def clipped_grad(
     Sums are computed in float32 and rounded once, to the dtype of the parameters. The
     norm of the result is at most ``max_norm`` in every dtype.
 
-    This is for robust training. It does *not* provide differential privacy, which needs
-    noise, privacy accounting, and a divisor that doesn't depend on the data; use
-    jax-privacy for that.
+    This is for robust training. It does *not* provide differential privacy, which
+    requires noise, privacy accounting, and a divisor that doesn't depend on the data.
+    For differential privacy, use jax-privacy.
 
     Args:
-        loss_fn: Function of (params, *example, **shared) that returns the loss of *one*
-            example, a scalar. It must not communicate with other devices along
+        loss_fn: Function of (params, *example, **shared) that returns the scalar loss
+            of *one* example. It must not communicate with other devices along
             ``axis_name``.
-        max_norm: The largest norm of an example's gradient: a number of at least 0, or
-            a scalar array.
-        microbatch_size: Number of per-example gradients held in memory at a time; None
-            for those of the whole batch. If the batch is sharded, use a multiple of the
-            number of devices.
+        max_norm: Maximum norm of an example's gradient: a non-negative number or a
+            scalar array.
+        microbatch_size: Number of per-example gradients held in memory at a time. If
+            None, the whole batch is processed at once. If the batch is sharded, use a
+            multiple of the number of devices.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the batch is
             sharded over. The parameters must then be replicated: gather them before the
-            call, not inside ``loss_fn``. Not needed under `jax.jit`.
+            call, not inside ``loss_fn``. Under `jax.jit`, it is not needed.
 
     Returns:
         A function of (params, *batch, **shared) that returns (gradients,
@@ -181,8 +181,8 @@ def clipped_grad(
         examples; keyword arguments are shared by all examples.
 
     Raises:
-        ValueError: If an argument is out of range, the arrays of the batch differ in
-            the length of their first axis, ``params`` has no arrays, or ``loss_fn``
+        ValueError: If an argument is out of range, the arrays of the batch have first
+            axes of different lengths, ``params`` has no arrays, or ``loss_fn``
             communicates with other devices.
         TypeError: If ``loss_fn`` is not a function or does not return a scalar loss, or
             if ``params`` holds integers.
@@ -227,7 +227,7 @@ def clipped_grad(
         return jax.value_and_grad(checked, has_aux=has_aux)(params, *example, **shared)
 
     def summed(losses, grads, real):
-        """Returns the sum of the clipped gradients, its statistics, and their norms."""
+        """Returns the summed clipped gradients and statistics, and the norms."""
         norms, reduced = group_norms.rows(grads)
         limit = Limit(*[jnp.asarray(max_norm).astype(norms.dtype)] * 2)
         scale, first = factors_of(actions.rescale, norms, reduced, limit)
@@ -264,15 +264,15 @@ def clipped_grad(
 
         used = (jnp.arange(total) < size).reshape(at_a_time, rounds)
         examples = (jax.tree.map(cut, batch), used)
-        # Without this, each example's gradient would be summed over the devices before
-        # it is clipped.
+        # Otherwise, each example's gradient would be summed over the devices before it
+        # is clipped.
         local = sharding.spread_over(params, names)
         if names:
             first = jax.tree.map(lambda x: x[0], batch)
             _check_alone(lambda: checked(local, *first, **shared), names)
 
         def microbatch(carry, k):
-            # Examples keep an axis of their own, so that none moves to another device.
+            # Examples keep their own axis, so that none is moved to another device.
             taken = jax.tree.map(
                 lambda x: lax.dynamic_index_in_dim(x, k, 1, keepdims=False), examples
             )

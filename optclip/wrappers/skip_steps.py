@@ -21,16 +21,17 @@ __all__ = ["BadSteps", "SkipState", "skip_steps"]
 
 
 class BadSteps(NamedTuple):
-    """The last steps that were skipped, the newest first.
+    """The most recently skipped steps, newest first.
 
     Attributes:
         bad_step: int32[K]. Step numbers, counted from 0; -1 in unused entries.
         bad_norm: float32[K]. Norms of the gradients, which may be NaN or inf.
-        bad_loss: float32[K]. Losses; 0 where none was given.
-        bad_leaf: int32[K]. Index of the worst leaf: the first that contained NaN or
-            inf, or else the one with the largest norm; -1 where only the loss was bad.
-        bad_kinds: int32[K, 3]. Whether that leaf contained NaN, +inf and -inf, as 1 or
-            0.
+        bad_loss: float32[K]. Losses; 0 if none was passed.
+        bad_leaf: int32[K]. Index of the worst leaf: the first leaf that contained NaN
+            or inf, otherwise the leaf with the largest norm; -1 if only the loss was
+            bad.
+        bad_kinds: int32[K, 3]. 1 or 0 for each of NaN, +inf and -inf, depending on
+            whether that leaf contained it.
     """
 
     bad_step: jax.Array
@@ -47,31 +48,30 @@ class SkipState(NamedTuple):
         optimizer_state: State of the wrapped optimizer, as if the skipped steps had not
             happened.
         norm_rule_state: State of the rule for the norm.
-        loss_rule_state: State of the rule for the loss, or () without one.
-        offered_norms: float32[512]. The last finite norms, the newest first, including
-            those of skipped steps. Unused entries hold the lowest float32. () if the
-            rule is stateless or ``max_similar`` is None.
+        loss_rule_state: State of the rule for the loss, or () if there is none.
+        offered_norms: float32[512]. The most recent finite norms, newest first,
+            including the norms of skipped steps. Unused entries hold the lowest
+            float32. () if the rule is stateless or ``max_similar`` is None.
         offered_losses: float32[512]. The same for the loss.
-        recent_skips: int32[512]. 1 where a step was skipped, the newest first.
-        recent_fraction: float32 scalar. Fraction of the last 512 steps, or of all steps
-            if there are fewer, that were skipped.
-        recent_since: int32 scalar. Number of the first skipped step after 512 steps
-            without one; -1 if the last 512 steps were all taken.
-        offered_steps: int32 scalar. Number of steps so far, including skipped ones. All
-            counters stop at 2**31 - 1.
+        recent_skips: int32[512]. 1 for a skipped step and 0 otherwise, newest first.
+        recent_fraction: float32 scalar. Fraction of steps that were skipped, over the
+            last 512 steps or, if there are fewer, over all steps.
+        recent_since: int32 scalar. Step number of the first skip that followed 512
+            steps without one; -1 if the last 512 steps were all taken.
+        offered_steps: int32 scalar. Number of steps so far, including skipped steps.
+            All counters saturate at 2**31 - 1.
         skipped_steps: int32 scalar. Number of steps skipped for any reason.
-        spike_steps: int32 scalar. Number of steps skipped although everything was
-            finite.
-        skipped_run: int32 scalar. Number of consecutive steps skipped up to now.
+        spike_steps: int32 scalar. Number of steps skipped because of a spike, with
+            finite gradients and loss.
+        skipped_run: int32 scalar. Number of consecutive steps skipped so far.
         spike_run: int32 scalar. Number of spikes skipped since the last step that was
             taken.
         offered_norm: float32 scalar. Norm of the last gradients; initially 0.
-        offered_loss: float32 scalar. The last loss; 0 where none was given.
+        offered_loss: float32 scalar. The last loss; 0 if none was passed.
         skip_above: float32 scalar. The last threshold for the norm; the largest float32
-            where there was none; initially 0.
-        skip_loss_above: float32 scalar. The same for the loss; 0 where no loss was
-            judged.
-        last_bad: The last skipped steps, as `BadSteps`.
+            if there was none; initially 0.
+        skip_loss_above: float32 scalar. The same for the loss; 0 if no loss was judged.
+        last_bad: The most recently skipped steps, as `BadSteps`.
         nonfinite: Statistics of non-finite entries, as `NonfiniteStats`.
     """
 
@@ -101,7 +101,7 @@ MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
 
 
 def _worst(norms: jax.Array, kinds: jax.Array) -> jax.Array:
-    """Returns the index of the first non-finite leaf, else that of the largest norm."""
+    """Returns the index of the first non-finite leaf, otherwise of the largest norm."""
     bad = jnp.any(kinds, axis=1)
     size = jnp.where(jnp.isfinite(norms) & ~bad, norms, 0.0)
     return jnp.argmax(jnp.where(bad, jnp.inf, size)).astype(jnp.int32)
@@ -113,7 +113,7 @@ def _counted(count: jax.Array, flag: jax.Array) -> jax.Array:
 
 
 def _recent(state: SkipState, skip: jax.Array) -> dict[str, jax.Array]:
-    """Returns the updated fields about recent steps."""
+    """Returns the updated fields that describe recent steps."""
     before, after = state.recent_skips, pushed(state.recent_skips, skip)
     begins = skip & ~jnp.any(before > 0)
     since = jnp.where(begins, state.offered_steps, state.recent_since)
@@ -139,24 +139,24 @@ def skip_steps(
     axis_name: Any = None,
     loss_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer to skip bad steps, which leave its state unchanged.
+    """Wraps an optimizer so that bad steps are skipped and leave its state unchanged.
 
     A step is skipped if its gradients or its loss contain NaN or inf, or if the norm of
     its gradients or its loss is a spike. The updates of a skipped step are zeros, and
     the optimizer's state, including its step count, is bitwise unchanged.
 
     A spike is a value that is above the threshold t of its rule and rare among the last
-    512 finite values, which include those of skipped steps. The norm n is a spike if
+    512 finite values, including the values of skipped steps. The norm n is a spike if
 
         n > t  and  fewer than ``max_similar`` of the 512 norms were n / 2 or more
 
-    For the loss, the values counted are those at least half as far above t. The rule
-    records only steps that are taken, so a spike does not raise t. New data with large
-    gradients is accepted after about ``max_similar`` of its batches have been skipped,
-    and then the rule adapts to it. Of any 512 steps, at most ``max_similar`` whose
-    norms are within a factor of two of each other are skipped; if the norms are in
-    random order, at most a fraction of ``max_similar / 513`` is skipped. A number or a
-    schedule has no history, and is always a fixed bound.
+    For the loss, a previous value counts if it is at least half as far above t. The
+    rule records only steps that are taken, so a spike does not raise t. New data with
+    large gradients is accepted after about ``max_similar`` of its batches have been
+    skipped; the rule then adapts to it. Among the steps in any window of 512 whose
+    norms are within a factor of two of each other, at most ``max_similar`` are skipped.
+    If the norms are in random order, at most a fraction ``max_similar / 513`` of the
+    steps is skipped. A number or a schedule has no history and is always a fixed bound.
 
     | ``when``                                  | a step is skipped if its norm is     |
     | ----------------------------------------- | ------------------------------------ |
@@ -169,43 +169,43 @@ def skip_steps(
     | inf                                       | NaN or inf                           |
 
     ``when_loss`` is the same for the loss: a number of any sign, a schedule, or a rule
-    that accepts negative values, which among the rules of this library is
-    `rules.window_sigma`. None means ``rules.window_sigma(6.0, unbiased=True)`` if
-    ``when`` is None too, and otherwise skips only losses that are NaN or inf. To judge
-    only the loss, pass ``when=jnp.inf``.
+    that accepts negative values. The only such rule in this library is
+    `rules.window_sigma`. If both ``when`` and ``when_loss`` are None, the loss uses
+    ``rules.window_sigma(6.0, unbiased=True)``; if only ``when_loss`` is None, a loss is
+    bad only if it is NaN or inf. To judge only the loss, pass ``when=jnp.inf``.
 
-    After ``max_consecutive`` spikes without a step taken in between, the next spike is
-    taken, and a stateful rule restarts from it. A non-finite step is never taken, and
+    After ``max_consecutive`` spikes with no step taken in between, the next spike is
+    taken, and a stateful rule restarts from it. A non-finite step is never taken and
     does not count as a spike.
 
-    Pass the loss as an extra argument: ``update(grads, state, params, loss=loss)``.
-    Under Optax's name, ``value=loss``, it is also passed to the wrapped optimizer;
-    ``loss`` is not. Around `optax.MultiSteps`, this skips bad microbatches; inside it,
-    bad means.
+    Pass the loss as an extra argument: ``update(grads, state, params, loss=loss)``. If
+    you pass it under Optax's name, ``value=loss``, the wrapped optimizer receives it
+    too; ``loss`` is not passed on. If this wraps `optax.MultiSteps`, it skips bad
+    microbatches; inside `optax.MultiSteps`, it skips bad averages.
 
-    A rule detects no spikes in its first steps: by default in the first 64, and in the
-    64 after a restart. Chain a clip inside to guard against a bad start: a finite
-    gradient of 1e25 would make Adam's second moment infinite permanently.
+    A rule does not detect spikes during its first steps: by default, the first 64 steps
+    and the 64 steps after a restart. Chain a clip inside to guard against a bad start:
+    a finite gradient of 1e25 would make Adam's second moment infinite permanently.
 
     Args:
-        optimizer: An Optax optimizer, including its clip. Use this inside
-            `optax.lookahead`, not around it, since its parameters come in pairs.
+        optimizer: An Optax optimizer, including its clip. `optax.lookahead` can't be
+            wrapped, since its parameters come in pairs: use this inside it.
         when: A rule of `optclip.rules`, a number, an array or a schedule.
         when_loss: A rule that accepts negative values, a number or a schedule.
-        max_consecutive: Number of spikes after which a rule restarts, at least 1. None:
-            never.
-        max_similar: A value is a spike only if fewer than this many of the last 512
-            were similar, at least 1. None disables this condition.
+        max_consecutive: Number of spikes, with no step taken in between, after which a
+            rule restarts. At least 1; if None, it never restarts.
+        max_similar: A value is a spike only if fewer than ``max_similar`` of the last
+            512 values were similar. At least 1; None disables this condition.
         keep_last: Number of skipped steps kept in the state, at least 1.
         mask: Which leaves are judged, as in `optax.masked`: a pytree of booleans with
             the structure of the updates or a prefix of it, or a function of the updates
-            that returns one. The other leaves, such as those of frozen parameters, are
-            not measured, and are passed to the optimizer unchanged.
+            that returns one. The other leaves, such as frozen parameters, are not
+            measured and are passed to the optimizer unchanged.
         ord: Order of the norm: a number of at least 1, inf or "rms".
         axis_name: As in `optclip.clip_by_rule`.
         loss_axis_name: Inside `jax.pmap`, or `jax.shard_map` with ``check_vma=False``,
-            the mesh axes along which each device has its own loss. The mean of these
-            losses is judged, so that all devices make the same decision. Elsewhere, the
+            the mesh axes over which the loss differs between devices. The mean of these
+            losses is judged, so that all devices make the same decision. Otherwise, the
             axes are inferred from the type of the loss.
 
     Returns:
@@ -247,7 +247,7 @@ def skip_steps(
         return states.scalar(0, jnp.int32)
 
     def memories(rule):
-        """Returns the initial state of a rule, and the empty history of values."""
+        """Returns the initial state of a rule and an empty history of values."""
         if rule is None:
             return (), ()
         state = states.tree_copy(rule.init(jnp.zeros([], jnp.float32)))
@@ -360,16 +360,17 @@ def skip_steps(
         if by_loss is not None and loss_said is not None:
             loss_above = states.to_finite_f32(loss_said.threshold)
             loss_rule = recorded(by_loss, level, old_losses, loss_said, loss_restart)
-        # Without this, XLA for a CPU materializes what measuring and the optimizer
-        # share, such as squares.
+        # Otherwise, XLA on CPU materializes intermediate values that the norms and the
+        # optimizer share, such as squares.
         updates = sharding.kept_apart_on_cpu(updates)
         out, after = _holding.update_unless(
             skip, inner, updates, state.optimizer_state, params, extra_args
         )
 
         worst = _worst(measured.norm[0], measured.kinds)
-        # Picked by comparison: if the gradients are constants of a `jax.lax.scan`, XLA
-        # for a GPU fails to compile an index that depends on them through a barrier.
+        # Selected by comparison instead of indexing: if the gradients are constants of
+        # a `jax.lax.scan`, XLA on GPU fails to compile an index that depends on them
+        # through a barrier.
         here = np.arange(len(measured.kinds), dtype=np.int32) == worst
         kinds = jnp.any(measured.kinds & here[:, None], axis=0)
         if paths and state.nonfinite.leaf_code.size != len(paths):

@@ -1,4 +1,4 @@
-"""Stabilizes any optimizer, without a threshold to tune."""
+"""Stabilizes any optimizer with no threshold to tune."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from optclip.wrappers import _holding, _masks
 
 __all__ = ["StabilizeState", "stabilize"]
 
-# If the norm falls by this factor within the warm-up, the first steps were wrong. Adam
-# recovers from a smaller fall by itself: after three gradients that are five times too
-# large, it is a few percent slower; if they are ten times too large, it is slower by a
-# whole learning rate schedule.
+# If the norm falls by this factor during the warm-up, the first steps were bad. Adam
+# recovers from a smaller fall by itself: three gradients that are five times too large
+# slow it down by a few percent, but three that are ten times too large slow it down by
+# a whole learning rate schedule.
 FALL = 5.0
-# Below the square root of the largest float32, 1.8e19: far above it, the square of a
-# gradient is infinite.
+# Below 1.8e19, the square root of the largest float32, beyond which the square of a
+# gradient overflows.
 LARGEST_NORM = 1e18
-# The initial `least_norm`, which every recorded norm is below.
+# The initial `least_norm`: every recorded norm is below it.
 NO_NORM = float(jnp.finfo(jnp.float32).max)
 
 
@@ -37,10 +37,10 @@ class StabilizeState(NamedTuple):
         gradient_clip: `ClipState` of the quantile clip, named `clip` in the metrics.
         optimizer_state: State of the wrapped optimizer.
         update_cap: `ClipState` of the cap on the update, named `clip_2` in the metrics.
-        least_norm: float32 scalar. The smallest norm above 0 of the steps taken;
+        least_norm: float32 scalar. The smallest nonzero norm among the steps taken;
             initially the largest float32.
         taken_steps: int32 scalar. Number of steps taken, up to 2**31 - 1.
-        skipped_run: int32 scalar. Number of consecutive steps skipped up to now, up to
+        skipped_run: int32 scalar. Number of consecutive steps skipped so far, up to
             2**31 - 1.
         restarts: int32 scalar. Number of times the optimizer restarted after a bad
             start.
@@ -66,8 +66,8 @@ def _has_hyperparams(node: Any) -> bool:
 def _started_again(inner: Any, params: Any, old: Any) -> Any:
     """Returns the optimizer's initial state, with the hyperparameters of ``old``.
 
-    The state of `optax.inject_hyperparams` holds values that a training loop may have
-    set.
+    A training loop may have changed the hyperparameters in the state of
+    `optax.inject_hyperparams`.
     """
     fresh = inner.init(params)
 
@@ -99,23 +99,23 @@ def stabilize(
 
     It adds four guards, none of which has a threshold in the units of the gradients:
 
-    1. The gradients are clipped to ``margin`` times a low quantile of their norms so
-       far (`quantile_clip`). This guards against bad batches, at any loss scale.
+    1. The gradients are clipped to ``margin`` times a low quantile of the previous
+       norms (`quantile_clip`). This guards against bad batches at any loss scale.
     2. A step whose gradients contain NaN or inf, or whose clipped norm is above 1e18,
        is skipped: its updates are zeros, and the optimizer's state is unchanged.
-    3. If one of the first ``warmup_steps`` steps has a norm below a fifth of the
-       smallest norm before it, the earlier steps were wrong, and the optimizer restarts
-       with this step, from the state that its ``init`` returns for the current
-       parameters. This also restarts its step count, and with it any learning rate
-       schedule, at most ``warmup_steps`` steps late. The hyperparameters of
+    3. If the norm of one of the first ``warmup_steps`` steps is less than a fifth of
+       the smallest previous norm, the earlier steps were bad. The optimizer restarts at
+       this step from the state that its ``init`` returns for the current parameters.
+       This also resets its step count and therefore delays any learning rate schedule
+       by at most ``warmup_steps`` steps. The hyperparameters of
        `optax.inject_hyperparams` are kept.
-    4. The root mean square of the final update is at most ``max_ratio`` times that of
-       the parameters (`cap_update`). This guards against a learning rate that is too
-       high.
+    4. The root mean square of the final update is capped at ``max_ratio`` times the
+       root mean square of the parameters (`cap_update`). This guards against a learning
+       rate that is too high.
 
-    The clip and the cap each handle failures that the other does not. In the metrics
-    they are the first and the last clip: `clip` and `clip_2`, unless the optimizer
-    contains clips itself.
+    The clip and the cap each handle failures that the other does not. In the metrics,
+    they are the first and the last clip: `clip` and `clip_2`, unless the wrapped
+    optimizer contains clips of its own.
 
     An optimizer that searches for its own step size, such as `optax.lbfgs`, makes
     little progress under the cap: pass ``max_ratio=jnp.inf``.
@@ -125,8 +125,8 @@ def stabilize(
         quantile: As in `quantile_clip`.
         margin: As in `quantile_clip`.
         rate: As in `quantile_clip`.
-        warmup_steps: As in `quantile_clip`; also the number of steps in which the
-            optimizer may restart.
+        warmup_steps: As in `quantile_clip`; also the number of initial steps during
+            which the optimizer may restart.
         max_ratio: The ratio of `cap_update`; inf disables the cap.
         floor: As in `cap_update`.
         scope: Which entries share one norm, in both the clip and the cap:
@@ -134,14 +134,14 @@ def stabilize(
             cap per leaf.
         mask: Which leaves are clipped and capped, as in `optax.masked`: a pytree of
             booleans with the structure of the updates or a prefix of it, or a function
-            of the updates that returns one. The other leaves, such as those of frozen
-            parameters, are not measured, and pass unchanged.
+            of the updates that returns one. The other leaves, such as frozen
+            parameters, are not measured and pass through unchanged.
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A gradient transformation whose state is a `StabilizeState`; it needs
-        ``params``. It is the complete optimizer: chain nothing after it.
-        `optclip.step_taken` returns whether the last step was taken.
+        A gradient transformation whose state is a `StabilizeState`. Its ``update``
+        requires ``params``. It is the complete optimizer: do not chain anything after
+        it. `optclip.step_taken` returns whether the last step was taken.
 
     Raises:
         TypeError: If ``mask`` contains anything other than booleans.
@@ -177,7 +177,7 @@ def stabilize(
 def guarded(
     inner: Any, first: Any, last: Any, warmup_steps: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns ``inner`` between a clip of its gradients and one of its updates."""
+    """Returns ``inner`` wrapped in a clip of its gradients and a cap on its updates."""
 
     def own(clip, optimizer_state, cap):
         return StabilizeState(
@@ -215,7 +215,7 @@ def guarded(
         clipped = _masks.restored(flags, clipped, updates)
         norm = states.to_finite_f32(clip_state.norm_before)
         bad = ~jnp.isfinite(norm)
-        # An optimizer that squares such a gradient would keep an infinite moment
+        # If an optimizer squared such a gradient, its second moment would be infinite
         # permanently.
         bad |= clip_state.norm_after > LARGEST_NORM
         counts = ~bad & (norm > 0)
@@ -232,8 +232,8 @@ def guarded(
                 "`stabilize` can't wrap `optax.lookahead`, whose updates come in "
                 "pairs. Use it inside: `optax.lookahead(optclip.stabilize(...), ...)`."
             )
-        # Optimizers return floats for integer leaves, which must pass through
-        # unchanged.
+        # Integer leaves must pass through unchanged, but optimizers return floats for
+        # them.
         out = pytrees.leaves_of(updates).rebuild(pytrees.matching(updates, out))
         capped, cap_state = last.update(
             _masks.kept(flags, out), state.update_cap, params

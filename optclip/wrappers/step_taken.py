@@ -1,4 +1,4 @@
-"""Whether the last step was taken, for state outside the optimizer."""
+"""Reports whether the last step was taken, for state outside the optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["step_taken"]
 
 @jax.jit
 def _all_taken(runs: list[jax.Array]) -> jax.Array:
-    # Jitted, so that no constant is sent to the device at each call.
+    # Jitted so that no constant is transferred to the device on each call.
     return functools.reduce(lambda a, b: a & b, [run == 0 for run in runs])
 
 
@@ -24,20 +24,20 @@ def step_taken(opt_state: Any) -> jax.Array:
     """Returns whether the last update was taken, as a boolean array.
 
     The result is False if any `skip_steps` or `stabilize` in the state skipped its last
-    update. Use it for state outside the optimizer that must not see a bad batch either,
-    such as batch statistics, an average of the parameters or a custom schedule. See
+    update. Use it to protect state outside the optimizer from bad batches, such as
+    batch statistics, an average of the parameters or a custom schedule. See
     "State outside the optimizer" in the documentation.
 
     Args:
         opt_state: Any pytree that contains states of `skip_steps` or `stabilize`, as
             returned by ``update``, at any depth: the state of a chain, of
-            `optax.partition` or of `flax.nnx.Optimizer`, or a whole train state. Inside
-            `optax.MultiSteps`, the result refers to the last step that reached the
-            wrapper.
+            `optax.partition` or of `flax.nnx.Optimizer`, or a whole train state. If the
+            wrapper is inside `optax.MultiSteps`, the result refers to the last step
+            that reached the wrapper.
 
     Returns:
-        A boolean scalar, which is True before the first update; for a batch of states,
-        an array with one entry per state. This works inside jit.
+        A boolean scalar, which is True before the first update, or an array with one
+        entry per state for a batch of states. This works inside jit.
 
     Raises:
         TypeError: If ``opt_state`` is an optimizer.

@@ -19,9 +19,9 @@ class CarryState(NamedTuple):
     """State of `u_clip`.
 
     Attributes:
-        carry: float32, with the structure of the parameters. What the clip has removed
-            so far; initially zeros, always finite, and None for leaves that are not
-            gradients.
+        carry: float32, with the structure of the parameters. The part of the gradients
+            that was clipped and not yet applied; initially zeros, always finite, and
+            None for leaves that are not gradients.
         inner_state: State of the wrapped clip.
     """
 
@@ -37,23 +37,24 @@ def u_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds what a clip removes to the next gradients, to avoid bias (U-Clip).
 
-    With the carry c, initially zeros, u' = clip(u + c) and then c = u + c - u'. What is
-    clipped is therefore delayed and not dropped: the sum of the updates differs from
-    the sum of the gradients only by the carry. The wrapped clip measures u + c.
+    Let c be the carry, which is initially zero. Each step returns u' = clip(u + c) and
+    sets c to u + c - u'. Clipped gradients are therefore delayed instead of dropped:
+    the sum of the updates differs from the sum of the gradients only by the carry. The
+    wrapped clip measures u + c.
 
-    Where a leaf of u + c or of u' is not finite, its carry is unchanged. Entries whose
+    If a leaf of u + c or of u' is not finite, its carry is unchanged. Entries whose
     carry is zero reach the wrapped clip bitwise unchanged, including -0 and subnormal
     numbers.
 
     Args:
         inner_clip: Any clip of optclip or Optax.
-        max_carry: Upper bound on the norm of the carry, above 0. Without it, a spike of
-            k times the threshold is replayed for k steps. None for no bound, as
-            published.
+        max_carry: Upper bound on the norm of the carry, above 0. None, as in the paper,
+            means no bound: a spike of k times the threshold is then replayed over k
+            steps.
         axis_name: As in `optclip.clip_by_rule`; pass it to the wrapped clip as well.
 
     Returns:
-        A gradient transformation whose state is a `CarryState`, which takes as much
+        A gradient transformation whose state is a `CarryState`. The carry takes as much
         memory as the parameters in float32.
 
     Raises:
@@ -89,7 +90,7 @@ def u_clip(
         found = pytrees.leaves_of(updates)
         carried = pytrees.matching(updates, state.carry)
         total = [
-            # Selected, not added: -0 + 0 is +0, and XLA flushes subnormal sums to zero.
+            # Zero carries are not added: -0 + 0 is +0, and XLA flushes subnormal sums.
             jnp.where(c == 0, x.astype(wide(x)), x.astype(wide(x)) + c.astype(wide(x)))
             for x, c in zip(found.leaves, carried, strict=True)
         ]
