@@ -12,7 +12,7 @@ FAST = re.compile(r"S\([1-9]")
 COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?$"
 )
-# Instructions that are not kernels of their own.
+# Instructions that do not become separate kernels.
 NO_KERNEL = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all",
     "partition-id", "iota", "conditional",

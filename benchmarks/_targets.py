@@ -2,7 +2,7 @@
 
 XLA can compile for a device that it only has a description of. From the compiled
 program we count the bytes that a step moves, its kernels, conditions, collectives and
-temporaries, and we measure the time to compile. How fast a step is can't be known
+temporaries, and we measure the time to compile. The speed of a step can't be known
 without the device.
 """
 
@@ -73,7 +73,7 @@ TARGETS = (*GPUS, *TPUS)
 
 
 def devices(target, count):
-    """Returns the devices of a machine with this many, which need not exist."""
+    """Returns ``count`` devices of a target, which need not exist here."""
     if target in GPUS:
         made = topologies.get_topology_desc(
             platform="cuda",
@@ -95,10 +95,10 @@ class Program(NamedTuple):
     """The costs counted from a compiled program.
 
     Attributes:
-        bytes: What its kernels read from main memory and write to it.
-        accessed: The same by XLA's own count, which includes fast memory; on a TPU
-            only, else None.
-        kernels: How many kernels are launched, without those of conditions.
+        bytes: Bytes that its kernels read from and write to main memory.
+        accessed: The same as counted by XLA, which includes fast memory; on a TPU only,
+            else None.
+        kernels: How many kernels are launched, not counting those inside conditions.
         conditions: How many times the host may have to wait to learn what to launch.
         collectives: How many collectives there are, by kind.
         temporaries: Bytes of memory in addition to arguments and results.

@@ -15,7 +15,7 @@ sharded over both axes of a 4 x 2 mesh.
 import functools
 import itertools
 
-# Must come first: it sets environment variables that JAX reads.
+# This import must come first: it sets environment variables that JAX reads.
 from _targets import TARGETS, compiled, devices
 
 # isort: split
@@ -99,7 +99,7 @@ ALL = [
     (SCANNED, "float32", "TPU v5e", 1, (*CORE, "optclip.clip_per_layer")),
     (FIRST, "float32", "TPU v6e", 1, CORE),
 ]
-# The training step is compiled for a GPU only: for a TPU it takes XLA minutes a row.
+# The training step is compiled for a GPU only: for a TPU, XLA takes minutes per row.
 TRAINING = (*CORE, "optclip.zclip", *UNITS, *WRAPPERS, "optclip.stabilize")
 
 
@@ -121,7 +121,7 @@ def shapes_of(tree, target, count):
 
 
 def chained(clip):
-    """Returns AdamW behind a clip, or in a wrapper."""
+    """Returns AdamW after a clip, or inside a wrapper."""
     inner = optax.adamw(1e-3)
     if clip is None:
         return inner
@@ -179,7 +179,7 @@ def training_table(target):
 
 
 def table(tree, dtype, target, count, rows):
-    """Yields the lines of one table, as they are measured."""
+    """Yields the lines of one table while it is measured."""
     size = jnp.dtype(dtype).itemsize * sum(int(np.prod(s)) for s in TREES[tree])
     plural = "s" if count > 1 else ""
     yield from ("", f"## {tree}, {dtype} gradients, {count} {target}{plural}", "")

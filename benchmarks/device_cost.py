@@ -1,13 +1,13 @@
-"""What clipping costs on the GPU or TPU at hand: seconds of a step, measured there.
+"""What clipping costs on the local GPU or TPU: seconds per step.
 
 Usage:
 
     python benchmarks/device_cost.py [--part NAME] [--quick] [--output FOLDER]
 
-One part is a donated AdamW step on gradients that are given, as in ``compiled.py``. The
-other is a whole training step of a GPT-2 small: forward pass, backward pass, clipping,
-AdamW. Rows take turns in one process. Programs are compiled in parallel, so that a
-borrowed device does not wait; ``compiled.py`` measures compile times.
+One part is a donated AdamW step on given gradients, as in ``compiled.py``. The other is
+a whole training step of a GPT-2 small: forward pass, backward pass, clipping, AdamW.
+Rows alternate in one process. Programs are compiled in parallel, so that a borrowed
+device does not wait; ``compiled.py`` measures compile times.
 """
 
 import concurrent.futures
@@ -69,7 +69,7 @@ def clips(dtype):
         "optclip.clip_by_unit_norm": optclip.clip_by_unit_norm(0.01, **wide),
         "optax.clip": optax.clip(0.01),
         "optclip.clip_by_value": optclip.clip_by_value(0.01, **wide),
-        # Needs gradients of the dtype of the parameters.
+        # Needs gradients of the same dtype as the parameters.
         **({} if wide else {"optax.apply_if_finite": skipping}),
         "optclip.skip_steps": optclip.skip_steps,
         "optclip.stabilize": optclip.stabilize,
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 
 def optimizer(clip):
-    """Returns AdamW behind a clip, or in a wrapper."""
+    """Returns AdamW after a clip, or inside a wrapper."""
     inner = optax.adamw(1e-4)
     if clip is None:
         return inner
@@ -99,12 +99,12 @@ def compile_all(make, names):
 
 
 def copied(tree):
-    """Returns a copy of the arrays of a tree: a donated step needs its own."""
+    """Copies the arrays of a tree: each donated step needs separate buffers."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def run(row, data, steps):
-    """Runs a row for some steps without waiting between them."""
+    """Runs a row for ``steps`` steps without waiting between them."""
     state = row.state
     for _ in range(steps):
         state[:] = row.run(*state, data)[: len(state)]
@@ -120,7 +120,7 @@ def steps_of(row, data):
 
 
 def busy(row, data, steps=5):
-    """Returns the seconds in kernels of one step, and their number; NaN if unknown."""
+    """Returns seconds in kernels and number of kernels per step; NaN if unknown."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with jax.profiler.trace(folder):
@@ -146,7 +146,7 @@ def busy(row, data, steps=5):
 
 
 def table(title, rows, data, rounds):
-    """Measures the rows in turns; returns the lines of a table."""
+    """Measures the rows alternately; returns the lines of a table."""
     steps = {name: steps_of(row, data) for name, row in rows.items()}
     times = {name: [] for name in rows}
     for _ in range(rounds):

@@ -46,7 +46,7 @@ def lengths(tx, norms):
 
     def step(state, grad):
         _, after = tx.update(grad, state)
-        # The threshold as seen from outside: what remains of a large gradient.
+        # The effective threshold: what remains of a large gradient.
         probe, _ = tx.update(10 * grad, state)
         return after, jnp.linalg.norm(probe)
 
@@ -55,7 +55,7 @@ def lengths(tx, norms):
 
 
 def steps_until(got, wanted, factor):
-    """Returns after how many steps the two stay within a factor for fifty steps."""
+    """Returns after how many steps the two stay within ``factor`` for fifty steps."""
     near = np.abs(np.log(np.maximum(got, 1e-30) / np.maximum(wanted, 1e-30)))
     inside = near <= np.log(factor)
     for t in range(len(inside) - 50):

@@ -31,12 +31,12 @@ class Net:
     Attributes:
         depth: Hidden layers.
         init: "he", "xavier", or "he" times ``gain``.
-        gain: Factor of the initial weights.
+        gain: Multiplies the initial weights.
         act: A key of `ACTS`.
         norm: "", "layer" or "batch": what normalizes the input of each activation.
         residual: Whether each layer is added to its input.
         rate: Learning rate.
-        slower: Factor of the learning rate.
+        slower: Multiplies the learning rate.
         adaptive: Whether AdamW replaces SGD, with 0.001 for the default rate.
         clip: A transformation before the optimizer.
         l1: Weight of the sum of absolute weights in the loss.

@@ -60,7 +60,7 @@ def gradients(key, step):
 
 
 def remembered(state):
-    """Returns the part of the state that must stay finite: all but the metrics."""
+    """Returns the state without its metrics: the part that must stay finite."""
     if isinstance(state, optclip.states.ClipState):
         return state.rule_state
     if isinstance(state, optclip.states.SkipState):

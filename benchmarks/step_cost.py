@@ -1,6 +1,6 @@
 """What clipping costs: one jitted, donated AdamW step with it and one without.
 
-All variants take turns in one process, so that their ratios are comparable even on a
+All variants alternate in one process, so that their ratios are comparable even on a
 machine whose speed drifts. Usage:
 
     python benchmarks/step_cost.py [--quick] [--output benchmarks/results]
@@ -169,7 +169,7 @@ def build(clip, params, grads):
 
 
 def measure(steps, grads, rounds):
-    """Runs all steps in turn; returns seconds by name."""
+    """Runs all steps alternately; returns seconds by name."""
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -1,7 +1,7 @@
-"""The cost of a wrapper that can skip a step, relative to the optimizer that it wraps.
+"""The cost of a wrapper that can skip a step, relative to the wrapped optimizer.
 
-Until it is known whether a step is taken, the old state and the new one must both be
-kept: these rows show what that costs. Usage:
+Until it is known whether a step is taken, both the old and the new state must be kept.
+These rows show what that costs. Usage:
 
     python benchmarks/wrapper_cost.py [--output benchmarks/results]
 """

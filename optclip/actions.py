@@ -1,7 +1,7 @@
-"""Actions: the scale that a group is multiplied by, from its norm and limit.
+"""Actions: functions that map the norm and limit of a group to its scale.
 
-An action is a function ``(norm, limit) -> scale`` on arrays of norms. The scale must
-not depend on the unit: ``action(c * norm, c * limit) == action(norm, limit)``.
+An action is a function ``(norm, limit) -> scale`` of arrays of norms. It must be
+invariant to a change of units: ``action(c * norm, c * limit) == action(norm, limit)``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def rescale(
     """Scales a group whose norm is above its threshold to its target: hard clipping.
 
     The scale is ``target / (norm + eps)`` if ``norm + eps > threshold``, else 1. With
-    ``eps=1e-6`` it is the scale of ``torch.nn.utils.clip_grad_norm_``.
+    ``eps=1e-6`` it matches ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
         norm: The norms of the groups.
@@ -47,7 +47,7 @@ def rescale(
         eps: Added to the norm, in the units of the norm.
 
     Returns:
-        The scales. They are at most 1 if the target is at most the threshold.
+        The scales, which are at most 1 if the target is at most the threshold.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -66,15 +66,15 @@ def normalize(
 
     The scale is ``target / (norm + eps)``, or 1 if the norm is zero, so that zero
     groups stay zero. `optclip.clip_by_rule` never changes a group whose threshold is
-    inf, whatever the action.
+    inf, regardless of the action.
 
     Args:
         norm: The norms of the groups.
-        limit: Their thresholds (not used) and targets.
+        limit: Their thresholds (unused) and targets.
         eps: Added to the norm, in the units of the norm.
 
     Returns:
-        The scales. One that overflows is replaced by the largest finite number.
+        The scales. A scale that overflows is replaced by the largest finite number.
     """
     return _ratio(norm > 0, limit.target, norm + eps)
 
@@ -84,8 +84,8 @@ def zero(norm: jax.Array, limit: Limit) -> jax.Array:
     return jnp.where(norm > limit.threshold, 0.0, jnp.ones_like(norm))
 
 
-# Each curve f has f(0) = 0, f'(0) = 1 and f(inf) = 1. So groups with a small norm
-# hardly change, and no norm ends above its target.
+# Each curve f satisfies f(0) = 0, f'(0) = 1 and f(inf) = 1, so groups with a small norm
+# hardly change, and no norm exceeds its target.
 _CURVES: dict[CurveName, Callable[[jax.Array], jax.Array]] = {
     "rational": lambda r: r / (1 + r),
     "tanh": jnp.tanh,
@@ -95,7 +95,7 @@ _CURVES: dict[CurveName, Callable[[jax.Array], jax.Array]] = {
 
 
 def soften(kind: CurveName = "rational") -> Action:
-    """Returns the action for soft clipping: smooth, and never above the target.
+    """Returns an action for soft clipping: smooth, and never above the target.
 
     Small norms hardly change, and large norms approach the target. With
     r = norm / target, a group is scaled to norm ``target * f(r)``, where f(r) is
@@ -111,11 +111,11 @@ def soften(kind: CurveName = "rational") -> Action:
         kind: The name of the curve.
 
     Returns:
-        An action. Zero groups stay zero. With target 0 every group becomes zero, and
-        with target inf no group changes.
+        An action. Zero groups stay zero. If the target is 0, every group becomes zero;
+        if it is inf, no group changes.
 
     Raises:
-        ValueError: If ``kind`` is not one of these names.
+        ValueError: If ``kind`` is not the name of a curve.
 
     Example:
         >>> import optclip
@@ -127,7 +127,7 @@ def soften(kind: CurveName = "rational") -> Action:
     def action(norm, limit):
         target = jnp.broadcast_to(limit.target, norm.shape)
         usable = (norm > 0) & (target > 0) & (target < jnp.inf)
-        # Above r = 1e6 every curve is 1 up to rounding; below it, r * r is finite.
+        # Above r = 1e6, every curve is 1 up to rounding. Below it, r * r is finite.
         far = usable & (norm > 1e6 * target)
         near = usable & ~far
         r = quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))

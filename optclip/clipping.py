@@ -63,11 +63,11 @@ def clip_by_rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates by any rule, in any scope, with any action.
 
-    All other clips of optclip are built on this function. The ``scope`` splits the
-    updates into groups. A group has a norm n (of order ``ord``), gets a threshold t
-    from the ``rule``, and is multiplied by a scale from the ``action``. By default all
-    updates are one group, and u' = u * min(1, t / n). Products are computed in float32
-    or wider and rounded once.
+    All other clips in optclip are built on this function. The ``scope`` splits the
+    updates into groups. For each group with norm n (of order ``ord``), the ``rule``
+    computes a threshold t and the ``action`` a scale, by which the group is multiplied.
+    By default, all updates form one group, and u' = u * min(1, t / n). Products are
+    computed in float32 or wider and rounded once.
 
     | updates                     | returned                                        |
     | --------------------------- | ----------------------------------------------- |
@@ -77,41 +77,41 @@ def clip_by_rule(
     | threshold inf               | the updates, unchanged                          |
     | NaN or inf, "propagate"     | the group unchanged                             |
     | NaN or inf, "zero"          | zeros for the group                             |
-    | NaN or inf, "drop"          | zeros for these entries, the others clipped     |
+    | NaN or inf, "drop"          | zeros for those entries; the others are clipped |
     | NaN or inf, "skip"          | zeros for all updates; no rule state changes    |
-    | integers, None, MaskedNode  | unchanged, not measured                         |
+    | integers, None, MaskedNode  | unchanged and not measured                      |
 
     The state of a rule does not change for a group whose norm is non-finite.
 
     Args:
         rule: A rule from `optclip.rules`, or a threshold: a number, an array, a
-            schedule (a function of the step), or a map from label or path pattern to
-            any of these, as for `optclip.rules.by_name`. With 0 all updates are zero;
-            inf switches clipping off.
+            schedule (a function of the step), or a map from labels or path patterns to
+            any of these, as in `optclip.rules.by_name`. A threshold of 0 sets all
+            updates to zero; inf disables clipping.
         scope: Which entries share one norm, from `optclip.scopes`.
-        ord: The norm's order: a number of at least 1, inf or "rms".
-        action: How a group is scaled, from `optclip.actions`; None for
+        ord: The order of the norm: a number that is at least 1, inf or "rms".
+        action: How a group is scaled, from `optclip.actions`; None means
             `actions.rescale`. `optax.inject_hyperparams` treats every function as a
             schedule, so pass ``static_args=("action",)`` to it.
         nonfinite: What to do with NaN and inf: "propagate", "zero", "drop" or "skip".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
-            are sharded over: one or several names, "auto" to read the axes of each leaf
-            from its type, or a tree of names or PartitionSpecs. Not needed under
+            are sharded over: one or more names, "auto" to read the axes of each leaf
+            from its type, or a pytree of names or PartitionSpecs. Not needed under
             `jax.jit`.
-        update_dtype: A wider dtype in which to return half-precision updates, without
-            rounding them: `jnp.float32` saves XLA a copy. By default, dtypes are kept.
+        update_dtype: A wider dtype in which to return half-precision updates without
+            rounding them; `jnp.float32` saves XLA a copy. By default, dtypes are kept.
         record: Whether the state records the statistics that `metrics`, `leaf_metrics`
             and `nonfinite_leaves` return. This costs a few small kernels. In element
-            scope it costs one more pass over the updates, unless the rule or "skip"
-            needs that pass anyway.
+            scope, it costs one more pass over the updates, unless the rule or "skip"
+            requires that pass anyway.
 
     Returns:
-        A transformation with `ClipState`, or with `UnrecordedState` if ``record`` is
-        False. Only some rules need ``params``.
+        A transformation whose state is a `ClipState`, or an `UnrecordedState` if
+        ``record`` is False. Only some rules need ``params``.
 
     Raises:
-        ValueError: If an option has a value that is not allowed, a number is out of
-            range, or the rule does not fit the scope.
+        ValueError: If an option has an invalid value, a number is out of range, or the
+            rule can't be used in the scope.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -163,9 +163,9 @@ def clip_by_rule(
         record,
     )
 
-    # Results that depend only on the types of the updates, and the types of updates and
-    # states that passed `validate_state`. With an ``axis_name``, groups also depend on
-    # the mesh, and are not memoized.
+    # Caches: results that depend only on the types of the updates, and the types of
+    # updates and states that passed `validate_state`. If there is an ``axis_name``,
+    # groups also depend on the mesh, so they are not memoized.
     cuts: dict = {}
     validated: dict = {}
 
@@ -240,8 +240,8 @@ def clip_by_rule(
         call = measure_updates(options, updates, found, cut, params, state.steps)
         pipeline = clamp_elements if scope.by_element else scale_groups
         done = pipeline(call, state.rule_state)
-        # A state without arrays is returned as it was passed, so that its structure
-        # never changes.
+        # A state without arrays is returned unchanged, so that its structure never
+        # changes.
         has_state = jax.tree.leaves(state.rule_state)
         rule_state = done.rule_state if has_state else state.rule_state
         updates = call.found.rebuild(done.leaves)

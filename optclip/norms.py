@@ -49,29 +49,29 @@ def global_norm(
 ) -> jax.Array:
     """Returns the global norm of a pytree: the norm of all leaves as one vector.
 
-    For entries x_1 ... x_n it is (sum |x_i|**p) ** (1/p) with ``ord=p``, the largest
-    |x_i| with ``ord=inf``, and the root mean square with ``ord="rms"``. The relative
-    error is at most 1e-6 (1e-12 if leaves are float64), even if squares overflow or
+    For entries x_1 ... x_n, this is (sum |x_i|**p) ** (1/p) if ``ord=p``, the largest
+    |x_i| if ``ord=inf``, and the root mean square if ``ord="rms"``. The relative error
+    is at most 1e-6 (1e-12 if leaves are float64), even if squares overflow or
     underflow.
 
     | tree                 | returned                                      |
     | -------------------- | --------------------------------------------- |
     | empty, or all zero   | 0, with derivative 0                          |
-    | holds a NaN or inf   | NaN or inf                                    |
+    | contains NaN or inf  | NaN or inf                                    |
     | norm above 3.4e38    | 3.4e38, the largest float32                   |
-    | entries below 1.2e-38| count as 0: XLA flushes subnormal numbers     |
+    | entries below 1.2e-38| treated as 0: XLA flushes subnormal numbers   |
 
     Args:
         tree: Any pytree of arrays. Leaves that don't hold real or complex numbers are
             ignored.
-        ord: The order: a number of at least 1, inf, or "rms".
+        ord: The order of the norm: a number that is at least 1, inf, or "rms".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that leaves are
-            sharded over: one or several names, "auto" to read the axes of each leaf
-            from its type, or a tree of names or PartitionSpecs with one per leaf. Not
-            needed under `jax.jit`.
+            sharded over: one or more names, "auto" to read the axes of each leaf from
+            its type, or a pytree with one name or PartitionSpec per leaf. Not needed
+            under `jax.jit`.
 
     Returns:
-        A scalar, float32 or float64.
+        A float32 or float64 scalar.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
@@ -96,7 +96,7 @@ def leaf_norms(tree: Any, *, ord: Order = EUCLIDEAN, axis_name: Any = None) -> A
         axis_name: As in `global_norm`.
 
     Returns:
-        The pytree with each leaf replaced by its norm, a scalar.
+        The pytree, with each leaf replaced by its norm, a scalar.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
@@ -121,14 +121,14 @@ def unit_norms(
             returned unchanged.
         axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
         ord: As in `global_norm`.
-        axis_name: As in `global_norm`, but not "auto".
+        axis_name: As in `global_norm`, except that "auto" is not supported.
 
     Returns:
-        The pytree with each leaf replaced by the array of its norms, whose axes are
-        those of the leaf that are not summed over.
+        The pytree, with each leaf replaced by an array of norms. Its axes are the axes
+        of the leaf that are not summed over.
 
     Raises:
-        ValueError: If ``ord`` is not the order of a norm, or ``axis`` holds an axis
+        ValueError: If ``ord`` is not the order of a norm, or ``axis`` contains an axis
             that a leaf does not have.
 
     Example:

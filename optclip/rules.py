@@ -1,4 +1,4 @@
-"""Rules: how the thresholds of groups are found.
+"""Rules: functions that compute the thresholds of groups from their norms.
 
 A `Rule` is a pair of pure functions on *one* array of norms. It does not depend on
 pytrees, sharding or Optax, so the same rule works in every scope. For example:
@@ -14,9 +14,9 @@ pytrees, sharding or Optax, so the same rule works in every scope. For example:
 
         return Rule(init, update)
 
-The state of a rule is float32. A float64 norm above the largest float32 counts as the
-largest float32, and one below the smallest normal float32 (1e-38) counts as zero. With
-their default arguments, rules with a history are scale invariant: if all norms are
+The state of a rule is float32. A float64 norm above the largest float32 is treated as
+the largest float32, and one below the smallest normal float32 (1e-38) as zero. With
+their default arguments, rules that keep a history are scale-invariant: if all norms are
 multiplied by a constant, so are the thresholds.
 """
 

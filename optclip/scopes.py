@@ -1,7 +1,7 @@
-"""Scopes: which entries of the updates form a group with one norm and one scale.
+"""Scopes: ways to split updates into groups that share one norm and one scale.
 
 The functions of this module return scopes, which are passed to `optclip.clip_by_rule`.
-A scope depends on shapes and paths only, so it costs nothing at run time.
+A scope depends only on shapes and paths, so it costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
 
 class Scope(NamedTuple):
-    """A way to split updates into groups; the functions of this module return one.
+    """A way to split updates into groups, as returned by the functions of this module.
 
     Attributes:
         name: The name of the scope in error messages.
-        layout: Function of (tree, paths, leaves) that returns a `Layout`.
-        by_element: Whether each entry is a group of its own.
+        layout: A function of (tree, paths, leaves) that returns a `Layout`.
+        by_element: Whether each entry is its own group.
         summary: Whether the state records only statistics of the whole tree.
     """
 
@@ -34,14 +34,14 @@ class Scope(NamedTuple):
     summary: bool = False
 
     def __repr__(self) -> str:
-        """Returns the call that makes the scope, as shown in signatures."""
+        """Returns the call that creates the scope, as shown in signatures."""
         return f"scopes.{self.name}()"
 
 
 def _slices(
     axes_of: Callable[[str, Any], Axes], table: Any, argument: str
 ) -> Callable[..., Layout]:
-    """Returns the layout function that splits each leaf into slices over some axes."""
+    """Returns a layout function that splits each leaf into slices."""
 
     def layout(tree, paths, leaves):
         del tree
@@ -52,7 +52,7 @@ def _slices(
 
 
 def tree() -> Scope:
-    """Makes all leaves one group: the global norm.
+    """Puts all leaves into one group: the global norm.
 
     Example:
         >>> import optclip
@@ -68,7 +68,7 @@ def _all(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def leaf() -> Scope:
-    """Makes each leaf a group of its own: one norm per parameter array."""
+    """Puts each leaf into its own group: one norm per parameter array."""
     return Scope("leaf", _each)
 
 
@@ -78,19 +78,19 @@ def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def label(labels: Callable[[str], Any] | Any) -> Scope:
-    """Makes all leaves with the same label one group: one norm per label.
+    """Puts all leaves with the same label into one group: one norm per label.
 
     To give each label its own threshold, pass a map, as in
     ``clip_by_rule({"encoder": 1.0, "decoder": 5.0}, scope=...)``; see
-    `optclip.rules.by_name`. An array of thresholds is an error, since JAX sorts the
-    keys of a dict and so the order of labels is unclear.
+    `optclip.rules.by_name`. An array of thresholds is an error, since JAX sorts dict
+    keys, which makes the order of the labels unclear.
 
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
-            a tree of labels with the structure of the updates or a prefix of it.
+            a pytree of labels with the structure of the updates, or a prefix of it.
 
     Raises:
-        ValueError: If the tree of labels does not match the updates, or a label is
+        ValueError: If the pytree of labels does not match the updates, or a label is
             None.
 
     Example:
@@ -135,18 +135,19 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
 
 
 def layer(stack_axes: Any) -> Scope:
-    """Makes each layer of a leaf that is stacked for `jax.lax.scan` a group of its own.
+    """Puts each layer of a leaf that is stacked for `jax.lax.scan` into its own group.
 
-    A layer with three stacked parameter arrays is three groups, one per array.
+    A layer with three stacked parameter arrays forms three groups, one per array.
 
     Args:
         stack_axes: The number of leading axes of a leaf that index layers: an int for
-            all leaves, a function of the path, or a map from regular expression to int.
-            It is 0 for leaves that no pattern matches. A leaf with 0 is one group.
+            all leaves, a function of the path, or a map from regular expressions to
+            ints. It defaults to 0 for leaves that no pattern matches. If it is 0, the
+            whole leaf is one group.
 
     Raises:
         ValueError: If ``stack_axes`` is negative. In ``init``, if a leaf has fewer axes
-            than ``stack_axes``, or no pattern matches any leaf.
+            than ``stack_axes``, or if no pattern matches any leaf.
 
     Example:
         >>> import optclip
@@ -175,21 +176,21 @@ def layer(stack_axes: Any) -> Scope:
 
 
 def unit(axis: Axis = None) -> Scope:
-    """Makes each output unit (neuron or filter) a group of its own.
+    """Puts each output unit (neuron or filter) into its own group.
 
-    The default axes are those of Optax's AGC. A scalar or vector is one unit. A leaf of
-    rank 2 or 3 is summed over axis 0, one of rank 4 (HWIO) over axes 0 to 2, and one of
+    The default axes match Optax's AGC. A scalar or vector is one unit. A leaf of rank 2
+    or 3 is summed over axis 0, a leaf of rank 4 (HWIO) over axes 0 to 2, and a leaf of
     rank 5 over axes 0 to 3. Unlike in Optax, axes of length 1 are not squeezed, so the
-    default depends on the rank only.
+    default depends only on the rank.
 
     Args:
         axis: The axes that one unit sums over: an int or tuple of ints for all leaves,
-            a function of the path, or a map from regular expression to either. Leaves
-            for which it returns None use the default axes.
+            a function of the path, or a map from regular expressions to either. The
+            default axes are used if it is None, or for leaves that no pattern matches.
 
     Raises:
-        ValueError: In ``init``, if an axis is out of range, a leaf of rank 6 or more
-            has no axes, or no pattern matches any leaf.
+        ValueError: In ``init``, if an axis is out of range, if a leaf of rank 6 or more
+            has no axes, or if no pattern matches any leaf.
 
     Example:
         >>> import optclip
@@ -201,10 +202,11 @@ def unit(axis: Axis = None) -> Scope:
 
 
 def element() -> Scope:
-    """Makes each entry a group of its own: clipping by value.
+    """Puts each entry into its own group: clipping by value.
 
-    The state records no statistics per entry; ``norm_before`` and ``norm_after`` are
-    the largest magnitude in the tree. An infinite entry is clipped like any large one.
+    The state does not record per-entry statistics; ``norm_before`` and ``norm_after``
+    are the largest magnitude in the tree. An infinite entry is clipped like any other
+    large entry.
     """
-    # The layout is per leaf, since the telemetry needs the largest magnitude of each.
+    # The layout is per leaf, since the telemetry needs the largest magnitude per leaf.
     return Scope("element", _each, by_element=True, summary=True)

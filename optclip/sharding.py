@@ -1,4 +1,4 @@
-"""PartitionSpecs for the state of an optimizer, from those of its parameters."""
+"""Derives the PartitionSpecs of an optimizer state from those of the parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from optclip._engine.names import leaf_names
 
 __all__ = ["state_specs"]
 
-# A dimension of a parameter is multiplied by this to find out which dimensions of the
-# state follow it. Some states store leaves of one shape in one array, so the factor
-# must not make different shapes equal: a large prime hardly ever does.
+# A dimension of a parameter is multiplied by this factor to find out which dimensions
+# of the state depend on it. Some states store leaves of the same shape in one array, so
+# the factor must not make different shapes equal. A large prime makes this unlikely.
 FACTOR = 127
 
 # The mesh axes that one dimension is sharded over.
@@ -91,10 +91,10 @@ def _children(shapes: Shapes) -> dict[tuple, set]:
 
 
 def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
-    """Returns a predicate: whether a leaf can be compared across the two states.
+    """Returns a predicate for whether a leaf can be compared across the two states.
 
-    It can if both states have the same structure there, with shapes that differ by
-    `FACTOR` only.
+    A leaf can be compared if both states have the same structure at its path, and each
+    dimension is either equal or multiplied by `FACTOR`.
     """
     before, after = _children(base), _children(other)
     changed = {node for node, keys in before.items() if after.get(node) != keys}
@@ -110,7 +110,7 @@ def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
 
 
 def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None:
-    """Returns the path of the parameter whose path and shape a state's leaf has."""
+    """Returns the path of the parameter that matches a state's leaf."""
     tails = (path[k:] for k in range(len(path)))
     found = [t for t in tails if t in params and params[t].shape == shape]
     return found[0] if found else None
@@ -119,33 +119,34 @@ def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None
 def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
     """Returns PartitionSpecs for an optimizer's state, given those of its parameters.
 
-    A dimension of the state is sharded like the dimension of the parameters that it
-    follows, and everything else is replicated. So moments are sharded like their
+    Each dimension of the state is sharded like the parameter dimension that determines
+    its size, and all other dimensions are replicated. So moments are sharded like their
     parameters, and norms per layer or unit are sharded over the mesh axes of the layers
-    or units. Which dimension follows which is found from shapes alone: ``init`` is
-    evaluated abstractly for the parameters, and again with the sharded dimensions
-    enlarged. Neither a mesh nor devices are needed.
+    or units. Dimensions are matched using shapes alone: ``init`` is evaluated
+    abstractly for the parameters, and again with the sharded dimensions enlarged.
+    Neither a mesh nor devices are needed.
 
-    If the layout of the state depends on shapes, some leaves can't be compared. Such a
-    leaf gets the spec of the parameter with the same path and shape, or is replicated
-    if there is none. Adafactor factors a leaf over its two largest axes. For sharded
-    square matrices, check the specs of ``v_row`` and ``v_col``: they may be swapped.
+    If the layout of the state depends on shapes, some leaves can't be matched this way.
+    Such a leaf gets the spec of the parameter with the same path and shape, or is
+    replicated if there is none. Adafactor factors a leaf over its two largest axes. For
+    sharded square matrices, check the specs of ``v_row`` and ``v_col``, which may be
+    swapped.
 
     Args:
-        optimizer: Any Optax optimizer, or another object with a function ``init``.
-        params: The parameters or their shapes, with global shapes: call this function
+        optimizer: Any Optax optimizer, or another object with an ``init`` function.
+        params: The parameters or their shapes. Shapes are global, so call this function
             outside of `jax.shard_map`.
-        specs: A pytree of PartitionSpecs with the structure of ``params`` or a prefix
+        specs: A pytree of PartitionSpecs with the structure of ``params``, or a prefix
             of it; None means that a parameter is replicated.
 
     Returns:
-        A pytree of PartitionSpecs with the structure of ``optimizer.init(params)``, for
-        the ``in_specs`` and ``out_specs`` of `jax.shard_map`, or for the
+        A pytree of PartitionSpecs with the structure of ``optimizer.init(params)``. Use
+        it for the ``in_specs`` and ``out_specs`` of `jax.shard_map`, or for the
         ``out_shardings`` of a jitted ``init``.
 
     Raises:
-        TypeError: If ``optimizer`` has no ``init``, or ``specs`` holds anything but
-            PartitionSpecs.
+        TypeError: If ``optimizer`` has no ``init``, or ``specs`` contains anything
+            other than PartitionSpecs.
         ValueError: If ``specs`` does not match ``params``.
 
     Example:

@@ -1,7 +1,7 @@
 """The states of all transformations, which `optclip.metrics` reads.
 
-They are named tuples of arrays. `optax.tree.get` finds a field in any optimizer state,
-as in ``optax.tree.get(opt_state, "norm_before")``.
+Each state is a named tuple of arrays. `optax.tree.get` finds a field in any optimizer
+state, as in ``optax.tree.get(opt_state, "norm_before")``.
 """
 
 from optclip._engine.state import ClipState, GroupStats, UnrecordedState

@@ -1,8 +1,8 @@
-"""Statistics of clips, read from any optimizer state, as flat dicts of scalars.
+"""Reads the statistics of clips from any optimizer state, as flat dicts of scalars.
 
-Nothing here computes on gradients. The clips have measured everything, and their states
-are found in the optimizer state, however deeply they are nested. `metrics` also works
-inside of jit.
+These functions never access gradients: the clips have already recorded everything in
+their states, which are found in the optimizer state at any depth of nesting. `metrics`
+also works inside jit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RecordNormsState(NamedTuple):
         leaf_norm: float32[leaves]. The norm of each leaf at the last update.
         recorded_norm: float32 scalar. The norm of all leaves together.
         recorded_steps: int32 scalar. The number of updates so far.
-        nonfinite: A `NonfiniteStats`: the non-finite entries.
+        nonfinite: The `NonfiniteStats` of the updates.
     """
 
     leaf_norm: jax.Array
@@ -63,16 +63,17 @@ def record_norms(
 ) -> optax.GradientTransformationExtraArgs:
     """Records the norm of each leaf of the updates, and returns them unchanged.
 
-    Put it before a clip to record gradients, or last in the chain to record the updates
-    that are applied. Directly before a clip it needs no extra pass over the gradients:
-    XLA computes the sums that both need once.
+    Place it before a clip to record gradients, or last in the chain to record the
+    updates that are applied. Directly before a clip, it requires no extra pass over the
+    gradients: XLA computes the shared sums only once.
 
     Args:
-        ord: The norm's order: a number of at least 1, inf or "rms".
+        ord: The order of the norm: a number that is at least 1, inf or "rms".
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
-        A transformation with `RecordNormsState`. It does not use ``params``.
+        A transformation whose state is a `RecordNormsState`. It does not use
+        ``params``.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
@@ -138,7 +139,8 @@ def _key_prefixes(prefix: str, found: Sequence[Located], taken: set[str]) -> lis
     return out
 
 
-# Jitted, so that their constants are not transferred to the device at each call.
+# These functions are jitted so that their constants are not transferred to the device
+# on every call.
 @jax.jit
 def _share(part: jax.Array, steps: jax.Array) -> jax.Array:
     return part.astype(jnp.float32) / jnp.maximum(steps, 1).astype(jnp.float32)
@@ -156,32 +158,32 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ----------------------- | ------------------------------------------------------ |
     | `clip/norm_before`      | norm of all updates before clipping                    |
     | `clip/norm_after`       | norm of all updates after clipping                     |
-    | `clip/threshold`        | threshold; 3.4028235e38 if there is none, as in a      |
+    | `clip/threshold`        | threshold; 3.4028235e38 if there is none, as during    |
     |                         | warm-up                                                |
     | `clip/scale`            | factor that the updates were multiplied by             |
-    | `clip/worst_threshold`, | instead of these two, if there are several groups:     |
-    | `clip/worst_scale`      | those of the group with the smallest scale             |
+    | `clip/worst_threshold`, | replace these two if there are several groups: values  |
+    | `clip/worst_scale`      | for the group with the smallest scale                  |
     | `clip/clipped`          | fraction of groups above their threshold at this step  |
     | `clip/steps`            | number of updates so far                               |
     | `clip/clipped_steps`    | number of updates with a group above its threshold     |
     | `clip/clipped_fraction` | `clip/clipped_steps` divided by `clip/steps`           |
     | `clip/nonfinite_steps`  | number of updates with a NaN or inf                    |
 
-    A second clip in the state is called `clip_2`, and so on in the order of the chain.
+    The second clip in the chain is called `clip_2`, the third `clip_3`, and so on.
     Inside `optax.partition`, the label of the group is added, as in
-    `clip/encoder/norm_before`, and clips are numbered per group. `record_norms` gives
-    `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`. `skip_steps` gives
-    these:
+    `clip/encoder/norm_before`, and clips are numbered per group. `record_norms` adds
+    `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`. `skip_steps` adds
+    the following:
 
     | key                      | meaning                                               |
     | ------------------------ | ----------------------------------------------------- |
     | `skip/norm`, `skip/loss` | norm and loss of the last step, skipped or not        |
-    | `skip/threshold`         | norm above which the last step was a spike            |
-    | `skip/loss_threshold`    | the same for the loss; 0 if there was no check        |
+    | `skip/threshold`         | norm above which the last step counted as a spike     |
+    | `skip/loss_threshold`    | the same for the loss; 0 if it was not checked        |
     | `skip/steps`             | number of steps so far                                |
     | `skip/skipped_steps`     | number of skipped steps                               |
-    | `skip/spike_steps`       | number of skipped steps in which all was finite       |
-    | `skip/nonfinite_steps`   | number of steps whose gradients held a NaN or inf     |
+    | `skip/spike_steps`       | number of skipped steps with only finite values       |
+    | `skip/nonfinite_steps`   | number of steps with a NaN or inf in the gradients    |
     | `skip/in_a_row`          | consecutive skipped steps; 0 if the last was taken    |
     | `skip/recent_fraction`   | fraction of the last 512 steps that were skipped      |
     | `skip/recent_since`      | first skipped step after 512 taken ones; -1 if none   |
@@ -191,14 +193,14 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         opt_state: Any pytree that contains states of clips, such as the state of a
             chain, of `optax.MultiSteps` or of `flax.nnx.Optimizer`, or a whole train
             state.
-        prefix: What the keys of clips begin with. Unless it is "clip", it is also put
-            before the other keys, as in ``prefix/skip/norm``, so that metrics of
-            several optimizers can be merged.
+        prefix: The prefix of the keys of clips. Unless it is "clip", the other keys get
+            it too, as in ``prefix/skip/norm``, so that the metrics of several
+            optimizers can be merged.
 
     Returns:
         A dict of float32 and int32 scalars on the device, or of tracers inside jit.
-        Fetch it with one ``jax.device_get``. It is empty if there is nothing to read,
-        so that a training step can be compared with one without a clip.
+        Fetch it with one ``jax.device_get``. The dict is empty if the state contains no
+        statistics, so the same training step also works without a clip.
 
     Raises:
         ValueError: If ``prefix`` is empty.
@@ -260,7 +262,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
 
 def _rows_in_arrays(which: np.ndarray) -> list[int]:
-    """Returns the row of each leaf in its array, given the number of that array."""
+    """Returns the row of each leaf in its array, given the index of that array."""
     counts: dict[int, int] = {}
     rows = []
     for array in which.tolist():
@@ -272,7 +274,7 @@ def _rows_in_arrays(which: np.ndarray) -> list[int]:
 def _of_leaf(values: Any, index: int, row: int) -> list[tuple[str, Any]]:
     """Returns (suffix of the path, value) of a leaf in a field of `GroupStats`.
 
-    There is one pair per layer of the leaf. ``index`` is the number of the leaf's group
+    There is one pair per layer of the leaf. ``index`` is the index of the leaf's group
     or array.
     """
     if not isinstance(values, tuple):
@@ -287,30 +289,31 @@ def _of_leaf(values: Any, index: int, row: int) -> list[tuple[str, Any]]:
 def leaf_metrics(
     opt_state: Any, params: Any = None, prefix: str = ""
 ) -> dict[str, np.ndarray | np.generic]:
-    """Returns norms, thresholds and scales per leaf, as a flat dict of scalars.
+    """Returns per-leaf norms, thresholds and scales, as a flat dict of scalars.
 
-    Clips in leaf, label and layer scope give `PATH/norm_before`, `PATH/threshold` and
-    `PATH/scale`. In label scope, these are the values of the leaf's group. In layer
-    scope, the number of the layer follows the path, as in `blocks/kernel/3/scale`.
-    `record_norms` gives `PATH/norm`. If several clips, or several `record_norms`, have
-    the same leaf, the keys of the second end in `_2`.
+    Clips in leaf, label and layer scope provide `PATH/norm_before`, `PATH/threshold`
+    and `PATH/scale`. In label scope, these are the values of the leaf's group. In layer
+    scope, the layer index follows the path, as in `blocks/kernel/3/scale`.
+    `record_norms` provides `PATH/norm`. If several clips, or several `record_norms`,
+    track the same leaf, the keys of the second one end in `_2`.
 
-    Call this function outside of jit, since the names of leaves are looked up by codes
-    in the state.
+    Call this function outside of jit, since it looks up the names of leaves by codes
+    that are stored in the state.
 
     Args:
         opt_state: Any pytree that contains states of clips.
         params: The parameters that the optimizer was initialized with, as arrays or
-            shapes; only their paths are used. Not needed if the optimizer has a state
-            per parameter, such as the moments of Adam, which have the same paths.
+            shapes; only their paths are used. Not needed if the optimizer keeps state
+            for each parameter, such as the moments of Adam, under the same paths.
         prefix: If it is not empty, keys begin with ``prefix/``.
 
     Returns:
         A dict of NumPy float32 scalars on the host, fetched in one transfer.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialized with
-            or are needed and missing, or the state has no metrics per leaf.
+        ValueError: If ``params`` are not the ones that the optimizer was initialized
+            with, if they are required but missing, or if the state has no per-leaf
+            metrics.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -339,7 +342,7 @@ def leaf_metrics(
     start = f"{prefix}/" if prefix else ""
 
     def add(path: str, values: dict[str, Any]) -> None:
-        # The only leaf of an array has the empty path.
+        # If the tree is a single array, the path of its only leaf is empty.
         begin, end, k = f"{start}{path}/" if path else start, "", 1
         while any(f"{begin}{name}{end}" in out for name in values):
             k += 1
@@ -367,19 +370,19 @@ def leaf_metrics(
 
 
 class NonfiniteLeaf(NamedTuple):
-    """A leaf that held non-finite entries, or that caused a spike.
+    """A leaf that contained non-finite entries, or that caused a spike.
 
     Attributes:
         path: The path of the parameter, such as "encoder/0/kernel"; None if
-            `skip_steps` skipped the step because of the loss only.
+            `skip_steps` skipped the step only because of the loss.
         step: The number of the update, counted from 0.
-        nan: Whether the leaf held a NaN.
-        pos_inf: Whether the leaf held +inf.
-        neg_inf: Whether the leaf held -inf.
-        norm: The norm of all gradients of that step, if `skip_steps` skipped it; else
-            None.
-        loss: The loss of that step, or 0 if none was given, if `skip_steps` skipped it;
+        nan: Whether the leaf contained NaN.
+        pos_inf: Whether the leaf contained +inf.
+        neg_inf: Whether the leaf contained -inf.
+        norm: The norm of all gradients at that step if `skip_steps` skipped the step,
             else None.
+        loss: The loss at that step if `skip_steps` skipped the step (0 if no loss was
+            passed), else None.
     """
 
     path: str | None
@@ -392,7 +395,7 @@ class NonfiniteLeaf(NamedTuple):
 
 
 class _Event(NamedTuple):
-    """A leaf to report, and the time that orders it among those of other states."""
+    """A leaf to report, with a time that is comparable across states."""
 
     when: float
     leaf: NonfiniteLeaf
@@ -417,15 +420,15 @@ def _read(state: Any) -> dict[str, Any]:
 
 
 def _event(leaf: NonfiniteLeaf, steps: int) -> _Event:
-    # States of one optimizer may count different steps: inside `MultiSteps` only full
-    # batches, and inside `skip_steps` only steps that were taken. So the fraction of a
-    # state's own steps is compared. If all states count the same steps, this is the
-    # same as comparing their numbers.
+    # States of one optimizer may count different steps: a state inside `MultiSteps`
+    # counts only full batches, and one inside `skip_steps` only steps that were taken.
+    # So step numbers are compared as fractions of the steps that each state counted. If
+    # all states count the same steps, this is equivalent to comparing step numbers.
     return _Event((leaf.step + 1) / max(steps, 1), leaf)
 
 
 def _nonfinite(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
-    """Returns the leaves that were non-finite at the last such update of a state."""
+    """Returns the leaves that were non-finite at the last non-finite update."""
     stats = read["stats"]
     step = int(stats.last_nonfinite_step)
     if step < 0:
@@ -440,7 +443,7 @@ def _nonfinite(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
 
 
 def _skipped(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
-    """Returns the leaves, or the worst leaf, of each of the last skipped steps."""
+    """Returns the non-finite leaves, or the worst leaf, of each recent skipped step."""
     if not read["ring"] or max(read["ring"].bad_step) < 0:
         return []
     named: dict[int, Any] = dict(paths(read["stats"].leaf_code))
@@ -456,37 +459,38 @@ def _skipped(read: dict[str, Any], paths: Paths) -> list[NonfiniteLeaf]:
 
 
 def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
-    """Returns the leaves that held NaN or inf at the last such update.
+    """Returns the leaves that contained NaN or inf at the last non-finite update.
 
-    All states in ``opt_state`` are searched, however deeply they are nested. The
-    result is about the last update at which any of them encountered a NaN or inf, and
-    names each leaf that held one, once. With `skip_steps` in the optimizer, leaves that
-    caused a spike are returned too: for each of the last skipped steps its worst leaf,
-    and for the last of them with a NaN or inf, all leaves that held one. The newest
-    step comes first; the leaves of a step are in the order of the pytree.
+    All states in ``opt_state`` are searched, at any depth of nesting. The result lists
+    every leaf that contained NaN or inf at the last update at which any state
+    encountered one, without duplicates. If the optimizer uses `skip_steps`, leaves that
+    caused a spike are also returned: the worst leaf of each recent skipped step, or all
+    non-finite leaves of the last skipped step with a NaN or inf. The newest step comes
+    first; the leaves of a step are in the order of the pytree.
 
-    ``step`` is counted by each state. `skip_steps` and `optax.MultiSteps` do not pass
-    every step to the states inside them, so these count fewer steps. If states have
-    different counts, steps are ordered by ``step`` divided by the count of its state.
+    Each state counts its own steps. `skip_steps` and `optax.MultiSteps` do not pass
+    every step to the states inside them, so those states count fewer steps. If states
+    have different counts, steps are ordered by ``step`` divided by the count of the
+    state.
 
-    Call this function outside of jit. It fetches all that it needs in one transfer.
+    Call this function outside of jit. It fetches everything in one transfer.
 
     Args:
         opt_state: Any pytree that contains states of clips, of `record_norms` or of
             `skip_steps`.
-        params: The parameters that the optimizer was initialized with, for their paths.
-            Not needed if the optimizer has a state per parameter, such as the moments
-            of Adam, which have the same paths.
+        params: The parameters that the optimizer was initialized with; only their paths
+            are used. Not needed if the optimizer keeps state for each parameter, such
+            as the moments of Adam, under the same paths.
 
     Returns:
-        One `NonfiniteLeaf` per leaf and step; empty if everything was finite so far and
-        no step was skipped. Compare ``step`` with `clip/steps` to see how long ago it
-        was.
+        One `NonfiniteLeaf` per leaf and step. The list is empty if everything has been
+        finite so far and no step was skipped. Compare ``step`` with `clip/steps` to see
+        how long ago the step was.
 
     Raises:
-        ValueError: If ``params`` are not those that the optimizer was initialized with
-            or are needed and missing, ``opt_state`` contains no state to read, or it is
-            a batch of states (take one of them first).
+        ValueError: If ``params`` are not the ones that the optimizer was initialized
+            with, if they are required but missing, if ``opt_state`` contains no state
+            to read, or if it is a batch of states (index one of them first).
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -510,8 +514,8 @@ def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
     if params is not None:  # a mismatch raises even if there is nothing to report
         for read in reads:
             paths(read["stats"].leaf_code)
-    # Events of `skip_steps` come first: of two events for a leaf and step, the first is
-    # kept, and these have a norm and a loss.
+    # Events of `skip_steps` come first because they have a norm and a loss: if there
+    # are two events for a leaf and step, only the first is kept.
     skipped = [_event(c, r["steps"]) for r in reads for c in _skipped(r, paths)]
     nonfinite = [_event(c, r["steps"]) for r in reads for c in _nonfinite(r, paths)]
     last = max((event.when for event in nonfinite), default=-1.0)

@@ -1,4 +1,4 @@
-"""Every adaptive transformation, the scopes that it has, and norms to try it on."""
+"""Every adaptive transformation, its scopes, and norms to test it with."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,9 +25,9 @@ class Adaptive:
     """A transformation with memory.
 
     Attributes:
-        make: Function of options of the transformation that makes it.
-        scoped: Whether it has the option ``scope``.
-        policies: Whether it has the option ``nonfinite``.
+        make: Makes the transformation from its options.
+        scoped: Whether it takes ``scope``.
+        policies: Whether it takes ``nonfinite``.
     """
 
     make: Callable
@@ -35,39 +35,43 @@ class Adaptive:
     policies: bool = True
 
 
-def short(function, **fixed):
+def with_options(function, **fixed):
     return lambda **options: function(**fixed, **options)
 
 
 ADAPTIVE = {
-    "adagc": Adaptive(short(optclip.adagc, warmup_steps=3)),
+    "adagc": Adaptive(with_options(optclip.adagc, warmup_steps=3)),
     "adagn": Adaptive(optclip.adagn),
     "adamw_clip": Adaptive(optclip.adamw_clip, scoped=False),
-    "autoclip": Adaptive(short(optclip.autoclip, window=8)),
-    "autoclip-all": Adaptive(short(optclip.autoclip, window=None)),
+    "autoclip": Adaptive(with_options(optclip.autoclip, window=8)),
+    "autoclip-all": Adaptive(with_options(optclip.autoclip, window=None)),
     "cap_update": Adaptive(optclip.cap_update),
     "dual_ema_clip": Adaptive(optclip.dual_ema_clip),
     "ema_sigma_clip": Adaptive(optclip.ema_sigma_clip),
     "norm_growth_limiter": Adaptive(optclip.norm_growth_limiter),
-    "percentile_clip": Adaptive(short(optclip.percentile_clip, window=8)),
+    "percentile_clip": Adaptive(with_options(optclip.percentile_clip, window=8)),
     "quantile_clip": Adaptive(optclip.quantile_clip),
-    "rolling_sigma_clip": Adaptive(short(optclip.rolling_sigma_clip, window=8)),
-    "spam_clip": Adaptive(short(optclip.spam_clip, warmup_steps=2), scoped=False),
+    "rolling_sigma_clip": Adaptive(with_options(optclip.rolling_sigma_clip, window=8)),
+    "spam_clip": Adaptive(
+        with_options(optclip.spam_clip, warmup_steps=2), scoped=False
+    ),
     "stable_spam_clip": Adaptive(optclip.stable_spam_clip, scoped=False),
     "trust_ratio_clip": Adaptive(optclip.trust_ratio_clip),
-    "zclip": Adaptive(short(optclip.zclip, warmup_steps=3, max_grad_norm=None)),
-    "spectral_clip": Adaptive(short(optclip.spectral_clip, max_sigma=1.0), False),
+    "zclip": Adaptive(with_options(optclip.zclip, warmup_steps=3, max_grad_norm=None)),
+    "spectral_clip": Adaptive(
+        with_options(optclip.spectral_clip, max_sigma=1.0), False
+    ),
     "spectral_clip-soft": Adaptive(
-        short(optclip.spectral_clip, max_sigma=1.0, method="soft"), False
+        with_options(optclip.spectral_clip, max_sigma=1.0, method="soft"), False
     ),
     "spectral_clip-hardcap": Adaptive(
-        short(optclip.spectral_clip, max_sigma=1.0, method="hardcap"), False
+        with_options(optclip.spectral_clip, max_sigma=1.0, method="hardcap"), False
     ),
     "u_clip": Adaptive(
         lambda: optclip.u_clip(optclip.clip_by_global_norm(1.0)), False, False
     ),
     "scale_by_stable_adam": Adaptive(
-        short(optclip.scale_by_stable_adam, weight_decay=0.1), False, False
+        with_options(optclip.scale_by_stable_adam, weight_decay=0.1), False, False
     ),
     "skip_steps": Adaptive(
         lambda **options: optclip.skip_steps(
@@ -107,7 +111,7 @@ def gradients(seed, size=1.0, dtype=jnp.float32):
 
 
 def norms(seed=0, steps=300, zeros=True):
-    """Returns norms with spikes, plateaus and (unless told not to) zeros."""
+    """Returns norms with spikes, plateaus and, by default, zeros."""
     rng = np.random.default_rng(seed)
     values = np.exp(0.4 * rng.normal(size=steps) + 0.5)
     values[rng.choice(steps, 12, replace=False)] *= 50

@@ -1,18 +1,18 @@
-"""Settings of the whole suite: eight devices, quick compiling, no silent broadcasts."""
+"""Settings of the suite: eight devices, fast compilation, no implicit broadcasting."""
 
 import importlib.metadata
 import os
 import tempfile
 
-# The suite compiles a lot, and runs little: LLVM need not try hard. What XLA fuses, and
-# what it allocates, is decided before.
+# The suite spends its time compiling, so LLVM's optimizations are off. XLA decides on
+# fusions and allocations before LLVM runs, so the tests still see them.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
-# The emitters before these take half the time; JAX 0.12 has them no more, and is tested
-# with its own. `test_speed` asks for the usual ones.
+# The older emitters take half the time. JAX 0.12 removed them and is tested with its
+# defaults. `test_speed` requests the default ones.
 version = importlib.metadata.version("jaxlib").split(".")
 if (int(version[0]), int(version[1])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -20,9 +20,8 @@ given = os.environ.get("XLA_FLAGS", "")
 missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing])
 
-# Many tests compile the same small programs: what one worker has compiled, all load.
-# Workers inherit the variables of the process that starts them, which makes the folder
-# and takes it away.
+# Many tests compile the same small programs, so workers share a compilation cache. The
+# parent process creates and removes the folder; workers inherit its environment.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="optclip-tests-")
     os.environ |= {
@@ -35,7 +34,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# `make test-x64`: what is promised holds where float64 is on, too.
+# `make test-x64` runs the suite with float64 enabled.
 X64 = os.environ.get("OPTCLIP_TEST_X64", "") not in ("", "0")
 jax.config.update("jax_enable_x64", X64)
 
@@ -54,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def x64():
-    """Turns float64 on for one test."""
+    """Enables float64 for one test."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", X64)

@@ -1,6 +1,6 @@
-"""Every transformation at its defaults, and at options that take another way through.
+"""Every transformation with its defaults, and with options that use other code paths.
 
-For contracts on what all of them must hold to, whatever they compute.
+For contracts that all transformations must satisfy, whatever they compute.
 """
 
 import inspect
@@ -19,16 +19,16 @@ from optclip import actions, rules, scopes
 EVERY: dict[str, Callable] = {
     **{n: (lambda c=c: c.make(1.0)) for n, c in registry.CASES.items()},
     **{n: case.make for n, case in adaptive.ADAPTIVE.items()},
-    # Optax's Adam itself mixes floats with an integer, its count of steps.
+    # SGD, because Optax's Adam mixes floats with its integer step count.
     "stabilize": lambda **options: optclip.stabilize(
         optax.sgd(1e-2, momentum=0.9), **options
     ),
 }
-# One of each pair of names that makes the same program.
+# One of each pair of names that give the same program.
 DISTINCT = [n for n in EVERY if n not in registry.TWINS]
 
 SHAPES = {"blocks": (2, 3, 2), "kernel": (3, 2), "bias": (2,), "scale": ()}
-# What several dtypes in one tree are.
+# The dtypes of the leaves of a tree that has several.
 DTYPES = {
     "mixed": ("float32", "bfloat16", "bfloat16", "float32"),
     "all": ("float32", "bfloat16", "float64", "float32"),
@@ -68,7 +68,7 @@ def _by(function, **options):
 
 
 def _variants():
-    """Yields (name, make) of options that a default does not go through."""
+    """Yields (name, make) for options whose code paths the defaults do not use."""
     policed = [n for n, case in adaptive.ADAPTIVE.items() if case.policies]
     for name in ("clip", "clip-leaf", "clip-unit", "clip_by_value", *policed):
         for policy, make in _policies(name):
@@ -158,7 +158,7 @@ def _variants():
 
 VARIANTS: dict[str, Callable] = dict(_variants())
 
-# Arguments that are numbers, by name of the function; and what else it has to be given.
+# Values for arguments that have no default or whose default is None.
 _NEEDED = {
     "max_norm": 1.0, "max_value": 1.0, "max_sigma": 1.0, "rule": 1.0,
     "stack_axes": registry.STACKED, "max_grad_norm": 1.0, "reset_every": 10,
@@ -190,7 +190,7 @@ def with_numbers(name, kind):
     return function(**given)
 
 
-# The functions that make a transformation of numbers.
+# The functions that make a transformation from numeric arguments.
 NUMERIC = sorted(
     {n.split("-")[0] for n in EVERY} & set(optclip.__all__) - {"u_clip", "record_norms"}
 )

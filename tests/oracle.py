@@ -1,6 +1,6 @@
 """What a clip should do, in NumPy long doubles, written from the docstrings alone.
 
-Groups are given as arrays of group numbers, one a leaf. Everything is slow and plain.
+Groups are given as arrays of group numbers, one per leaf. The code is simple, not fast.
 """
 
 import re
@@ -13,7 +13,7 @@ WIDE = np.longdouble
 
 
 def wide(leaf):
-    """Returns a leaf in long doubles, from any dtype."""
+    """Converts a leaf of any dtype to long doubles."""
     leaf = np.asarray(leaf)
     if np.iscomplexobj(leaf):
         return leaf.astype(np.clongdouble)
@@ -57,14 +57,14 @@ def _unit_axes(shape, axis):
 
 
 def _cut(shape, summed, first):
-    """Numbers the groups of one leaf that is summed over the axes ``summed``."""
+    """Numbers the groups of one leaf whose norms reduce over the axes ``summed``."""
     kept = [1 if a in summed else n for a, n in enumerate(shape)]
     count = int(np.prod(kept))
     return np.broadcast_to(first + np.arange(count).reshape(kept), shape), count
 
 
 def groups(scope, argument, paths, shapes):
-    """Returns the group of every entry: one array of numbers a leaf."""
+    """Returns the group number of every entry: one array per leaf."""
     out, first, labels = [], 0, {}
     for path, shape in zip(paths, shapes, strict=True):
         rank = len(shape)
@@ -100,7 +100,7 @@ CURVES = {
 
 
 def scale(action, norm, threshold, eps=0.0):
-    """Returns the factor of a group of finite norm."""
+    """Returns the scale of a group with a finite norm."""
     eps = WIDE(eps)
     if norm == 0 or action == "none":
         return WIDE(1)
@@ -119,7 +119,7 @@ def scale(action, norm, threshold, eps=0.0):
 
 
 class Done(NamedTuple):
-    """What one update should give, in long doubles, before any rounding."""
+    """The expected result of one update, in long doubles, before any rounding."""
 
     leaves: list
     norms: dict
@@ -130,7 +130,7 @@ class Done(NamedTuple):
 
 
 def _direction(entry):
-    """Returns the unit number (or the diagonal of infinities) of one bad entry."""
+    """Returns the direction of one infinite entry: a sign, or a diagonal if complex."""
     if not np.iscomplexobj(entry):
         return np.sign(entry)
     parts = np.array([entry.real, entry.imag])
@@ -144,7 +144,7 @@ def clip(
     leaves, ids, *, threshold, ord=2, action="rescale", eps=0.0, policy="propagate",
     params=None, floor=0.0, by_element=False,
 ):  # fmt: skip
-    """Clips flat leaves. With ``params``, the threshold is a ratio to their norm."""
+    """Clips flat leaves. With ``params``, the threshold is relative to their norm."""
     xs = [wide(x) for x in leaves]
     bads = [~np.isfinite(x) for x in xs]
     if policy == "drop":
@@ -182,7 +182,7 @@ def epsilon(dtype):
 
 
 def ulp(value, dtype):
-    """Returns the distance of numbers of ``dtype`` at the magnitudes ``value``."""
+    """Returns the spacing of ``dtype`` at the magnitudes ``value``."""
     info = jnp.finfo(dtype)
     size = np.maximum(np.abs(value), WIDE(float(info.tiny)))
     return np.exp2(np.floor(np.log2(size))) * WIDE(float(info.eps))
@@ -201,7 +201,7 @@ def assert_rounded_once(got, exact, work=2e-6):
     parts = [(got.real, exact.real), (got.imag, exact.imag)]
     largest = WIDE(float(jnp.finfo(real).max)) * (1 - WIDE(epsilon(real)))
     for a, b in parts if np.iscomplexobj(exact) else parts[:1]:
-        fits = np.abs(b) < largest  # what rounds to inf, and to what, is the dtype's
+        fits = np.abs(b) < largest  # near the maximum, rounding depends on the dtype
         a, b = a[fits], b[fits]
         room = (0 if real.itemsize >= 4 else ulp(b, real) / 2) + work * np.abs(b)
         np.testing.assert_array_less(

@@ -1,4 +1,4 @@
-"""Every public transformation, and the trees that the contracts are checked on."""
+"""Every public transformation, and the trees that the contracts are tested with."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ def top_name(path):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A transformation, and what the oracle has to know about it.
+    """A transformation, and what the oracle needs to know about it.
 
     Attributes:
-        make: Function of (threshold, **options) that makes the transformation.
+        make: Makes the transformation from (threshold, **options).
         public: The name in `optclip.__all__`.
-        core: Whether it is tried in every dtype; else it varies a core one.
+        core: Whether it is tested with every dtype; others are variants of a core case.
         settings: Arguments of the oracle.
     """
 
@@ -188,13 +188,13 @@ CASES = {
 }
 CLIPS = [name for name in CASES if name != "record_norms"]
 CORE = [name for name, case in CASES.items() if case.core]
-# The same rule, scope and action as a published name; tried where compiling is cheap.
+# The same rule, scope and action as another case; only tested where compiling is cheap.
 TWINS = {"clip-leaf", "clip-layer", "clip-unit", "clip-element"}
 DISTINCT = [name for name in CORE if name not in TWINS]
-# Shorten a group only where its norm is above the threshold.
+# These scale a group down only if its norm is above the threshold.
 HARD = [n for n in CLIPS if CASES[n].settings.get("action", "rescale") == "rescale"]
 
-# Public functions that are no transformations.
+# Public functions that are not transformations.
 OTHERS = {
     "clip_grad_norm", "clip_grad_value", "nonfinite_leaves", "diagnose", "leaf_metrics",
     "metrics", "clipped_grad", "report", "state_specs", "step_taken",

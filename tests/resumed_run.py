@@ -1,6 +1,6 @@
-"""A run that saves itself with Orbax and goes on where it was; killed by a test.
+"""A run that saves checkpoints with Orbax and resumes from them; a test kills it.
 
-Every stateful transformation trains a copy of the same small model, in one program.
+Every stateful transformation trains a copy of one small model, all in one program.
 
     python tests/resumed_run.py FOLDER STEPS RESULT [PAUSE]
 """
@@ -22,7 +22,7 @@ PARAMS = adaptive.params()
 OPTIMIZERS = {
     name: optax.chain(adaptive.build(name), optax.scale(-0.01))
     for name in adaptive.ADAPTIVE
-    # The decomposition takes longest to compile, and keeps no more than the others.
+    # The SVD takes longest to compile and has no additional state.
     if name != "spectral_clip"
 }
 OPTIMIZERS["record_norms"] = optax.chain(optclip.record_norms(), optax.sgd(0.01))
@@ -41,7 +41,7 @@ def gradients(params, step):
 
 @jax.jit
 def advance(step, everything):
-    """One step of every copy; what is not finite is kept from the parameters."""
+    """Takes one step with every copy; non-finite updates are not applied."""
     out = {}
     for name, (params, state) in everything.items():
         updates, state = OPTIMIZERS[name].update(gradients(params, step), state, params)

@@ -1,8 +1,8 @@
-"""The rules with memory in NumPy float64, one norm at a time, from their formulas.
+"""The rules with memory, implemented from their formulas in NumPy float64.
 
-Each is a class whose ``step(n)`` returns (threshold, target) and records ``n``; the
-numbers that the state should hold are its attributes. Groups of norm zero are not
-recorded, unless ``zeros``.
+Each is a class whose ``step(n)`` returns (threshold, target) and records the norm
+``n``. Its attributes are the expected state. Norms of zero are not recorded, unless
+``zeros``.
 """
 
 import numpy as np
@@ -127,7 +127,7 @@ class Dual:
 
 
 class Window:
-    """A percentile of the last norms; by rank, with the first filling the window."""
+    """A percentile of the last norms, by rank; the first norm fills the window."""
 
     def __init__(self, percentile, window, *, current=True, rank=False):
         self.percentile, self.window, self.kept = percentile, window, []

@@ -1,4 +1,4 @@
-"""Scales of each action against the oracle, over norms of every size."""
+"""Scales of each action compared with the oracle, over norms of all magnitudes."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def scales(action, threshold):
 
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("threshold", [0.0, 1e-30, 1.0, 1e30, np.inf])
-def test_scales_are_those_of_the_formula(name, threshold):
+def test_scales_match_the_formula(name, threshold):
     if name == "normalize" and threshold == np.inf:
         return
     got = scales(ACTIONS[name], threshold)
@@ -42,14 +42,14 @@ def test_scales_are_those_of_the_formula(name, threshold):
     np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=2e-38)
 
 
-def test_the_eps_of_torch_is_added_to_the_norm():
+def test_eps_of_torch_is_added_to_the_norm():
     limit = rules.Limit(jnp.float32(1.0), jnp.float32(1.0))
     got = actions.rescale(jnp.float32(3.0), limit, eps=1.0)
     np.testing.assert_allclose(got, 0.25)
     np.testing.assert_allclose(
         actions.normalize(jnp.float32(3.0), limit, eps=1.0), 0.25
     )
-    # Within the threshold, but not with eps on top.
+    # Within the threshold, but above it once eps is added.
     np.testing.assert_allclose(actions.rescale(jnp.float32(0.5), limit, eps=1.5), 0.5)
 
 
@@ -65,7 +65,7 @@ def test_derivatives_of_scales_are_finite(name):
 
 
 @pytest.mark.parametrize("name", [n for n in ACTIONS if n != "zero"])
-def test_scales_do_not_depend_on_the_unit_of_length(name):
+def test_scales_are_invariant_to_rescaling(name):
     norms = jnp.asarray(NORMS[3:9])
     for factor in (2.0**-20, 2.0**20):
         plain = ACTIONS[name](norms, rules.Limit(jnp.ones(6), jnp.ones(6)))
@@ -75,6 +75,6 @@ def test_scales_do_not_depend_on_the_unit_of_length(name):
         )
 
 
-def test_an_unknown_curve_is_an_error():
+def test_unknown_curve_raises_an_error():
     with pytest.raises(ValueError, match="`kind` must be one of 'rational', 'tanh'"):
         actions.soften("cubic")

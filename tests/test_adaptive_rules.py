@@ -1,4 +1,4 @@
-"""The rules with memory, step by step, against NumPy in float64."""
+"""The rules with memory, compared step by step with NumPy in float64."""
 
 import adaptive
 import chex
@@ -64,12 +64,12 @@ CASES = {
 
 
 def followed(rule, norms, **options):
-    """Returns the limits, lengths and states of a rule, as a clip runs it."""
+    """Returns the limits, clipped norms and states of a rule inside a clip."""
     tx = optclip.clip_by_rule(rule, **options)
     direction = jnp.array([0.6, 0.8])
 
     def step(state, n):
-        # The limits, by the rule itself on the state before.
+        # Calls the rule itself on the previous state to get the limits.
         zero = jnp.zeros([], jnp.int32)
         context = rules.Context(zero, n, lambda: n)
         limit, _ = rule.update(n, state.rule_state[0], context)
@@ -100,7 +100,7 @@ def test_rules_follow_their_formulas_step_by_step(name):
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37])
-def test_deviations_of_the_logarithm_have_no_unit_and_do_not_overflow(scale):
+def test_deviations_of_log_norms_are_scale_invariant_and_do_not_overflow(scale):
     norms = 1 + 0.1 * (np.arange(100, dtype=np.float32) % 5)
     rule = rules.log_window_sigma(window=16)
     (wanted, _), _, _ = followed(rule, norms)
@@ -115,17 +115,17 @@ def test_deviations_of_the_logarithm_have_no_unit_and_do_not_overflow(scale):
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-38])
-def test_the_rule_of_the_logarithm_records_neither_zero_nor_subnormal_norms(norm):
+def test_log_norm_rule_records_neither_zero_nor_subnormal_norms(norm):
     rule = rules.log_window_sigma(window=16)
     norms = np.where(np.arange(40) % 2, norm, 1.0).astype(np.float32)
     (limits, _), _, states = followed(rule, norms)
-    # Half the window is filled by every second norm.
+    # Every second norm is recorded, so half the window fills after 16 steps.
     assert np.isinf(limits[:15]).all()
     np.testing.assert_allclose(limits[16:], 2.0, rtol=1e-6)
     assert states.recorded[-1] == 20
 
 
-def test_states_hold_what_the_oracles_hold():
+def test_states_match_the_oracles():
     norms = adaptive.norms()
 
     def last(name):
@@ -149,7 +149,7 @@ def test_states_hold_what_the_oracles_hold():
 
 
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 50.0, 90.0, 100.0])
-def test_the_histogram_is_within_a_bin_of_the_exact_percentile(percentile):
+def test_histogram_is_within_one_bin_of_the_exact_percentile(percentile):
     norms = adaptive.norms(zeros=False)
     (thresholds, _), _, _ = followed(rules.log_histogram_percentile(percentile), norms)
     width = 2.0 ** (80 / 1000)
@@ -160,7 +160,7 @@ def test_the_histogram_is_within_a_bin_of_the_exact_percentile(percentile):
         assert low / width <= thresholds[t - 1] <= high * width
 
 
-def test_the_histogram_forgets():
+def test_histogram_forgets_old_norms():
     rule = rules.log_histogram_percentile(50.0, forgetting=0.05)
     norms = np.r_[np.ones(200), np.full(100, 8.0)]
     (thresholds, _), _, _ = followed(rule, norms.astype(np.float32))
@@ -168,21 +168,21 @@ def test_the_histogram_forgets():
 
 
 @pytest.mark.parametrize("first", [1e-25, 1e25])
-def test_the_histogram_begins_anew_where_norms_have_left_it(first):
+def test_histogram_restarts_after_norms_leave_its_range(first):
     rule = rules.log_histogram_percentile(50.0)
     norms = np.r_[first, np.full(100, 5.0)].astype(np.float32)
     (thresholds, _), _, state = followed(rule, norms)
-    assert not 0.5 < thresholds[49] < 50  # locked at the end of its range
+    assert not 0.5 < thresholds[49] < 50  # stuck at the end of its range
     np.testing.assert_allclose(thresholds[50:], 5.0, rtol=0.06)
-    # One wild norm alone forgets nothing.
+    # A single extreme norm does not reset the histogram.
     norms = np.r_[np.full(100, 5.0), 1e25, np.full(100, 5.0)].astype(np.float32)
     (thresholds, _), _, state = followed(rule, norms)
     assert state.norm_counts[-1].sum() == 201
     np.testing.assert_allclose(thresholds, 5.0, rtol=0.06)
 
 
-def test_sixteen_million_steps_in_one_bin_stay_counted():
-    """float32 counts stop growing at 2**24: the percentile is right all the same."""
+def test_histogram_counts_stay_correct_beyond_sixteen_million_steps():
+    """The percentile stays correct although float32 counts stop growing at 2**24."""
     rule = rules.log_histogram_percentile(50.0)
     state = rule.init(jnp.zeros([]))
     counts = state.norm_counts.at[500].set(2.0**24)
@@ -220,14 +220,14 @@ def moment(ratio, decay, debias, warmup):
 def test_second_moment_clips_follow_their_formula(tx, oracle):
     rng = np.random.default_rng(2)
     grads = (rng.normal(size=(100, 3)) * np.exp(rng.normal(size=(100, 1)))).astype("f")
-    grads[:10, 2] = 0  # an entry that is not seen for a while
+    grads[:10, 2] = 0  # an entry that starts with zero gradients
     _, outs = jax.jit(
         lambda s, xs: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], s, xs)
     )(tx.init(jnp.zeros(3)), grads)
     np.testing.assert_allclose(outs, [oracle(g) for g in grads], rtol=2e-5)
 
 
-def test_max_ema_brings_the_largest_entry_to_the_average_and_shrinks_the_others():
+def test_max_ema_scales_the_largest_entry_to_the_average_and_the_others_with_it():
     tx = optclip.stable_spam_clip(0.5)
     state = tx.init(jnp.zeros(3))
     out, state = tx.update(jnp.float32([1.0, -0.5, 0.1]), state)
@@ -237,7 +237,7 @@ def test_max_ema_brings_the_largest_entry_to_the_average_and_shrinks_the_others(
     np.testing.assert_allclose(out, [3.0, -2.625, 0.1], rtol=1e-6)
 
 
-def test_a_spike_recorded_raw_raises_the_average_and_one_recorded_clipped_hardly():
+def test_raw_spike_raises_the_average_far_more_than_a_clipped_one():
     norms = np.float32([1, 1, 1, 100, 1])
     after = {
         record: followed(rules.ema_ratio(1.1, decay=0.9, record=record), norms)[2]
@@ -282,12 +282,12 @@ def test_a_spike_recorded_raw_raises_the_average_and_one_recorded_clipped_hardly
         (lambda: optclip.scale_by_stable_adam(eps=0.0), "`eps` must be > 0"),
     ],
 )
-def test_bad_numbers_are_errors_when_the_rule_is_made(build, message):
+def test_invalid_arguments_raise_errors_at_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_a_traced_window_is_an_error_that_says_what_to_do():
+def test_traced_window_raises_an_actionable_error():
     with pytest.raises(ValueError, match=r"static_args=\(\"window\",\)"):
         rules.window_percentile(5.0, window=jnp.int32(3))
 
@@ -304,14 +304,14 @@ def test_rules_with_memory_work_on_every_shape_of_norms():
             chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
-def test_warm_up_of_adagc_is_shared_by_all_leaves():
+def test_adagc_warmup_is_shared_by_all_leaves():
     tx = optclip.adagc(lambda_abs=1.0)
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     out, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose([out["a"][0], out["b"][0]], [0.6, 0.8], rtol=1e-6)
 
 
-def test_element_rules_are_per_leaf_and_entry():
+def test_element_rules_keep_statistics_per_leaf_or_entry():
     tx = optclip.clip_by_rule(rules.max_ema(), scope=scopes.element())
     state = tx.init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
     assert [s.ema_maximum.shape for s in state.rule_state] == [(), ()]
@@ -333,7 +333,7 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 def test_float64_norms_beyond_the_range_of_float32(name, x64):
-    """What is too large counts as the largest float32, what is too small as zero."""
+    """Too large norms count as the largest float32, too small ones as zero."""
     del x64
     tx = WIDE[name]
     follow = jax.jit(
@@ -342,9 +342,9 @@ def test_float64_norms_beyond_the_range_of_float32(name, x64):
     first = tx.init(jnp.zeros(1, jnp.float64))
     tiny = np.full(20, 1e-100)
     state, out = follow(first, tiny)
-    np.testing.assert_array_equal(out[:, 0], tiny)  # passes, and is not recorded
+    np.testing.assert_array_equal(out[:, 0], tiny)  # unchanged and not recorded
     chex.assert_trees_all_equal(state.rule_state, first.rule_state)
     state, out = follow(first, np.r_[np.full(10, 1e100), 1e300, np.full(9, 1e100)])
     chex.assert_tree_all_finite((state.rule_state, out))
     assert np.all(out > 0)
-    assert np.max(out[10:]) < 1e39  # it is bounded, by the largest float32
+    assert np.max(out[10:]) < 1e39  # the largest float32 bounds the updates

@@ -1,4 +1,4 @@
-"""Saved states come back bitwise and go on; those that do not fit are refused."""
+"""Saved states round-trip bitwise and resume; mismatched states raise errors."""
 
 import functools
 import pickle
@@ -58,7 +58,7 @@ def check_same(back, state):
 
 
 def any_values(state):
-    """A state of the same layout with values that text or rounding would lose."""
+    """A state of the same layout with values that text or rounding would alter."""
     rng = np.random.default_rng(3)
 
     def values(x):
@@ -77,7 +77,7 @@ def every_state():
     return {name: any_values(state) for name, state in states.items()}
 
 
-def test_no_public_state_is_left_out(every_state):
+def test_every_public_state_is_covered(every_state):
     public = {
         getattr(optclip.states, n)
         for n in optclip.states.__all__
@@ -87,7 +87,7 @@ def test_no_public_state_is_left_out(every_state):
 
 
 @pytest.mark.parametrize("through", WAYS)
-def test_every_state_comes_back_bitwise(every_state, through, tmp_path):
+def test_every_state_round_trips_bitwise(every_state, through, tmp_path):
     template = jax.tree.map(jnp.zeros_like, every_state)
     check_same(through(every_state, template, tmp_path), every_state)
 
@@ -96,7 +96,7 @@ def test_every_state_comes_back_bitwise(every_state, through, tmp_path):
     "name",
     [*adaptive.ADAPTIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in FIXED)],
 )
-def test_a_donated_run_resumed_from_a_file_is_bitwise_the_same(name, tmp_path):
+def test_donated_run_resumed_from_a_file_is_bitwise_identical(name, tmp_path):
     tx = build(name)
     traces = []
 
@@ -116,12 +116,12 @@ def test_a_donated_run_resumed_from_a_file_is_bitwise_the_same(name, tmp_path):
     for through in WAYS:
         back = through(half, tx.init(PARAMS), tmp_path)
         check_same(back, half)
-        # Orbax ties arrays to a device, for which JAX would compile again.
+        # Orbax commits arrays to a device, which would make JAX compile again.
         check_same(run(jax.device_get(back), (2, 3)), whole)
     assert len(traces) == 1
 
 
-# All layouts that the state of a clip without memory has.
+# All state layouts of clips without memory.
 CHAIN = optax.chain(
     optclip.record_norms(),
     optclip.clip_by_value(1.0),
@@ -140,7 +140,7 @@ def chain_step():
 
 
 @pytest.mark.parametrize("through", WAYS)
-def test_a_chain_goes_on_from_what_was_restored(through, tmp_path):
+def test_chain_continues_from_a_restored_state(through, tmp_path):
     _, half = chain_step()(adaptive.gradients(0), CHAIN.init(PARAMS), PARAMS)
     back = through(half, CHAIN.init(PARAMS), tmp_path)
     check_same(back, half)
@@ -153,22 +153,22 @@ ONE_OF_EACH = ["clip-leaf", "record_norms", "skip_steps", "stabilize", "u_clip",
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_states_of_numpy_arrays_are_not_only_taken_by_jit(name):
+def test_states_of_numpy_arrays_work_outside_jit(name):
     tx = build(name)
     state = jax.device_get(tx.init(PARAMS))
-    # Traced, as that is quick, but the state is no argument: it stays of NumPy.
+    # Tracing is fast, and the state is not an argument, so it stays a NumPy array.
     out, after = jax.eval_shape(lambda: tx.update(PARAMS, state, PARAMS))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_state_of_another_type_is_an_error_that_says_which_is_wanted(name):
+def test_state_of_the_wrong_type_raises_an_error_naming_the_expected_type(name):
     tx = build(name)
-    own = tx.init(PARAMS)
-    untyped = dict(own._asdict())  # as Orbax restores without a target
-    for state in (optax.EmptyState(), untyped, [own], None):
-        kinds = f"`{type(own).__name__}` that `init` .* got `{type(state).__name__}`"
+    valid = tx.init(PARAMS)
+    untyped = dict(valid._asdict())  # what Orbax restores without a target
+    for state in (optax.EmptyState(), untyped, [valid], None):
+        kinds = f"`{type(valid).__name__}` that `init` .* got `{type(state).__name__}`"
         with pytest.raises(TypeError, match=rf"`state` must be the {kinds}.*again"):
             jax.eval_shape(lambda s, tx=tx: tx.update(PARAMS, s, PARAMS), state)
 
@@ -211,25 +211,25 @@ WINDOW = optclip.autoclip(window=8)
          r"`norm_rule_state/recent_norms` must have shape \(16,\), got \(128,\)"),
     ],
 )  # fmt: skip
-def test_a_state_of_other_options_is_an_error_that_says_what_differs(
+def test_state_from_other_options_raises_an_error_naming_the_difference(
     tx, other, message
 ):
     state = other.init(PARAMS)
     with pytest.raises(ValueError, match=f"does not fit here: .*{message}") as error:
         jax.eval_shape(tx.update, PARAMS, state, PARAMS)
     assert "Call `init` again" in str(error.value)
-    assert "eqx.filter" not in str(error.value)  # that is about other parameters
+    assert "eqx.filter" not in str(error.value)  # only suggested for other parameters
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_state_of_other_parameters_is_an_error(name):
+def test_state_of_other_parameters_raises_an_error(name):
     tx = build(name)
     state = tx.init({**PARAMS, "more": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"`init` saw 5|`(carry|stable_mu)/more`"):
         jax.eval_shape(tx.update, PARAMS, state, PARAMS)
 
 
-def test_a_field_that_an_older_layout_lacks_or_adds_is_named():
+def test_missing_or_extra_field_of_an_older_layout_is_named():
     tx = optclip.clip_by_rule(1.0)
     state = tx.init(PARAMS)
     lacks = state.nonfinite._asdict()

@@ -1,4 +1,4 @@
-"""Per-example clipping: each gradient bounded, bad examples dropped, memory bounded."""
+"""Per-example clipping: bounded gradients, dropped non-finite examples, memory."""
 
 import chex
 import jax
@@ -26,7 +26,7 @@ def batch(size=10, seed=0):
 
 
 def oracle(x, y, max_norm):
-    """The mean of clipped gradients in float64, and what the statistics should be."""
+    """The mean of clipped gradients in float64, and the expected statistics."""
     w, b = np.asarray(PARAMS["w"], float), float(PARAMS["b"])
     error = x.astype(float) @ w + b - y
     each = 2 * error[:, None] * np.concatenate([x, np.ones((len(x), 1))], axis=1)
@@ -38,7 +38,7 @@ def oracle(x, y, max_norm):
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3, 5, 64])
-def test_the_mean_is_that_of_gradients_clipped_one_by_one(microbatch_size):
+def test_mean_matches_gradients_clipped_one_by_one(microbatch_size):
     x, y = batch()
     wanted, norms, losses = oracle(x, y, 1.0)
     f = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=microbatch_size)
@@ -51,7 +51,7 @@ def test_the_mean_is_that_of_gradients_clipped_one_by_one(microbatch_size):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-def test_a_bad_example_is_dropped_and_counted(value):
+def test_nonfinite_example_is_dropped_and_counted(value):
     x, y = batch()
     x[[2, 7]] = value
     kept = np.delete(x, [2, 7], axis=0), np.delete(y, [2, 7])
@@ -70,9 +70,9 @@ def test_a_bad_example_is_dropped_and_counted(value):
 @pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn]
 )
-def test_the_norm_never_exceeds_the_bound_in_any_dtype(dtype):
+def test_norm_never_exceeds_the_bound_in_any_dtype(dtype):
     bits = jnp.finfo(dtype).bits
-    leaves = 60 if bits >= 16 else 2  # or its entries are below what float8 can hold
+    leaves = 60 if bits >= 16 else 2  # otherwise entries underflow in float8
     params = {f"w{i}": jnp.ones(100, dtype) for i in range(leaves)}
 
     def loss(params, x):
@@ -82,7 +82,7 @@ def test_the_norm_never_exceeds_the_bound_in_any_dtype(dtype):
     f = jax.jit(optclip.clipped_grad(loss, 1.0))
     for seed in range(5):
         x = np.random.default_rng(seed).uniform(0.5, 1.5, (4, 100)).astype(np.float32)
-        x[:] = x[0]  # all alike: their mean is as long as each
+        x[:] = x[0]  # all equal, so their mean has the same norm
         grads, _ = f(params, x)
         assert all(g.dtype == dtype for g in grads.values())
         flat = np.concatenate([np.asarray(g, np.float64) for g in grads.values()])
@@ -91,7 +91,7 @@ def test_the_norm_never_exceeds_the_bound_in_any_dtype(dtype):
         assert norm > 1 - 1.5 * max(float(jnp.finfo(dtype).eps), 1e-6)
 
 
-def test_shared_arguments_and_aux_are_handed_through():
+def test_shared_arguments_and_aux_are_passed_through():
     def with_aux(params, x, y, scale):
         loss = loss_fn(params, x, y, scale)
         return loss, {"sum": jnp.sum(x)}
@@ -106,7 +106,7 @@ def test_shared_arguments_and_aux_are_handed_through():
     )
 
 
-def test_memory_is_that_of_a_microbatch():
+def test_memory_is_bounded_by_the_microbatch_size():
     params, x = jnp.ones((64, 64)), jnp.ones((128, 64))
 
     def loss(params, x):
@@ -122,7 +122,7 @@ def test_memory_is_that_of_a_microbatch():
     assert temporaries(None) > 100 * one
 
 
-def test_on_eight_devices_as_on_one():
+def test_eight_devices_match_one_device():
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     x, y = batch(32)
@@ -148,7 +148,7 @@ def test_on_eight_devices_as_on_one():
 
 
 def gathered(mesh, loss, before, check):
-    """Returns the clipped gradients of parameters that are cut over eight devices."""
+    """Checks clipped gradients of parameters that are sharded over eight devices."""
     f = optclip.clipped_grad(loss, 1.0, axis_name="x")
     mapped = jax.shard_map(
         lambda w, x: f(before(w), x)[0], mesh=mesh, in_specs=P("x"),
@@ -162,7 +162,7 @@ def gathered(mesh, loss, before, check):
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_cut_parameters_must_be_gathered_before_and_not_within_the_loss(check):
+def test_sharded_parameters_must_be_gathered_before_the_loss_and_not_within_it(check):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -177,7 +177,7 @@ def test_cut_parameters_must_be_gathered_before_and_not_within_the_loss(check):
             gathered(mesh, within, lambda w: w, check)
 
 
-def test_a_flax_model_is_split_into_what_is_trained_and_the_rest():
+def test_flax_model_is_split_into_trained_and_other_variables():
     nnx = pytest.importorskip("flax.nnx")
 
     class Model(nnx.Module):
@@ -200,12 +200,12 @@ def test_a_flax_model_is_split_into_what_is_trained_and_the_rest():
         optclip.clipped_grad(loss, 0.5)(nnx.state(model), batch()[0], rest=rest)
 
 
-def test_trains_with_an_optimizer_behind_it():
+def test_trains_with_an_optimizer_applied_afterwards():
     x, _ = batch(64)
     x[1] /= 50
     target = np.array([1.0, 2.0, -1.0], np.float32)
     y = x @ target
-    y[::16] = 1e4  # wrong labels: a mean of squares would follow them
+    y[::16] = 1e4  # wrong labels, which would dominate a mean of squares
     f = optclip.clipped_grad(loss_fn, 1.0, microbatch_size=16)
     tx = optax.adam(0.05)
     params, state = PARAMS, tx.init(PARAMS)
@@ -221,7 +221,7 @@ def test_trains_with_an_optimizer_behind_it():
     np.testing.assert_allclose(params["w"], target, atol=0.2)
 
 
-def test_errors_say_what_to_do():
+def test_error_messages_are_actionable():
     x, y = batch()
     f = optclip.clipped_grad(loss_fn, 1.0)
     with pytest.raises(ValueError, match=r"`max_norm` must be >= 0, got -1\.0"):

@@ -1,4 +1,4 @@
-"""Every counter at its end, and every statistic at the largest float32."""
+"""Every counter at its maximum, and every statistic at the largest float32."""
 
 import functools
 
@@ -14,11 +14,11 @@ import optclip
 from optclip import rules
 
 LAST = 2**31 - 1
-# So much earlier is long ago as well, and at the same place of every ring here.
+# An offset that is a multiple of every ring's length, and far from the maximum.
 EARLIER = 840 * 10**6
 NO_COUNTERS = {"leaf_code", "group_of_leaf", "nonfinite_kinds", "bad_leaf",
                "bad_kinds", "recent_since", "recent_skips"}  # fmt: skip
-# Statistics that may be as large as a norm.
+# Statistics with the magnitude of a norm.
 NORMS = {"carry", "ema_maximum", "ema_norm", "fast_ema", "first_moment", "mean_norm",
          "recent_norms", "root_moment", "second_root", "slow_ema", "spread_norm",
          "stable_mu", "stable_nu"}  # fmt: skip
@@ -30,7 +30,7 @@ EXTRA = {
 FIXED = [f"fixed:{name}" for name in registry.CASES]
 QUICK = {f"fixed:{n}" for n in ("clip", "clip-layer", "clip-element", "record_norms")}
 NAMES = [*adaptive.ADAPTIVE, *EXTRA, *FIXED]
-# The skipping of steps counts in other files.
+# Other files test the counters of step skipping.
 
 
 def build(name):
@@ -101,7 +101,7 @@ def warmed(name):
         for n in NAMES
     ],
 )
-def test_counters_stop_at_their_end_and_the_transformation_does_not(name):
+def test_transformations_keep_working_when_counters_saturate(name):
     for start in (LAST, LAST - 1):
         long_ago = counters_at(warmed(name), start - EARLIER)
         _, wanted = runner(name)(long_ago, STREAM)
@@ -123,7 +123,7 @@ REMEMBERING = [n for n in adaptive.ADAPTIVE if n not in ("skip_steps", "stabiliz
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
-def test_statistics_at_the_largest_number_give_no_nan(name):
+def test_statistics_at_the_largest_float32_do_not_give_nan(name):
     largest = float(np.finfo(np.float32).max)
     state = norms_at(warmed(name), largest)
     after, out = runner(name)(state, STREAM)
@@ -136,7 +136,7 @@ def test_statistics_at_the_largest_number_give_no_nan(name):
 
 
 def moved(tx, state, norms):
-    """Returns the thresholds of a clip of one number, and its last state."""
+    """Returns the thresholds of a clip of a single number, and its last state."""
 
     def step(state, n):
         _, state = tx.update(jnp.reshape(n, (1,)), state)
@@ -155,7 +155,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("start", [LAST, LAST - 1, LAST - 19])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_move_on_after_the_end_of_their_counter(name, start):
+def test_windows_keep_moving_after_their_counter_saturates(name, start):
     tx = WINDOWS[name]()
     _, state = moved(tx, tx.init(jnp.zeros(1)), np.full(30, 1.0, "f"))
     seen, after = moved(tx, counters_at(state, start), np.full(41, 100.0, "f"))
@@ -165,7 +165,7 @@ def test_windows_move_on_after_the_end_of_their_counter(name, start):
     assert np.all(ring.recorded >= 20)
 
 
-def test_both_counters_of_a_share_stop_together():
+def test_both_counters_of_a_fraction_saturate_together():
     tx = optclip.clip_by_rule(1.0)
     state = tx.init(jnp.zeros(1))
     state = state._replace(steps=jnp.int32(LAST - 1), clipped_steps=jnp.int32(10))
@@ -176,7 +176,7 @@ def test_both_counters_of_a_share_stop_together():
     assert seen == [(LAST, 11)] * 3
 
 
-def test_a_schedule_never_gets_a_negative_step():
+def test_schedule_never_gets_a_negative_step():
     tx = optclip.clip_by_rule(lambda step: jnp.where(step < 0, 0.0, 1.0))
     state = tx.init(jnp.zeros(1))
     state = state._replace(steps=jnp.int32(LAST - 1))
@@ -185,7 +185,7 @@ def test_a_schedule_never_gets_a_negative_step():
         np.testing.assert_array_equal(out, [1.0])
 
 
-def test_a_full_bin_of_the_histogram_halves_all_counts():
+def test_full_histogram_bin_halves_all_counts():
     rule = rules.log_histogram_percentile(50.0)
     context = rules.Context(jnp.int32(0), jnp.float32(1), lambda: jnp.float32(1))
     _, state = rule.update(jnp.float32(1.0), rule.init(jnp.zeros([])), context)
@@ -196,7 +196,7 @@ def test_a_full_bin_of_the_histogram_halves_all_counts():
     np.testing.assert_array_equal(after.norm_counts[jnp.array([500, 600])],
                                   [2.0**22, 2.0**21])  # fmt: skip
     np.testing.assert_allclose(limit.threshold, 1.0, rtol=0.06)
-    # Each norm counts: a float32 count of 2**24 would stay as it is.
+    # Every norm still counts: a float32 count of 2**24 would no longer increase.
     _, more = rule.update(jnp.float32(1.0), after, context)
     assert float(more.norm_counts[500]) == 2.0**22 + 1
     full = state._replace(norm_counts=state.norm_counts.at[500].set(2.0**24))
@@ -205,8 +205,8 @@ def test_a_full_bin_of_the_histogram_halves_all_counts():
     assert float(twice.norm_counts[500]) < 2.0**24
 
 
-def test_the_rhythm_of_a_reset_holds_after_the_end_of_its_counter():
-    # A reset at every multiple of 10**6, which LAST is not; the phase is LAST % 10**6.
+def test_reset_period_is_kept_after_its_counter_saturates():
+    # Resets happen at multiples of 10**6. LAST is at the phase LAST % 10**6.
     tx = optclip.clip_by_rule(
         rules.second_moment(1.0, decay=0.5, reset_every=10**6),
         scope=optclip.scopes.element(),
@@ -222,7 +222,7 @@ def test_the_rhythm_of_a_reset_holds_after_the_end_of_its_counter():
         assert (root < 1) is resets
 
 
-def test_inject_hyperparams_keeps_a_rhythm_of_integers():
+def test_inject_hyperparams_keeps_an_integer_reset_period():
     tx = optax.inject_hyperparams(optclip.spam_clip)(reset_every=7)
     _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     assert state.inner_state.rule_state[0].recorded.dtype == jnp.int32

@@ -1,4 +1,4 @@
-"""The demo: what it writes, that a resumed run is the same run, and its messages."""
+"""The demo: its output files, exact resumption, and its error messages."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def newest_arrays(folder: Path, options: Options) -> list[np.ndarray]:
-    """Returns all that the newest checkpoint holds."""
+    """Returns all arrays of the newest checkpoint."""
     blank = training.begin(training.plan(options), options, TINY)
     progress = checkpoints.restore(folder, blank)
     assert progress.step == STEPS
@@ -47,7 +47,7 @@ def newest_arrays(folder: Path, options: Options) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Compiles each run once: tests differ in nothing but what is looked up here."""
+    """Compiles each run once; the cache key covers everything in which tests differ."""
     original, done = training.compile_chunk, {}
 
     def compile_chunk(run, sizes):
@@ -70,13 +70,13 @@ def prose(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, prose):
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished") / "results"
     assert run_demo("--output", folder, "--text", prose, *SHORT) == 0
     return folder
 
 
-def test_writes_a_figure_and_one_object_a_step_run_and_seed(finished):
+def test_writes_a_figure_and_one_object_per_step_run_and_seed(finished):
     assert (finished / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = rows_of(finished)
     assert len(rows) == STEPS * RUNS * SEEDS
@@ -98,7 +98,7 @@ def test_optax_and_optclip_do_the_same_and_keep_the_threshold(finished):
         assert mine["norm_after"] <= mine["threshold"] * 1.00001
 
 
-def test_resuming_a_finished_run_shows_it_again(finished, capsys):
+def test_resuming_a_finished_run_prints_its_results_again(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert run_demo("--resume", "--output", finished) == 0
     assert (finished / "metrics.jsonl").read_bytes() == before
@@ -107,9 +107,7 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
     assert all(name in out for name in names)
 
 
-def test_diagnose_writes_the_report_of_the_run_without_a_clip(
-    finished, monkeypatch, capsys
-):
+def test_diagnose_writes_the_report_of_the_unclipped_run(finished, monkeypatch, capsys):
     module = importlib.import_module("optclip.diagnosis._diagnose")
     asked = []
 
@@ -120,7 +118,7 @@ def test_diagnose_writes_the_report_of_the_run_without_a_clip(
 
     monkeypatch.setattr(module, "diagnose", diagnose)
     assert run_demo("--resume", "--output", finished, "--diagnose") == 0
-    # The first batch at the first parameters is what the first step sees.
+    # The first step uses the first batch and the initial parameters.
     first = rows_of(finished)[0]
     assert (first["run"], first["seed"], first["step"]) == ("no clip", 0, 0)
     assert asked[0] == pytest.approx(first["loss"], rel=1e-5)
@@ -132,9 +130,9 @@ def test_diagnose_writes_the_report_of_the_run_without_a_clip(
     assert str(finished / "report.html") in capsys.readouterr().out
 
 
-# The first save is that of step 0.
+# The first checkpoint is that of step 0.
 @pytest.mark.parametrize("stop", [(training, "advance", 2), (checkpoints, "save", 3)])
-def test_an_interrupted_run_resumes_to_the_same_bits(
+def test_interrupted_run_resumes_bitwise_identically(
     stop, finished, prose, tmp_path, monkeypatch, capsys
 ):
     module, name, fatal = stop
@@ -180,7 +178,7 @@ def test_every_method_trains(method):
     assert len(np.unique(record["loss"])) == 6
 
 
-def test_diverged_runs_are_seen_in_table_figure_and_log(
+def test_diverged_runs_are_marked_in_table_figure_and_log(
     prose, tmp_path, monkeypatch, capsys
 ):
     advance = training.advance
@@ -206,20 +204,20 @@ def test_diverged_runs_are_seen_in_table_figure_and_log(
     assert last[0]["loss"] is last[0]["norm_before"] is None
 
 
-def test_other_method_keeps_the_baselines_threshold():
+def test_other_method_uses_the_threshold_of_the_baseline():
     options = Options("clip_by_value", 0.01, 1.0, 1, 1, Path(), None)
     thresholds = [run.threshold for run in training.plan(options)]
     assert thresholds == [float("inf"), 0.5, 0.01]
 
 
-def test_entropy_and_codes_of_a_text():
+def test_entropy_and_token_codes_of_a_text():
     codes, entropy, _ = text.encode("aaaabbcd", 3)
     assert codes.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     assert entropy == pytest.approx(1.5 * np.log(2))
     assert text.load(None, 64).codes.shape == (450_000,)
 
 
-def test_median_ranks_what_is_not_finite_last():
+def test_median_ranks_nonfinite_values_last():
     rows = np.array([[np.nan, 1.0, 2.0], [np.nan, np.inf, 2.0]])
     assert table.median(rows).tolist() == [2.0, np.inf]
 
@@ -253,7 +251,7 @@ def fails(capsys, *words: object) -> str:
         (["--text", "/no/such"], r"cannot be read \(No such file.*Give a text file"),
     ],
 )
-def test_bad_options_are_one_line(words, message, capsys):
+def test_invalid_options_print_a_one_line_error(words, message, capsys):
     err = fails(capsys, *words)
     assert re.search(message, err)
 
@@ -266,7 +264,7 @@ def test_bad_options_are_one_line(words, message, capsys):
         (b"a" * 2000, "repeats one character"),
     ],
 )
-def test_bad_texts_are_one_line(content, message, tmp_path, capsys):
+def test_invalid_texts_print_a_one_line_error(content, message, tmp_path, capsys):
     path = tmp_path / "text"
     path.write_bytes(content)
     assert message in fails(capsys, "--text", path, "--output", tmp_path / "out")
@@ -274,7 +272,7 @@ def test_bad_texts_are_one_line(content, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", ["flax", "orbax.checkpoint", "matplotlib", "tqdm"])
-def test_missing_extra_is_one_line(module, monkeypatch, capsys):
+def test_missing_extra_prints_a_one_line_error(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     message = f'needs {module}, not installed here. Run: pip install "optclip[demo]"'
     assert message in fails(capsys)
@@ -290,21 +288,27 @@ def test_missing_extra_is_one_line(module, monkeypatch, capsys):
         (["--text", "other.txt"], "differs from the checkpoint's"),
     ],
 )
-def test_resuming_with_other_options_is_one_line(words, message, finished, capsys):
+def test_resuming_with_other_options_prints_a_one_line_error(
+    words, message, finished, capsys
+):
     assert message in fails(capsys, "--resume", "--output", finished, *words)
 
 
-def test_resuming_nothing_is_one_line(tmp_path, capsys):
+def test_resuming_without_a_run_prints_a_one_line_error(tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, "--resume", "--output", tmp_path)
 
 
-def test_resuming_a_damaged_checkpoint_is_one_line(finished, tmp_path, capsys):
+def test_resuming_a_damaged_checkpoint_prints_a_one_line_error(
+    finished, tmp_path, capsys
+):
     copy = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / str(STEPS) / "progress")
     assert "cannot be read" in fails(capsys, "--resume", "--output", copy)
 
 
-def test_resuming_with_a_changed_text_is_one_line(finished, prose, capsys, monkeypatch):
+def test_resuming_with_a_changed_text_prints_a_one_line_error(
+    finished, prose, capsys, monkeypatch
+):
     monkeypatch.setattr(text, "_read", lambda path: PROSE.upper())
     words = ["--resume", "--output", finished, "--text", prose]
     assert "The text is not the one" in fails(capsys, *words)
@@ -319,7 +323,7 @@ def test_help_names_every_method(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_runs_as_a_module_that_the_library_does_not_import(finished):
+def test_demo_runs_as_a_module_and_is_not_imported_by_the_library(finished):
     code = """
 import runpy, sys, optclip
 assert not {"flax", "matplotlib", "optclip.demo"} & set(sys.modules)

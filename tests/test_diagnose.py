@@ -1,4 +1,4 @@
-"""`optclip.diagnose` on small models with one fault each, and without one."""
+"""`optclip.diagnose` on small models with one fault each, and on healthy ones."""
 
 import dataclasses
 import math
@@ -101,19 +101,19 @@ def test_each_cause_is_named_first(cause):
         assert finding.title in str(found)
 
 
-def test_a_bad_batch_is_named_by_the_number_it_came_with():
+def test_bad_batch_is_reported_by_its_original_index():
     (finding,) = run(*CASES["bad_batch"]).findings
     assert finding.where == ("batch 5",)
     assert finding.remedies[0] == optclip.diagnosis.Remedy("drop_batches", None, ("5",))
 
 
-def test_the_factor_of_a_remedy_brings_the_weights_to_the_usual_size():
+def test_scale_weights_remedy_restores_the_expected_weight_scale():
     (finding,) = run(*CASES["initialization"]).findings
     factors = [a.amount for a in finding.remedies if a.kind == "scale_weights"]
     np.testing.assert_allclose(factors, 1 / 3, rtol=0.2)
 
 
-def test_not_finite_for_another_reason_is_by_elimination():
+def test_other_nonfinite_causes_are_found_by_elimination():
     def loss_fn(params, x):
         return jnp.mean(jnp.log(jnp.square(x @ params[0]) - 1e9))
 
@@ -139,7 +139,7 @@ wild = st.floats(allow_nan=True, allow_infinity=True)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(wild, wild), min_size=1, max_size=8), wild, wild, wild)
-def test_nothing_that_is_not_finite_is_healthy(pairs, relu, wide, scaled):
+def test_nonfinite_signals_are_never_healthy(pairs, relu, wide, scaled):
     batches = tuple(_probe.Batch(loss, abs(norm), (), ()) for loss, norm in pairs)
     outliers = _signals.outliers_of(list(batches))
     signals = signals_of(
@@ -154,13 +154,13 @@ def test_nothing_that_is_not_finite_is_healthy(pairs, relu, wide, scaled):
 
 
 @pytest.mark.parametrize("losses", [[math.nan] * 3, [1.0, math.inf]])
-def test_a_rehearsal_that_is_not_finite_is_a_finding(losses):
+def test_nonfinite_rehearsal_is_a_finding(losses):
     found = _rules.judge(signals_of(rehearsals={1.0: losses, 0.1: losses}))
     assert [f.cause for f in found] == ["learning_rate"]
     assert found[0].confidence == "by elimination"
 
 
-def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
+def test_learning_rate_is_lowered_only_as_far_as_the_rehearsals_require():
     rising, falling = [1.0] * 8 + [9.0] * 4, [1.0] * 8 + [0.5] * 4
     signals = signals_of(
         trust={1.0: -3.0, 0.1: -2.0, 0.001: 0.9},
@@ -175,7 +175,7 @@ def test_the_rate_is_lowered_no_further_than_the_rehearsals_ask():
 
 
 @pytest.mark.parametrize("cause", ["recurrence", "initialization", "activation"])
-def test_growth_over_layers_is_put_down_to_what_explains_it(monkeypatch, cause):
+def test_growth_over_layers_is_attributed_to_its_cause(monkeypatch, cause):
     def rule_of(cause, benefit):
         finding = Finding(cause, (), "", "", "high", "measured")
         return lambda s: _growth_rules.Candidate(finding, benefit)
@@ -187,7 +187,7 @@ def test_growth_over_layers_is_put_down_to_what_explains_it(monkeypatch, cause):
     assert [f.cause for f in _rules.judge(signals_of())] == ["depth", "loss_sum"]
 
 
-def test_a_run_near_a_loss_of_zero_may_rise_by_little():
+def test_small_loss_increase_near_zero_is_not_a_finding():
     signals = signals_of(
         begun=True, starts=[0.02] * 12, empty_loss=2.3,
         rehearsals={1.0: [0.02] * 8 + [0.1] * 4, 0.1: [0.02] * 12},
@@ -202,7 +202,7 @@ def test_a_run_near_a_loss_of_zero_may_rise_by_little():
         assert finding.cause == "learning_rate"
 
 
-def test_steps_that_get_ahead_are_not_too_long():
+def test_steps_that_make_progress_are_not_too_large():
     signals = signals_of(
         trust={1.0: 0.3, 0.1: 0.95}, rehearsals={1.0: [0.5] * 12, 0.1: [0.9] * 12}
     )
@@ -262,7 +262,7 @@ def test_models_with_dropout_and_batch_statistics(make):
     assert len(leaves) == (3 if make is in_equinox else 2)
 
 
-def test_an_nnx_model_stays_as_it_was():
+def test_nnx_model_is_not_modified():
     loss_fn, model, _ = in_nnx()
     before = jax.tree.map(jnp.array, nnx.state(model))
     run(loss_fn, model, batches_of(), 0.05)
@@ -271,7 +271,7 @@ def test_an_nnx_model_stays_as_it_was():
         assert jnp.array_equal(old, new)
 
 
-def test_without_the_program_the_rest_of_the_diagnosis_goes_on(monkeypatch):
+def test_diagnosis_continues_if_the_program_cannot_be_analyzed(monkeypatch):
     def fail(*_):
         raise AttributeError("no `eqns`")
 

@@ -1,4 +1,4 @@
-"""What people hand to `optclip.diagnose` by mistake, or have and did not think of."""
+"""Mistaken and unusual inputs of `optclip.diagnose`."""
 
 import equinox as eqx
 import jax
@@ -45,7 +45,7 @@ def not_seen(found):
 
 
 @pytest.mark.parametrize("loss", [loss_fn, relu_loss])
-def test_each_batch_is_measured_in_its_own_shape(loss):
+def test_batches_of_different_shapes_are_measured_separately(loss):
     few, many = (x[:3] for x in BATCHES[0]), np.tile(X[0], (16, 1))
     batches = [*BATCHES, tuple(few), (many, many)]
     found = ask(loss, batches=batches)
@@ -55,7 +55,7 @@ def test_each_batch_is_measured_in_its_own_shape(loss):
     assert found.healthy, str(found)
 
 
-def test_an_error_of_the_loss_names_the_batch():
+def test_error_in_the_loss_names_the_batch():
     def loss(params, batch):
         return loss_fn(params, (batch[0].reshape(8, 8), batch[1]))
 
@@ -65,8 +65,8 @@ def test_an_error_of_the_loss_names_the_batch():
     assert any("batch 5" in note for note in caught.value.__notes__)
 
 
-def test_a_loss_for_whole_batches_only_is_diagnosed():
-    def loss(params, batch):  # of a graph
+def test_loss_that_cannot_be_split_by_example_is_diagnosed():
+    def loss(params, batch):  # a loss on a whole graph
         edges, nodes = batch
         return jnp.mean((edges @ nodes @ params["l0"]) ** 2)
 
@@ -75,11 +75,11 @@ def test_a_loss_for_whole_batches_only_is_diagnosed():
 
 
 @pytest.mark.parametrize("rate", [1e6, 10.0])
-def test_a_rate_at_which_all_units_die_is_too_high(rate):
+def test_learning_rate_at_which_all_units_die_is_too_high(rate):
     assert causes(ask(relu_loss, tx=optax.adam(rate)))[:1] == ["learning_rate"]
 
 
-def test_a_rate_at_which_no_tried_step_is_right_is_too_high():
+def test_learning_rate_is_too_high_if_every_tried_step_fails():
     found = ask(tx=optax.adam(1e6))
     assert causes(found)[:1] == ["learning_rate"]
     assert "-" not in found.findings[0].evidence.split("In a rehearsal")[0]
@@ -94,7 +94,7 @@ def test_a_rate_at_which_no_tried_step_is_right_is_too_high():
     ],
     ids=["clip", "negative", "masked"],
 )
-def test_updates_that_climb_are_told_from_a_rate_that_is_too_high(tx):
+def test_uphill_updates_are_distinguished_from_a_high_learning_rate(tx):
     found = ask(tx=tx)
     assert causes(found) == ["uphill"]
     assert "negative learning rate" in found.findings[0].remedy
@@ -104,7 +104,7 @@ def nan_like(tree):
     return jax.tree.map(lambda x: x * jnp.nan if x.dtype.kind == "f" else x, tree)
 
 
-def test_what_is_not_finite_from_the_outset_is_named():
+def test_initially_nonfinite_inputs_are_named():
     adam = optax.adam(1e-3)
     parameters = ask(params={**PARAMS, "l1": PARAMS["l1"] * jnp.nan})
     assert parameters.findings[0].where == ("l1",)
@@ -121,7 +121,7 @@ def test_what_is_not_finite_from_the_outset_is_named():
         assert causes(found) == ["not_finite"]
 
 
-def test_a_gradient_of_zero_is_said_to_be_so():
+def test_zero_gradient_is_reported():
     found = ask(lambda p, b: jax.lax.stop_gradient(loss_fn(p, b)))
     assert "it is 0 in all batches" in not_seen(found)
     zeros = {f"l{i}": jnp.zeros((8, 8)) for i in range(5)}
@@ -129,7 +129,7 @@ def test_a_gradient_of_zero_is_said_to_be_so():
     assert "exactly 0" in found.findings[0].evidence
 
 
-def test_a_loss_without_products_is_not_said_to_be_without_parameters():
+def test_loss_without_matrix_products_is_reported_as_such():
     found = ask(lambda p, b: jnp.mean((b[0] + p["b"] - 2 * b[1]) ** 2), {"b": X[0]})
     assert "no matrix product" in not_seen(found)
 
@@ -143,7 +143,7 @@ def test_a_loss_without_products_is_not_said_to_be_without_parameters():
     ],
     ids=["accumulating", "warming up", "none"],
 )
-def test_steps_that_change_nothing_yet_are_said_to_do_so(tx):
+def test_steps_that_do_not_change_parameters_are_reported(tx):
     assert "the next one changes nothing" in not_seen(ask(tx=tx))
 
 
@@ -156,11 +156,11 @@ def test_steps_that_change_nothing_yet_are_said_to_do_so(tx):
     ],
     ids=["lbfgs", "polyak", "plateau"],
 )
-def test_optimizers_that_ask_for_more_get_it(tx):
+def test_optimizers_receive_the_extra_arguments_they_need(tx):
     assert not any("could not be run" in words for words in ask(tx=tx).not_seen)
 
 
-def test_an_optimizer_that_can_not_be_run_is_left_out():
+def test_optimizer_that_cannot_be_run_is_reported():
     def update(updates, state, params=None, *, curvature):
         return updates, state
 
@@ -169,7 +169,7 @@ def test_an_optimizer_that_can_not_be_run_is_left_out():
     assert "could not be run (TypeError" in not_seen(ask(tx=tx))
 
 
-def test_complex_parameters_go_downhill():
+def test_updates_of_complex_parameters_go_downhill():
     def loss(params, batch):
         return jnp.mean(jnp.abs(batch @ params["w"] - 1j * batch) ** 2)
 
@@ -177,7 +177,7 @@ def test_complex_parameters_go_downhill():
     np.testing.assert_allclose(found.signals["trust"][1.0], 1.0, atol=0.1)
 
 
-def test_numbers_of_python_are_parameters_as_well():
+def test_python_scalars_are_accepted_as_parameters():
     def loss(params, batch):
         return loss_fn({"w": params["w"] * params["scale"]}, batch)
 
@@ -187,7 +187,7 @@ def test_numbers_of_python_are_parameters_as_well():
     assert found.signals["batch_norms"][0] > 0
 
 
-def test_states_that_fit_in_other_clothes():
+def test_optimizer_states_of_equivalent_structure_are_accepted():
     tx = optax.adam(1e-3)
     mixed = {**PARAMS, "count": jnp.int32(3)}
 
@@ -213,7 +213,7 @@ def test_states_that_fit_in_other_clothes():
     assert ask(eqx_loss, layers, tx=tx, opt_state=state).healthy
 
 
-def test_states_that_do_not_fit():
+def test_mismatched_optimizer_states_raise_an_error():
     adam, sgd = optax.adam(1e-3), optax.sgd(0.1, 0.9)
     small = {k: v[:4, :4] for k, v in PARAMS.items()}
     for state in (sgd.init(PARAMS), adam.init(small), (), "x"):
@@ -237,18 +237,18 @@ def test_states_that_do_not_fit():
         (iter([]), ValueError, "is empty"),
     ],
 )
-def test_batches_that_are_none(batches, error, message):
+def test_invalid_batches_raise_an_error(batches, error, message):
     with pytest.raises(error, match=message):
         ask(batches=batches)
 
 
 @pytest.mark.parametrize("value", [None, {"loss": 1.0}, "a", [1.0, 2.0]])
-def test_losses_that_are_no_scalars(value):
+def test_non_scalar_losses_raise_an_error(value):
     with pytest.raises(ValueError, match="`loss_fn` must return a real scalar, got"):
         ask(lambda p, b: value)
 
 
-def test_what_is_no_function_and_what_is_inside_jit():
+def test_non_callable_loss_and_calls_inside_jit_raise_an_error():
     with pytest.raises(TypeError, match="`loss_fn` must be a function, got NoneType"):
         optclip.diagnose(None, PARAMS, BATCHES, optimizer=optax.sgd(0.1))
 
@@ -266,7 +266,7 @@ def test_tap_without_jit():
         assert len(optclip.diagnosis.tap(loss_fn, PARAMS, BATCHES[0]).sites) == 2
 
 
-def test_momentum_may_climb_for_a_step():
+def test_momentum_may_go_uphill_for_one_step():
     batch = Batch(1.0, 1.0, (), ())
     signals = _signals.Signals(
         (batch,) * 4, (), 0, [], None, None, {}, [], slope=0.1, begun=True,
@@ -283,7 +283,7 @@ def masked_loss(params, batch):
     return jnp.mean(jnp.where(kept, out - jnp.where(kept, y, 0.0), 0.0) ** 2)
 
 
-def test_numbers_that_are_meant_to_be_infinite_are_no_fault():
+def test_intentional_infinities_are_not_a_finding():
     mask = jnp.where(jnp.eye(8) > 0, -jnp.inf, 0.0)
     holes = [(x, np.where(x > 1.5, np.nan, x)) for x in X]
     found = ask(masked_loss, {"w": PARAMS["l0"], "mask": mask}, holes)
@@ -291,7 +291,7 @@ def test_numbers_that_are_meant_to_be_infinite_are_no_fault():
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_state_that_holds_infinity_is_no_fault(given):
+def test_infinity_in_the_optimizer_state_is_not_a_finding(given):
     tx = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
     state = tx.init(PARAMS)
     assert any(np.isinf(x).any() for x in jax.tree.leaves(state))
@@ -299,7 +299,7 @@ def test_a_state_that_holds_infinity_is_no_fault(given):
     assert found.healthy, str(found)
 
 
-def test_a_state_of_another_optimizer_of_the_same_shapes_does_not_fit():
-    theirs = optax.sgd(0.1, momentum=0.9)  # one array a parameter, as scale_by_rms
+def test_state_of_another_optimizer_with_equal_shapes_raises_an_error():
+    theirs = optax.sgd(0.1, momentum=0.9)  # one array per parameter, as in scale_by_rms
     with pytest.raises(ValueError, match="`opt_state` does not fit"):
         ask(tx=optax.rmsprop(0.1), opt_state=theirs.init(PARAMS))

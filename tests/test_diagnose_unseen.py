@@ -1,4 +1,4 @@
-"""`diagnose` and `tap` on models that they can't look inside."""
+"""`diagnose` and `tap` on models whose operations they can't trace."""
 
 import functools
 
@@ -34,7 +34,7 @@ def network(params, x):
 
 
 def with_vjp(fn):
-    """Returns the function with a custom derivative, which is its own."""
+    """Wraps a function in `jax.custom_vjp`, with its ordinary derivative."""
     wrapped = jax.custom_vjp(lambda *args: fn(*args))
     wrapped.defvjp(lambda *args: jax.vjp(fn, *args), lambda back, g: back(g))
     return wrapped
@@ -47,7 +47,7 @@ def with_jvp(fn):
 
 
 def on_the_host(params, x):
-    """The network as a callback to NumPy, with its derivative written out."""
+    """The network as a NumPy callback with a custom derivative."""
 
     def run(params, x):
         for w in params.values():
@@ -96,7 +96,7 @@ def head(found):
 
 
 @pytest.mark.parametrize("name", ["custom_vjp", "custom_jvp", "callback"])
-def test_a_model_that_can_not_be_looked_inside_is_not_called_healthy(name):
+def test_opaque_model_is_not_called_healthy(name):
     found = diagnosed(name, large=False)
     assert found.signals["uses"] == (0, 4)
     assert "Could not look inside the model: 0 of 4 uses" in head(found)
@@ -104,19 +104,19 @@ def test_a_model_that_can_not_be_looked_inside_is_not_called_healthy(name):
     assert "4 of 4 uses of parameters: inside the custom derivative" in str(found)
 
 
-def test_a_part_that_can_not_be_looked_inside_is_said_with_its_share():
+def test_share_of_an_opaque_part_is_reported():
     found = diagnosed("one layer", large=False)
     assert found.signals["uses"] == (3, 4)
     assert "only part of the model: 3 of 4 uses of parameters" in head(found)
 
 
-def test_a_model_that_is_seen_keeps_its_headline():
+def test_transparent_model_keeps_its_headline():
     found = diagnosed("plain", large=False)
     assert head(found) == "Nothing was found that makes the gradients explode."
     assert "largest in" not in str(found)
 
 
-def test_the_page_of_a_report_has_the_same_headline():
+def test_report_page_has_the_same_headline():
     run = read_run(np.ones(12))[0]
     for name in ("custom_vjp", "one layer", "plain"):
         found = diagnosed(name, large=False)
@@ -129,7 +129,7 @@ def test_the_page_of_a_report_has_the_same_headline():
 
 
 @pytest.mark.parametrize("name", ["custom_vjp", "one layer"])
-def test_weights_out_of_sight_are_found_too_large(name):
+def test_too_large_weights_are_found_in_opaque_models(name):
     (finding, *_) = diagnosed(name, large=True).findings
     assert finding.cause == "initialization"
     assert sorted(finding.where) == sorted(HE)
@@ -137,7 +137,7 @@ def test_weights_out_of_sight_are_found_too_large(name):
     np.testing.assert_allclose(factor, 0.25, rtol=0.2)
 
 
-def test_the_norm_of_each_gradient_is_measured_from_outside():
+def test_gradient_norms_of_opaque_models_are_measured_from_outside():
     found = diagnosed("callback", large=True)
     grad = jax.jit(jax.grad(loss_of(network)))
     expected = [grad(TOO_LARGE, x) for x in BATCHES]
@@ -149,7 +149,9 @@ def test_the_norm_of_each_gradient_is_measured_from_outside():
     assert len(found.signals["rehearsed_leaf_norms"]["w0"]) == 12
 
 
-def test_without_the_program_the_headline_says_so_and_bad_leaves_are_named(monkeypatch):
+def test_headline_reports_a_failed_program_analysis_and_names_nonfinite_leaves(
+    monkeypatch,
+):
     def fail(*_):
         raise AttributeError("no `eqns`")
 
@@ -158,7 +160,7 @@ def test_without_the_program_the_headline_says_so_and_bad_leaves_are_named(monke
     found = optclip.diagnose(loss_of(network), HE, BATCHES, **options)
     assert "its program could not be read" in head(found)
 
-    def loss_fn(params, x):  # 0/0 in the derivative of one leaf
+    def loss_fn(params, x):  # the derivative of one leaf is 0/0
         return jnp.sum(jnp.sqrt(params["a"] * 0)) + jnp.mean(params["b"][None] * x)
 
     params = {"a": jnp.ones(2), "b": jnp.ones(WIDTH)}
@@ -189,7 +191,7 @@ OPAQUE = {
 
 
 @pytest.mark.parametrize("name", OPAQUE)
-def test_products_that_can_not_be_measured_are_counted(name):
+def test_unmeasurable_products_are_counted(name):
     def loss_fn(params, x):
         return jnp.sum(OPAQUE[name](params["w0"], x @ params["w1"]))
 
@@ -197,7 +199,7 @@ def test_products_that_can_not_be_measured_are_counted(name):
     assert (len(found.sites), found.total) == (1, 2), found
 
 
-def test_an_ode_solver_is_out_of_reach_and_counted():
+def test_ode_solver_is_counted_as_unmeasurable():
     def field(y, _, params):
         return jnp.tanh(y @ params["w0"]) @ params["w1"]
 
@@ -210,7 +212,7 @@ def test_an_ode_solver_is_out_of_reach_and_counted():
     assert "the custom derivative" in found.not_seen[0]
 
 
-def test_a_callback_is_named_and_one_of_parameters_alone_is_no_use():
+def test_callback_is_named_unless_it_only_takes_parameters():
     def loss_fn(params, x):
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         y = with_vjp(lambda w, x: jax.pure_callback(lambda w, x: x @ w, shape, w, x))

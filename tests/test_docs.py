@@ -1,9 +1,9 @@
 """The code in README.md and docs/*.md runs, block by block, as a reader would run it.
 
 A block is fenced as ```` ```python ````; all blocks of a file share one namespace.
-``no-run`` in the info string (```` ```python no-run ````) leaves a block out, and
-``needs-wandb`` does so where there is no package of that name. A block fenced as
-```` ```text ```` right below is what the code prints, but for numbers and spaces.
+``no-run`` in the info string (```` ```python no-run ````) excludes a block, and
+``needs-wandb`` excludes it if that package is missing. If a ```` ```text ```` block
+follows directly, the code must print its content, except for numbers and spaces.
 """
 
 import importlib
@@ -26,13 +26,13 @@ FENCE = re.compile(
 
 
 def left_out(word):
-    """Returns whether this word of an info string says not to run the block."""
+    """Returns whether this word of an info string excludes the block."""
     needs = word.removeprefix("needs-")
     return word == "no-run" or (needs != word and not importlib.util.find_spec(needs))
 
 
 def blocks(text):
-    """Returns (line of the fence, code, what is shown below) of each block to run."""
+    """Returns (line of the fence, code, shown output) of each block to run."""
     found, fences = [], [*FENCE.finditer(text)]
     for match, after in zip(fences, [*fences, None][1:], strict=True):
         info = match["info"].split()
@@ -44,12 +44,12 @@ def blocks(text):
 
 
 def words(text):
-    """Returns the words of what was printed, with all numbers alike."""
+    """Returns the words of printed text, with numbers replaced by a placeholder."""
     return re.sub(r"\d[\d.e+-]*", "0", text.replace("-", "")).split()
 
 
 def numbers(text):
-    """Returns the numbers in what was printed."""
+    """Returns the numbers in printed text."""
     found = re.findall(r"-?\d+\.?\d*(?:e[+-]?\d+)?%?", text)
     return [float(x.rstrip("%")) for x in found]
 
@@ -64,18 +64,18 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     for line, code, shown in blocks(page.read_text(encoding="utf-8")):
         capsys.readouterr()
         # Blank lines before the code make tracebacks show the line of the page.
-        with jax.numpy_rank_promotion("allow"):  # as readers have it
+        with jax.numpy_rank_promotion("allow"):  # the default for readers
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
         if shown is not None:
             printed = capsys.readouterr().out
             assert words(printed) == words(shown), f"line {line}"
-            # Versions and machines round differently.
+            # Rounding differs between versions and machines.
             np.testing.assert_allclose(
                 numbers(printed), numbers(shown), rtol=0.1, err_msg=f"line {line}"
             )
 
 
-def test_blocks_are_found_with_their_lines_and_no_run_is_left_out():
+def test_blocks_are_found_with_line_numbers_and_no_run_blocks_are_excluded():
     none = "```python no-run\n1 / 0\n```\n```console\n$ ls\n```\n"
     lacking = "```python needs-no_such_package\nimport no_such_package\n```\n"
     here = "```python needs-optax\nimport optax\n```\n"
@@ -84,7 +84,7 @@ def test_blocks_are_found_with_their_lines_and_no_run_is_left_out():
     assert blocks(text)[0] == (2, "x = 1\n", None)
 
 
-def test_what_is_shown_below_a_block_is_found_and_compared_without_numbers():
+def test_output_below_a_block_is_found_and_compared_without_numbers():
     text = "```python\nprint(2)\n```\n\n```text\n2\n```\n\nb\n\n```text\n3\n```\n"
     assert blocks(text) == [(1, "print(2)\n", "2\n")]
     assert words("a layer0:  2.5e+06,\n -1.5 b") == words("a layer0: 1e-3, 2 b")
@@ -111,8 +111,8 @@ def test_every_public_name_is_on_the_api_page(module):
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
-def test_signatures_can_be_read(module):
-    """Annotations are short text, and a default shows how it is made."""
+def test_signatures_are_readable(module):
+    """Annotations are short text, and defaults show how they are made."""
     for name in module.__all__:
         if inspect.isfunction(function := getattr(module, name)):
             shown = str(inspect.signature(function))
@@ -125,7 +125,7 @@ LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_names_in_prose_exist(page):
-    """The site links what is written as `optclip.name` to its page."""
+    """The site links each `optclip.name` to its page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for name in re.findall(r"`(optclip(?:\.\w+)+)(?:\(.*?\))?`", text):
         found = optclip
@@ -145,7 +145,7 @@ INVENTORIES = {
     for file in (ROOT / "docs" / "inventories").glob("*.txt")
     for row in file.read_text(encoding="utf-8").splitlines()[1:]
 }
-# Modules, methods and options, which have no page of their own.
+# Modules, methods and options without a separate page.
 UNLINKED = {
     "flax.nnx", "flax.nnx.Optimizer.update", "flax.serialization", "jax.config.update",
     "jax.extend", "jax.numpy.inf", "optax.MaskedNode", "optax.losses",
@@ -175,10 +175,10 @@ def test_names_of_other_libraries_exist(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_that_pages_link_to_exist(page):
-    """Sphinx checks links between pages; these are those of the repository as well."""
+    """Unlike Sphinx, this also checks links to other files of the repository."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in LINK.findall(text):
-        # The notebooks are copied next to the pages when the site is built.
+        # Building the site copies the notebooks next to the pages.
         copied = page.parent != ROOT and target.startswith("notebooks/")
         file = (ROOT if copied else page.parent) / target
         assert file.exists(), f"{page.name} links to {target}"

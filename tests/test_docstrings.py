@@ -1,4 +1,4 @@
-"""The examples of all docstrings do what they show."""
+"""All docstring examples give the results that they show."""
 
 import doctest
 import importlib
@@ -21,7 +21,7 @@ def holds_examples(name):
 
 
 @pytest.mark.parametrize("module", [*filter(holds_examples, MODULES)])
-def test_examples_run(module):
+def test_docstring_examples_run(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted
     assert not result.failed

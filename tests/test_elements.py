@@ -1,4 +1,4 @@
-"""Element scope at the edges: huge entries, any action, infinite entries, intervals."""
+"""Edge cases of element scope: huge entries, all actions, infinities, intervals."""
 
 import functools
 
@@ -31,7 +31,7 @@ BROUGHT = {
 
 @pytest.mark.parametrize("threshold", [1.0, 1e-3, 1e-20])
 @pytest.mark.parametrize("name", BROUGHT)
-def test_an_entry_of_any_size_is_brought_to_its_bound_by_every_action(name, threshold):
+def test_every_action_clips_entries_of_any_size_to_the_bound(name, threshold):
     action, share = BROUGHT[name]
     tx = optclip.clip_by_rule(threshold, scope=ELEMENT, action=action)
     updates, _ = clipped(tx, [1e20, -1e36, 3e38, -np.inf, 3.4028235e38])
@@ -40,7 +40,7 @@ def test_an_entry_of_any_size_is_brought_to_its_bound_by_every_action(name, thre
 
 
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
-def test_a_norm_any_distance_from_its_threshold_is_brought_to_it(scope):
+def test_norms_far_from_the_threshold_are_scaled_to_it(scope):
     @jax.jit
     def run(threshold, grads):
         tx = optclip.clip_by_rule(threshold, scope=scope)
@@ -55,7 +55,7 @@ def test_a_norm_any_distance_from_its_threshold_is_brought_to_it(scope):
 
 
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
-def test_an_interval_is_refused_outside_of_the_element_scope(scope):
+def test_interval_raises_an_error_outside_the_element_scope(scope):
     with pytest.raises(ValueError, match="about single entries"):
         optclip.clip_by_rule(rules.interval(-3.0, -1.0), scope=scope)
 
@@ -67,12 +67,12 @@ def test_an_interval_is_refused_outside_of_the_element_scope(scope):
         clipped(tx, [10.0, 0.0])
 
 
-def test_the_average_of_a_maximum_is_refused_outside_of_the_element_scope():
+def test_max_ema_raises_an_error_outside_the_element_scope():
     with pytest.raises(ValueError, match="about single entries"):
         optclip.clip_by_rule(rules.max_ema())
 
 
-def test_the_telemetry_of_an_interval_tells_what_it_did():
+def test_interval_metrics_are_correct():
     tx = optclip.clip_by_value((-0.1, 5.0), record=True)
     updates, metrics = clipped(tx, [-3.0, 0.2, 4.0])
     np.testing.assert_allclose(updates, [-0.1, 0.2, 4.0], rtol=1e-6)
@@ -83,7 +83,7 @@ def test_the_telemetry_of_an_interval_tells_what_it_did():
     assert float(metrics["clip/worst_scale"]) == 1.0
 
 
-def test_scale_is_the_smallest_factor_of_an_entry_that_is_not_the_largest():
+def test_scale_is_the_smallest_factor_even_if_not_of_the_largest_entry():
     tx = optclip.clip_by_rule(jnp.array([1.0, 100.0]), scope=ELEMENT)
     _, metrics = clipped(tx, [10.0, 50.0])
     np.testing.assert_allclose(metrics["clip/worst_scale"], 0.1, rtol=1e-6)
@@ -104,8 +104,8 @@ def test_scale_of_entries_that_a_rule_raises_is_above_one():
     assert float(metrics["clip/worst_scale"]) == 1.0
 
 
-# What each entry method makes of one infinite entry among good ones, after a warm start
-# on entries of size 1: the bound that a large finite entry gets.
+# Per-entry methods. After a warm start on entries of size 1, an infinite entry gets the
+# same bound as a large finite one.
 METHODS = {
     "clip_by_value": lambda p: optclip.clip_by_value(2.0, nonfinite=p),
     "adamw_clip": lambda p: optclip.adamw_clip(nonfinite=p),
@@ -117,9 +117,7 @@ LARGE = {"inf": np.inf, "1e30": 1e30}
 
 @pytest.mark.parametrize("policy", ["propagate", "zero", "drop", "skip"])
 @pytest.mark.parametrize("name", METHODS)
-def test_an_infinite_entry_is_clipped_like_a_large_one_or_follows_the_policy(
-    name, policy
-):
+def test_infinite_entry_is_clipped_like_a_large_one_or_follows_the_policy(name, policy):
     tx = METHODS[name](policy)
     state, update = tx.init(jnp.ones(4)), jax.jit(tx.update)
     for _ in range(50):
@@ -130,7 +128,7 @@ def test_an_infinite_entry_is_clipped_like_a_large_one_or_follows_the_policy(
     }
     bound = out["1e30"][1]
     assert 0.9 < bound
-    if name != "stable_spam_clip":  # whose average takes the large entry in
+    if name != "stable_spam_clip":  # its average includes the large entry
         assert bound < 100
     wanted = np.array([1.0, 0, 1.0, 0.5])
     if policy == "propagate":
@@ -143,7 +141,7 @@ def test_an_infinite_entry_is_clipped_like_a_large_one_or_follows_the_policy(
 
 
 @pytest.mark.parametrize("name", ["adamw_clip", "spam_clip"])
-def test_without_a_bound_yet_an_infinite_entry_is_left_to_the_policy(name):
+def test_infinite_entry_follows_the_policy_before_a_bound_exists(name):
     grads = jnp.array([1.0, jnp.inf])
     for policy, wanted in (("propagate", np.inf), ("zero", 0), ("drop", 0)):
         tx = METHODS[name](policy)
@@ -151,7 +149,7 @@ def test_without_a_bound_yet_an_infinite_entry_is_left_to_the_policy(name):
         np.testing.assert_array_equal(updates, [1.0, wanted])
 
 
-def test_the_default_action_needs_no_static_args_under_inject_hyperparams():
+def test_default_action_needs_no_static_args_with_inject_hyperparams():
     tx = optax.inject_hyperparams(optclip.clip_by_rule)(rule=0.5)
     grads = jnp.array([3.0, 4.0])
     updates, state = tx.update(grads, tx.init(grads))
@@ -178,7 +176,7 @@ ACTIONS = {
 
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_group_without_a_threshold_is_left_as_it_is_by_every_action(name, action):
+def test_groups_without_a_threshold_are_unchanged_by_every_action(name, action):
     make, steps = WITHOUT[name]
     tx = optclip.clip_by_rule(make(), action=ACTIONS[action])
     grads = jnp.array([3.0, -4.0])
@@ -188,6 +186,6 @@ def test_a_group_without_a_threshold_is_left_as_it_is_by_every_action(name, acti
         np.testing.assert_array_equal(updates, grads)
 
 
-def test_a_pattern_that_is_no_regular_expression_is_named():
+def test_invalid_regular_expression_is_named_in_the_error():
     with pytest.raises(ValueError, match=r"'\(' is not one"):
         optclip.clip_by_leaf_norm({"(": 1.0}).init({"w": jnp.ones(2)})

@@ -24,9 +24,9 @@ class Run:
     """A model in training.
 
     Attributes:
-        step: Takes a batch, trains in place, returns the loss.
-        read: Returns (opt_state, params), where params are what `tx.init` saw.
-        names: The names that the leaves should have.
+        step: Takes a batch, trains in place, and returns the loss.
+        read: Returns (opt_state, params), with the params passed to `tx.init`.
+        names: The expected names of the leaves.
     """
 
     step: Callable[[tuple], jax.Array]
@@ -117,7 +117,7 @@ def linen_run(traced):
 
 def equinox_run(traced):
     eqx = pytest.importorskip("equinox")
-    # The activation is a leaf of the model that is no array.
+    # The activation is a leaf of the model that is not an array.
     model = eqx.nn.MLP(4, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
     tx = optimizer()
     kept = [model, tx.init(eqx.filter(model, eqx.is_inexact_array))]
@@ -183,7 +183,7 @@ BUILDERS = {
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def trained(request):
-    """A run after some steps, and what was seen on the way."""
+    """A run after some steps, with the observations made during them."""
     traces = []
     run = BUILDERS[request.param](lambda: traces.append(None))
     before = [jax.tree.leaves(tree) for tree in run.read()]
@@ -199,7 +199,7 @@ def test_loss_falls(trained):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_one_trace_suffices_while_a_schedule_moves_the_threshold(trained):
+def test_schedule_changes_the_threshold_without_retracing(trained):
     _, traces, _, _, thresholds = trained
     assert len(traces) == 1
     clipped = np.isfinite(thresholds)
@@ -215,8 +215,8 @@ def test_state_and_parameters_are_donated(trained):
     state, params = before
     assert len(params) == 4
     assert all(x.is_deleted() for x in params)
-    # What a step overwrites without reading it (norms, scales) jit does not take in, so
-    # it is not donated: some bytes. Moments and counters are.
+    # jit drops inputs that a step overwrites without reading (norms, scales), so these
+    # few bytes are not donated. Moments and counters are.
     left = [x for x in state if not x.is_deleted()]
     assert sum(x.nbytes for x in left) < 200
     assert all(x.dtype == jnp.float32 for x in left)
@@ -232,18 +232,18 @@ def test_metrics_are_read_from_the_state(trained):
     assert 0 < metrics["clip/clipped_steps"] <= metrics["clip/steps"]
 
 
-def test_leaves_are_called_as_in_the_model(trained):
+def test_leaves_are_named_as_in_the_model(trained):
     run, _, _, _, _ = trained
     state, params = run.read()
-    figures = optclip.leaf_metrics(state, params)
-    assert {key.rpartition("/")[0] for key in figures} == run.names
-    assert {key.rpartition("/")[2] for key in figures} == {
+    metrics = optclip.leaf_metrics(state, params)
+    assert {key.rpartition("/")[0] for key in metrics} == run.names
+    assert {key.rpartition("/")[2] for key in metrics} == {
         "norm", "norm_before", "threshold", "scale"
     }  # fmt: skip
 
 
-def test_z_nonfinite_leaves_name_the_leaves_that_went_bad(trained):
-    # Last, because the bad batch stays in the run's counters.
+def test_z_nonfinite_leaves_names_the_nonfinite_leaves(trained):
+    # Runs last, because the bad batch stays in the counters of the run.
     run, traces, _, losses, _ = trained
     assert optclip.nonfinite_leaves(*run.read()) == []
     x, y = batch()

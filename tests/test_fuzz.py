@@ -1,7 +1,7 @@
-"""Any tree, dtype, scope, rule and policy, with the worst values there are.
+"""Fuzzing of trees, dtypes, scopes, rules and policies with extreme values.
 
-The usual run tries a few configurations; the long one, `make fuzz`, all of them, with
-20,000 examples. A configuration is compiled once, so that an example costs little.
+The default run tests a few configurations; `make fuzz` tests all of them, with 20,000
+examples. Each configuration is compiled once, so examples are cheap.
 """
 
 import functools
@@ -33,7 +33,7 @@ WRAPPERS = {"skip_steps", "stabilize", "scale_by_stable_adam"}
 
 
 def configurations():
-    """Every (name, scope, policy, tree) in an order that mixes them."""
+    """Returns every (name, scope, policy, tree), in shuffled order."""
     found = []
     for number, tree in enumerate(TREES):
         for name, scope in adaptive.PAIRS:
@@ -51,7 +51,7 @@ def configurations():
 
 
 def groups():
-    """Returns the configurations in groups: XLA can't hold all of them compiled."""
+    """Returns groups of configurations: XLA can't keep all of them compiled."""
     every = configurations()
     if EXAMPLES < 1000:
         return [every[:QUICK]]
@@ -129,7 +129,7 @@ def nothing_compiled():
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.data(), st.lists(step_of, min_size=1, max_size=4))
-def test_whatever_comes_the_promises_hold(group, data, steps):
+def test_invariants_hold_for_arbitrary_inputs(group, data, steps):
     config = data.draw(st.sampled_from(group))
     name, _, policy, number = config
     step, state = stepper(config)
@@ -139,7 +139,8 @@ def test_whatever_comes_the_promises_hold(group, data, steps):
         out, state = step(grads, state)
         for key, x in grads.items():
             assert out[key].shape == x.shape, config
-            # Optimizers make floats of integers; skip_steps hands on what they made.
+            # Optimizers convert integers to floats, and skip_steps returns their
+            # updates.
             ours = name != "skip_steps" or x.dtype != np.int32
             assert out[key].dtype == x.dtype or not ours, config
         assert jax.tree.structure(state) == jax.tree.structure(first), config

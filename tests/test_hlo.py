@@ -1,4 +1,4 @@
-"""What `benchmarks/_hlo.py` counts in the text of a program, by hand."""
+"""Counts of `benchmarks/_hlo.py` compared with hand-counted programs."""
 
 import importlib.util
 import pathlib
@@ -43,11 +43,11 @@ ENTRY = FOUND["ENTRY"]
     [("f32[]", 4), ("bf16[4,8]{1,0:T(8,128)}", 64), ("(f32[3]{0}, pred[2]{0})", 14),
      ("s32[0,5]", 0)],
 )  # fmt: skip
-def test_bytes_are_those_of_all_arrays_without_their_layout(shape, size):
+def test_bytes_sum_over_all_arrays_and_ignore_layout(shape, size):
     assert hlo.bytes_of(shape) == size
 
 
-def test_kernels_are_counted_with_what_they_read_and_write():
+def test_kernels_are_counted_with_bytes_read_and_written():
     # The fusion: 128 and 64 in, 128 and 8 out. The copy: 128 in and out.
     assert hlo.kernels(FOUND) == (2, 328 + 256)
 
@@ -66,7 +66,7 @@ def test_fast_memory_is_not_counted_but_copies_to_it_are():
     assert hlo.kernels(found) == (1, 4 * (32 + 64 + 64))
 
 
-def test_of_an_array_that_is_written_to_in_place_what_is_written_counts():
+def test_in_place_update_counts_only_the_bytes_written():
     found = hlo.computations("""%put (p: f32[64,8], x: f32[8]) -> f32[64,8] {
   %p = f32[64,8]{1,0} parameter(0)
   %x = f32[8]{0} parameter(1)
@@ -84,7 +84,7 @@ ENTRY %main (a: f32[64,8], b: f32[8]) -> f32[64,8] {
     assert hlo.kernels(found) == (1, 4 * (8 + 8))
 
 
-def test_collectives_are_counted_once_and_by_computation():
+def test_collectives_are_counted_once_per_computation():
     assert hlo.collectives(ENTRY) == [("all-reduce", "f32[2]{0}"),
                                       ("all-gather", "f32[4]{0}")]  # fmt: skip
     (rare,) = hlo.collectives(hlo.computations(PROGRAM)["branch"])

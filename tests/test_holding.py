@@ -1,4 +1,4 @@
-"""Optimizers whose step is not taken where a flag is set."""
+"""Optimizers whose step is not taken if a flag is set."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ GRADS = {"w": jnp.ones((2, 3)), "b": jnp.array([1.0, -2.0, 0.5])}
 
 
 class Twice(NamedTuple):
-    """A state that has one array in two fields, and one that stays as it is."""
+    """A state with one array in two fields, and a constant field."""
 
     first: jax.Array
     second: jax.Array
@@ -44,7 +44,7 @@ def in_a_program_of_its_own():
 
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
-    # The updates and the state are one array.
+    # The updates and the state share one array.
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.1, 0.01, 5)),
@@ -71,7 +71,7 @@ def stepped(tx, flags, update):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_optimizer_or_none(name):
+def test_steps_match_the_optimizer_or_are_not_taken(name):
     tx = OPTIMIZERS[name]()
 
     @jax.jit
@@ -93,7 +93,7 @@ def test_steps_are_those_of_the_optimizer_or_none(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_is_not_taken_leaves_the_state_bitwise(name):
+def test_step_that_is_not_taken_leaves_the_state_bitwise_unchanged(name):
     tx = OPTIMIZERS[name]()
     update = jax.jit(lambda f, g, s: update_unless(f, tx, g, s, PARAMS, {}))
     _, state = stepped(tx, (False, False), update)
@@ -104,7 +104,7 @@ def test_a_step_that_is_not_taken_leaves_the_state_bitwise(name):
         chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, out))
 
 
-def test_extra_arguments_reach_the_optimizer_with_functions_among_them():
+def test_extra_arguments_including_functions_reach_the_optimizer():
     tx = optax.lbfgs()
 
     def loss(params):

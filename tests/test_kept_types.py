@@ -1,4 +1,4 @@
-"""What follows from the types of updates alone is worked out once, and never wrong."""
+"""Results that depend only on the types of updates are cached correctly."""
 
 import chex
 import jax
@@ -13,7 +13,7 @@ PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
 
 def counting():
-    """Returns a rule, and how often its `init` was called."""
+    """Returns a rule and a list of the calls of its `init`."""
     calls = []
 
     def init(norm):
@@ -40,7 +40,7 @@ def test_update_does_not_run_init_again(scope):
     assert len(calls) == before
 
 
-def test_a_state_that_init_did_not_return_is_checked_once():
+def test_state_not_returned_by_init_is_checked_once():
     rule, calls = counting()
     tx = optclip.clip_by_rule(rule)
     state = jax.tree.map(jnp.copy, optclip.clip_by_rule(rule).init(PARAMS))
@@ -50,7 +50,7 @@ def test_a_state_that_init_did_not_return_is_checked_once():
     assert len(calls) == before + 1
 
 
-def test_trees_of_other_types_do_not_share_what_was_kept():
+def test_trees_of_different_types_do_not_share_cached_results():
     tx = optclip.clip_by_rule(1.0, scope=scopes.leaf())
     trees = [
         PARAMS,
@@ -67,7 +67,7 @@ def test_trees_of_other_types_do_not_share_what_was_kept():
             chex.assert_trees_all_equal(got, other.update(tree, other.init(tree)))
 
 
-def test_a_state_of_another_tree_is_refused_each_time():
+def test_state_of_another_tree_raises_an_error_each_time():
     tx = optclip.clip_by_rule(1.0, scope=scopes.leaf())
     state = tx.init({"w": PARAMS["w"]})
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_a_state_of_another_tree_is_refused_each_time():
             tx.update(PARAMS, state)
 
 
-def test_two_programs_share_no_tracer():
+def test_two_programs_do_not_share_tracers():
     tx = optclip.clip_by_rule({"w": jnp.float32(0.5), "b": 2.0}, scope=scopes.leaf())
     state = tx.init(PARAMS)
     first, second = (jax.jit(lambda g, s: tx.update(g, s)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Runs that are killed, and go on: one process, and several."""
+"""Runs that are killed and resume, with one process and with several."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ import pytest
 
 TESTS = pathlib.Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "multihost.py"
-# What one run compiled, the next need not.
+# Runs share a compilation cache.
 CACHE = tempfile.mkdtemp(prefix="optclip-compiled-")
 QUIET = {
     "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE,
@@ -34,7 +34,7 @@ def start(*arguments, **variables):
 
 
 def killed_after(process, line):
-    """Kills a process once it has printed a line that matches; returns what it said."""
+    """Kills a process once it prints a matching line; returns its output."""
     said = []
     for text in process.stdout:
         said.append(text)
@@ -54,7 +54,7 @@ def finished(process, seconds=600):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path):
+def test_killed_run_resumes_bitwise_identically(tmp_path):
     run, steps = TESTS / "resumed_run.py", 30
     finished(start(run, tmp_path / "whole", steps, tmp_path / "whole.npz"))
     rng = np.random.default_rng()
@@ -78,19 +78,19 @@ def sums(said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "data"])
-def test_two_processes_train_as_one_does(layout):
+def test_two_processes_train_like_one(layout):
     options = ("--steps", 8, "--layout", layout)
     one = finished(start(EXAMPLE, *options, "--devices", 8))
     two = finished(start(EXAMPLE, *options, "--processes", 2, "--devices", 4))
     assert "2 processes, 8 devices" in two
-    assert "skipped 1" in two  # the NaN in one shard is known to both
+    assert "skipped 1" in two  # both know of the NaN in one shard
     for said in (one, two):
         assert "step   3  left out: 4096 NaN in in" in said
     np.testing.assert_allclose(sums(two), sums(one), rtol=1e-6)
 
 
 def children_after(launcher, line):
-    """Returns the processes that a launcher started, once it printed the line."""
+    """Returns the processes that a launcher started, once it has printed the line."""
     for text in launcher.stdout:
         if re.search(line, text):
             break
@@ -99,7 +99,7 @@ def children_after(launcher, line):
 
 
 @pytest.mark.slow
-def test_under_slurm_two_processes_find_each_other_with_devices_given():
+def test_two_slurm_processes_connect_with_assigned_devices():
     ports = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     each = [
         start(EXAMPLE, "--steps", 2, "--devices", 2, SLURM_NTASKS="2",
@@ -112,7 +112,7 @@ def test_under_slurm_two_processes_find_each_other_with_devices_given():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_ends_all_and_prints_no_traceback(number):
+def test_signal_to_the_launcher_ends_all_processes_without_a_traceback(number):
     options = ("--processes", 2, "--devices", 1, "--steps", 1000, "--pause", 0.1)
     launcher = start(EXAMPLE, *options)
     children = children_after(launcher, r"step +1 ")
@@ -125,7 +125,7 @@ def test_a_signal_to_the_launcher_ends_all_and_prints_no_traceback(number):
 
 
 @pytest.mark.slow
-def test_alone_it_trains_as_one_process_without_orbax(tmp_path):
+def test_single_process_trains_without_orbax(tmp_path):
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "__init__.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
@@ -143,7 +143,7 @@ def test_alone_it_trains_as_one_process_without_orbax(tmp_path):
         (("--save-every", 0), "must be at least 1, got 0"),
     ],
 )
-def test_options_that_do_not_fit_are_errors(options, message):
+def test_inconsistent_options_raise_errors(options, message):
     process = start(EXAMPLE, *options)
     said, _ = process.communicate(timeout=120)
     assert process.returncode
@@ -159,7 +159,7 @@ def test_srun_and_the_launcher_do_not_both_start_processes():
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path):
+def test_killed_process_ends_the_other_and_the_run_resumes(tmp_path):
     options = ("--steps", 24, "--checkpoint", tmp_path / "cut", "--save-every", 4)
     two = ("--processes", 2, "--devices", 4)
     whole = finished(start(EXAMPLE, "--steps", 24, *two))
@@ -171,5 +171,5 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path):
     assert launcher.returncode == 1, said[-2000:]
     assert time.monotonic() - began < 60
     again = finished(start(EXAMPLE, *options, *two))
-    assert not re.search(r"step +3  loss", again)  # it did not begin again
+    assert not re.search(r"step +3  loss", again)  # it did not start from scratch
     assert sums(again) == sums(whole)

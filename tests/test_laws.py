@@ -1,4 +1,4 @@
-"""Laws of every hard clip, on trees that Hypothesis draws."""
+"""Properties of every hard clip, on trees drawn by Hypothesis."""
 
 import functools
 
@@ -17,13 +17,13 @@ HARD = ["clip", "clip-leaf", "clip-layer", "clip-unit", "clip-element", "clip-or
 few = hypothesis.settings(
     deadline=None, max_examples=25, derandomize=True, database=None
 )
-# Ordinary, huge and tiny entries; none that float32 flushes to zero.
+# Typical, huge and tiny entries, without subnormal ones, which are flushed to zero.
 entries = st.one_of(
     st.floats(-10, 10, width=32), st.floats(-(2.0**120), 2.0**120, width=32),
     st.just(0.0),
 ).map(lambda x: 0.0 if abs(x) < 1e-30 else x)  # fmt: skip
 shapes = {"blocks": (2, 3), "w": (2, 2)}
-# In the order in which JAX flattens a dict; Hypothesis shuffles it.
+# Sorted like JAX flattens a dict, because Hypothesis shuffles keys.
 trees = st.fixed_dictionaries(
     {k: hnp.arrays(np.float32, shape, elements=entries) for k, shape in shapes.items()}
 ).map(lambda tree: dict(sorted(tree.items())))
@@ -48,7 +48,7 @@ def norms(name, tree):
 @pytest.mark.parametrize("name", HARD)
 @few
 @hypothesis.given(tree=trees, threshold=thresholds)
-def test_a_clip_never_lengthens_and_ends_at_the_threshold(name, tree, threshold):
+def test_clip_never_increases_norms_and_reaches_the_threshold(name, tree, threshold):
     after = norms(name, clipped(name, tree, threshold))
     for g, before in norms(name, tree).items():
         wanted = min(before, oracle.WIDE(threshold))
@@ -61,9 +61,7 @@ def test_a_clip_never_lengthens_and_ends_at_the_threshold(name, tree, threshold)
 @pytest.mark.parametrize("name", HARD)
 @few
 @hypothesis.given(tree=trees, threshold=thresholds)
-def test_a_clip_keeps_every_sign_and_the_direction_of_every_group(
-    name, tree, threshold
-):
+def test_clip_preserves_signs_and_the_direction_of_every_group(name, tree, threshold):
     out = clipped(name, tree, threshold)
     case = registry.CASES[name]
     exact = case.expect(tree, None, threshold)
@@ -82,7 +80,7 @@ def test_a_clip_keeps_every_sign_and_the_direction_of_every_group(
 @pytest.mark.parametrize("name", HARD)
 @few
 @hypothesis.given(tree=trees, threshold=thresholds)
-def test_clipping_twice_is_clipping_once(name, tree, threshold):
+def test_clipping_is_idempotent(name, tree, threshold):
     once = clipped(name, tree, threshold)
     twice = clipped(name, once, threshold)
     chex.assert_trees_all_close(twice, once, rtol=5e-7, atol=1e-36)
@@ -93,7 +91,7 @@ def test_clipping_twice_is_clipping_once(name, tree, threshold):
 @hypothesis.given(
     tree=trees, threshold=thresholds, factor=st.floats(1, 100, allow_subnormal=False)
 )
-def test_a_higher_threshold_never_shortens_more(name, tree, threshold, factor):
+def test_clip_is_monotonic_in_the_threshold(name, tree, threshold, factor):
     low = clipped(name, tree, threshold)
     high = clipped(name, tree, threshold * factor)
     for key in tree:
@@ -102,7 +100,7 @@ def test_a_higher_threshold_never_shortens_more(name, tree, threshold, factor):
 
 @few
 @hypothesis.given(tree=trees, threshold=thresholds)
-def test_the_layout_of_the_tree_does_not_matter_to_the_global_clip(tree, threshold):
+def test_global_clip_is_invariant_to_tree_layout(tree, threshold):
     whole = np.concatenate([x.ravel() for x in tree.values()])
     one = {"blocks": whole[:6].reshape(2, 3)[:, ::-1], "w": whole[6:].reshape(2, 2).T}
     out, moved = clipped("clip", tree, threshold), clipped("clip", one, threshold)
@@ -112,7 +110,7 @@ def test_the_layout_of_the_tree_does_not_matter_to_the_global_clip(tree, thresho
 
 @few
 @hypothesis.given(tree=trees, power=st.integers(-20, 20))
-def test_the_unit_of_length_does_not_matter(tree, power):
+def test_clip_commutes_with_rescaling(tree, power):
     tree = jax.tree.map(lambda x: np.clip(x, -1e25, 1e25), tree)
     factor = np.float32(2.0**power)
     larger = jax.tree.map(lambda x: x * factor, tree)

@@ -1,4 +1,4 @@
-"""Imports go down only, and only public names of others are used."""
+"""Files import only from lower layers, and only public names of other packages."""
 
 import ast
 import pathlib
@@ -12,9 +12,9 @@ import optclip
 ROOT = pathlib.Path(optclip.__file__).parent
 FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
 
-# In the order of the layers: a file imports from those above it in this list alone. In
-# a folder, which ends with "/", files may import each other. `__init__` and the demo
-# see all.
+# The layers in order: a file imports only from files listed before it. Files of a
+# folder, which ends with "/", may import each other. `__init__` and the demo may import
+# everything.
 ORDER = [
     "_engine/types.py",
     "_engine/numerics.py",
@@ -45,7 +45,7 @@ ORDER = [
     "states.py",
     "diagnosis/",
 ]
-# What a rule and an action are made of knows arrays alone: no trees, no mesh axes.
+# The building blocks of rules and actions only handle arrays: no trees, no mesh axes.
 ARRAYS_ONLY = {
     "_engine/types.py",
     "_engine/numerics.py",
@@ -60,7 +60,7 @@ ABOVE = {"__init__.py", "__main__.py", "demo"}
 
 
 def layer(path):
-    """Returns the place of a file in the order."""
+    """Returns the position of a file in the order."""
     fits = [
         i
         for i, name in enumerate(ORDER)
@@ -75,7 +75,7 @@ def is_above(path):
 
 
 def imported(path):
-    """Returns the full names that a file imports, from anywhere in it."""
+    """Returns the full names of all imports anywhere in a file."""
     names = set()
     for node in ast.walk(ast.parse(FILES[path].read_text())):
         if isinstance(node, ast.Import):
@@ -97,13 +97,13 @@ def files_imported(path):
     return found
 
 
-def test_each_file_of_the_order_is_there():
+def test_every_listed_file_exists():
     for name in ORDER:
         assert any(p == name or p.startswith(name) for p in FILES), name
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if not is_above(p)])
-def test_imports_go_down_only(path):
+def test_files_import_only_from_lower_layers(path):
     own = layer(path)
     for other in files_imported(path):
         within = ORDER[own].endswith("/") and layer(other) == own
@@ -111,7 +111,7 @@ def test_imports_go_down_only(path):
 
 
 @pytest.mark.parametrize("path", sorted(ARRAYS_ONLY))
-def test_rules_and_actions_know_arrays_alone(path):
+def test_rules_and_actions_depend_on_arrays_only(path):
     assert files_imported(path) <= ARRAYS_ONLY
 
 
@@ -122,7 +122,7 @@ def test_no_private_module_of_jax_or_optax_is_imported(path):
     assert "._src" not in FILES[path].read_text()
 
 
-# The pictures of a report; only `report` imports them, when it is called.
+# The plots of a report; only `report` imports them, when it is called.
 NAMES = ("_axes", "_panels", "_signal_panels", "pictures")
 PICTURES = {f"diagnosis/{name}.py" for name in NAMES}
 
@@ -135,7 +135,7 @@ def test_only_jax_optax_and_numpy_are_needed(path):
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 
-def test_importing_optclip_leaves_the_diagnosis_for_later():
+def test_importing_optclip_does_not_import_the_diagnosis():
     program = (
         "import sys, optax; before = set(sys.modules); import optclip; "
         "print(*(set(sys.modules) - before))"
@@ -155,7 +155,7 @@ def test_tab_completion_shows_public_names_only():
         getattr(optclip, name)
 
 
-def test_clip_says_which_function_stands_for_it():
+def test_optclip_clip_raises_an_error_naming_the_replacements():
     with pytest.raises(AttributeError, match=r"`optclip.clip_by_value`.*clip_by_rule"):
         optclip.clip  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'clop'"):

@@ -1,4 +1,4 @@
-"""Names of leaves: none loses a part, and no two are the same."""
+"""Names of leaves are complete and unique."""
 
 import dataclasses
 from typing import NamedTuple
@@ -84,7 +84,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("kind", TREES)
-def test_only_the_fields_of_flax_boxes_are_left_out_of_names(kind):
+def test_names_omit_only_the_fields_of_flax_boxes(kind):
     make, names = TREES[kind]
     params = make()
     tx = optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0))
@@ -99,7 +99,7 @@ def test_only_the_fields_of_flax_boxes_are_left_out_of_names(kind):
     )
 
 
-def test_patterns_and_labels_find_a_field_called_value():
+def test_patterns_and_labels_match_a_field_called_value():
     params = {"head": Pair(jnp.full(4, 3.0), jnp.full(4, 4.0))}
     labels = scopes.label(lambda path: path.rpartition("/")[2])
     tx = optclip.clip_by_rule(1.0, scope=labels)
@@ -117,7 +117,7 @@ def test_names_in_a_diagnosis_keep_a_field_called_value():
     assert {site.leaf for site in taps.sites} == {"v/value"}
 
 
-def test_a_leaf_is_called_the_same_in_a_group_and_among_all():
+def test_leaf_has_the_same_name_in_a_group_and_in_the_full_tree():
     params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.full(2, 2.0)}
     clips = {"x": optclip.clip_by_leaf_norm(1.0), "y": optclip.clip_by_leaf_norm(1.0)}
     tx = optax.partition(clips, {"a": {"b": "x"}, "a/b": "y"})
@@ -127,8 +127,8 @@ def test_a_leaf_is_called_the_same_in_a_group_and_among_all():
     assert rows["['a/b']/norm_before"] == pytest.approx(8**0.5)
 
 
-def test_leaves_whose_names_have_one_checksum_are_told_apart():
-    params = {"buckeroo": jnp.zeros(2), "plumless": jnp.zeros(2)}  # 1306201125, both
+def test_leaves_with_colliding_name_checksums_are_distinguished():
+    params = {"buckeroo": jnp.zeros(2), "plumless": jnp.zeros(2)}  # equal checksums
     tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optclip.record_norms())
     grads = {"buckeroo": jnp.full(2, 3.0), "plumless": jnp.array([jnp.nan, 1.0])}
     _, state = tx.update(grads, tx.init(params))

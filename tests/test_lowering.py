@@ -1,7 +1,7 @@
 """Every public transformation lowers for every platform, without leaving XLA.
 
-One module for all platforms is exported from one jitted, AdamW-stepping function; it
-must hold no callback into Python and no custom call.
+A jitted AdamW step is exported as one module for all platforms. The module must not
+contain Python callbacks or custom calls.
 """
 
 import inspect
@@ -20,12 +20,12 @@ from optclip import actions, rules, scopes
 
 PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 
-# Names of `optclip.__all__` that make no update: modules, states, readers.
+# Names of `optclip.__all__` that are not transformations: modules, states, readers.
 READERS = {
     "nonfinite_leaves", "diagnose", "leaf_metrics", "metrics", "clipped_grad", "report",
     "state_specs", "step_taken", "suggest_threshold", "tap",
 }  # fmt: skip
-# Functions on gradients, without a state.
+# Stateless functions of gradients.
 PURE = {
     "clip_grad_norm": lambda g: optclip.clip_grad_norm(g, 1.0)[0],
     "clip_grad_value": lambda g: optclip.clip_grad_value(g, 1.0),
@@ -103,10 +103,10 @@ def adamw_step(tx):
 
 
 def assert_lowers_everywhere(step, *arguments):
-    # Export refuses callbacks and unstable custom calls by itself.
+    # Export itself rejects callbacks and unstable custom calls.
     exported = export.export(jax.jit(step), platforms=PLATFORMS)(*arguments)
     assert list(exported.platforms) == PLATFORMS
-    # Locations quote names of functions, this test's own among them.
+    # Locations contain function names, including the name of this test.
     lines = exported.mlir_module().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#loc"))
     text = re.sub(r"loc\(.*\)", "", text)
@@ -135,7 +135,7 @@ def test_step_lowers_for_every_platform_without_custom_calls(make):
 
 
 def conditions(jaxpr, platform):
-    """Returns the conditions that are left when this is lowered for a platform."""
+    """Returns the conditions that remain when a program is lowered for a platform."""
     found = []
     for eqn in jaxpr.eqns:
         inside = list(jaxprs_in_params(eqn.params))
@@ -156,20 +156,20 @@ def conditions_of(make, platform):
     return conditions(jax.make_jaxpr(step)(PARAMS, state, PARAMS).jaxpr, platform)
 
 
-# Groups that are columns: several of their sums are no single pass on a GPU, so each
-# array of norms has a condition there. `adaptive_grad_clip` measures parameters too.
+# On a GPU, several sums over columns need more than one pass, so each array of norms
+# per column has a condition. `adaptive_grad_clip` also measures parameters.
 COLUMNS = {"clip_by_rule-3": 1, "clip_by_unit_norm-0": 1, "adaptive_grad_clip-0": 2}
 
 
 @pytest.mark.parametrize("make", EACH)
 def test_step_has_no_condition_on_an_accelerator(make, request):
-    # The host would wait for the device to learn which branch to launch.
+    # With a condition, the host would wait to learn which branch to launch.
     assert not conditions_of(make, "tpu")
     by_column = COLUMNS.get(request.node.callspec.id, 0)
     assert len(conditions_of(make, "cuda")) == by_column
 
 
-def test_a_condition_would_be_found():
+def test_condition_is_detected():
     jaxpr = jax.make_jaxpr(lambda x: lax.cond(x > 0, lambda: x, lambda: -x))(1.0).jaxpr
     assert conditions(jaxpr, "cuda")
 
@@ -186,7 +186,7 @@ def test_spectral_clips_by_matrix_products_lower_everywhere(method):
     assert_lowers_everywhere(step, PARAMS, state, PARAMS)
 
 
-def test_a_custom_call_would_be_found():
+def test_custom_call_is_detected():
     def orthogonal(x):
         return jnp.linalg.qr(x)
 
@@ -194,7 +194,7 @@ def test_a_custom_call_would_be_found():
         assert_lowers_everywhere(orthogonal, PARAMS["kernel"])
 
 
-def test_a_callback_would_be_found():
+def test_callback_is_detected():
     def calling_back(x):
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return jax.pure_callback(lambda x: x, shape, x)

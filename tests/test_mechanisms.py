@@ -1,4 +1,4 @@
-"""Spectral clips, error feedback, stable Adam, caps and `stabilize`, against NumPy."""
+"""Spectral clips, error feedback, stable Adam, caps, `stabilize`: checks with NumPy."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_spectral_clip_maps_singular_values(method, shape):
     assert float(optclip.metrics(state)["clip/clipped"]) == 1
 
 
-def test_spectral_clip_keeps_what_is_short_bitwise_and_zeros_zero():
+def test_spectral_clip_leaves_small_matrices_bitwise_unchanged_and_zeros_zero():
     x = {"a": matrix((6, 8), [0.9, 0.1]).astype(np.float32), "b": np.float32([0.3])}
     out, state = spectral(x)
     chex.assert_trees_all_equal(out, x)
@@ -81,7 +81,7 @@ def test_spectral_clip_works_at_every_size_and_on_vectors(method):
     np.testing.assert_allclose(out, np.float32([0.6, 0.8]), rtol=0.03)
 
 
-def test_spectral_clip_takes_schedules_and_refuses_complex_leaves():
+def test_spectral_clip_accepts_schedules_and_rejects_complex_leaves():
     tx = optclip.spectral_clip(optax.linear_schedule(1.0, 0.0, 2))
     x = np.eye(3, dtype=np.float32) * 2
     _, state = tx.update(x, tx.init(x))
@@ -94,7 +94,7 @@ def test_spectral_clip_takes_schedules_and_refuses_complex_leaves():
 @pytest.mark.parametrize(
     "inner", [optclip.clip_by_value(0.5), optclip.clip_by_rule(1.0)]
 )
-def test_u_clip_loses_nothing(inner):
+def test_u_clip_conserves_the_sum_of_updates(inner):
     tx = optclip.u_clip(inner)
     grads = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     state, outs = jax.jit(
@@ -105,7 +105,7 @@ def test_u_clip_loses_nothing(inner):
     )
 
 
-def test_u_clip_bounds_the_carry_and_keeps_it_over_a_nan():
+def test_u_clip_bounds_the_carry_and_keeps_it_when_a_step_is_nan():
     tx = optclip.u_clip(optclip.clip_by_rule(1.0, nonfinite="zero"), max_carry=2.0)
     _, state = tx.update(jnp.array([3e6, 4e6]), tx.init(jnp.zeros(2)))
     np.testing.assert_allclose(state.carry, [1.2, 1.6], rtol=1e-6)
@@ -121,7 +121,7 @@ INNER = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e5m2"])
 @pytest.mark.parametrize("inner", INNER)
-def test_u_clip_passes_what_is_not_clipped_to_the_bit(inner, dtype):
+def test_u_clip_leaves_unclipped_entries_bitwise_unchanged(inner, dtype):
     least = jnp.finfo(dtype).smallest_subnormal
     grads = np.array([-0.0, 0.0, least, -3 * least, 0.5, -7.0]).astype(dtype)
     tx = optclip.u_clip(INNER[inner])
@@ -130,7 +130,7 @@ def test_u_clip_passes_what_is_not_clipped_to_the_bit(inner, dtype):
     for _ in range(2):
         out, state = step(grads, state)
         assert np.asarray(out).tobytes() == grads.tobytes()
-    # An entry that carries something is added up; the others stay as they are.
+    # The carry is added to its entry; the others do not change.
     state = state._replace(carry=jnp.array([0, 0, 0, 0, 0, 1.0], jnp.float32))
     out, _ = step(grads, state)
     assert np.asarray(out)[:5].tobytes() == grads[:5].tobytes()
@@ -170,7 +170,7 @@ def test_stable_adam_follows_its_formula():
     assert float(state[0].largest_rms) > 0
 
 
-def test_the_state_of_stable_adam_is_float32_whatever_x64_and_its_decays(x64):
+def test_state_of_stable_adam_is_float32_even_with_x64(x64):
     del x64
     grads = {"w": jnp.ones(3, jnp.float32), "d": jnp.ones(2, jnp.float64)}
     for b1, b2 in ((0.9, 0.99), (np.float64(0.9), jnp.float64(0.99))):
@@ -186,7 +186,7 @@ def test_the_state_of_stable_adam_is_float32_whatever_x64_and_its_decays(x64):
         chex.assert_trees_all_equal_dtypes(jax.tree.map(lambda x: x[0], out), grads)
 
 
-def test_stable_adam_decays_only_what_the_mask_says():
+def test_stable_adam_decays_only_masked_leaves():
     params = {"w": jnp.ones(2), "b": jnp.ones(2)}
     tx = optclip.scale_by_stable_adam(weight_decay=0.5, mask={"w": True, "b": False})
     out, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -194,7 +194,7 @@ def test_stable_adam_decays_only_what_the_mask_says():
     np.testing.assert_array_equal(out["b"], [0.0, 0.0])
 
 
-def test_cap_update_is_a_share_of_the_parameters_or_of_the_floor():
+def test_cap_update_bounds_updates_relative_to_parameters_or_floor():
     params, updates = jnp.full(4, 2.0), jnp.full(4, 1.0)
     tx = optclip.cap_update(0.1, floor=0.5)
     out, _ = tx.update(updates, tx.init(params), params)
@@ -204,7 +204,7 @@ def test_cap_update_is_a_share_of_the_parameters_or_of_the_floor():
     np.testing.assert_allclose(out, np.full(4, 0.05), rtol=1e-6)
 
 
-def test_trust_ratio_clip_never_scales_up_and_passes_zero_parameters():
+def test_trust_ratio_clip_never_scales_up_and_passes_updates_of_zero_parameters():
     params = {"a": jnp.array([0.3, 0.4]), "b": jnp.array([30.0]), "c": jnp.zeros(1)}
     updates = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([1.0]), "c": jnp.ones(1)}
     tx = optclip.trust_ratio_clip()
@@ -215,7 +215,7 @@ def test_trust_ratio_clip_never_scales_up_and_passes_zero_parameters():
 
 
 def descend(tx, scale=1.0, spike=None, steps=200):
-    """Minimizes a badly conditioned quadratic; returns the loss at each step."""
+    """Minimizes an ill-conditioned quadratic; returns the loss at each step."""
     curvature = jnp.array([1.0, 10.0, 100.0]) * scale
     start = jnp.array([1.0, -1.0, 1.0])
 
@@ -253,7 +253,7 @@ def test_stabilize_does_not_depend_on_the_scale_of_the_loss():
     np.testing.assert_allclose(many, one, rtol=1e-3)
 
 
-def test_stabilize_by_leaf_has_a_threshold_for_each():
+def test_stabilize_at_leaf_scope_has_a_threshold_per_leaf():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     tx = optclip.stabilize(optax.sgd(0.1), scope=optclip.scopes.leaf())
     state = tx.init(params)
@@ -268,7 +268,7 @@ def sigma_max(x):
 
 @pytest.mark.parametrize("size", [10.0, 1e3, 1e5, 1e8, 1e30, 2e38])
 @pytest.mark.parametrize("method", CURVES)
-def test_exploding_matrices_and_vectors_end_at_the_cap(method, size):
+def test_exploding_matrices_and_vectors_are_clipped_to_the_cap(method, size):
     x = (size * np.random.default_rng(0).uniform(-1, 1, (32, 16))).astype(np.float32)
     out, _ = spectral(x, method=method)
     assert sigma_max(out) < {"svd": 1.0001, "hardcap": 1.2, "soft": 1.01}[method]
@@ -277,7 +277,7 @@ def test_exploding_matrices_and_vectors_end_at_the_cap(method, size):
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 5.0, 100.0])
-def test_the_svd_is_right_to_1e_5_of_the_cap_on_a_large_matrix(size):
+def test_svd_is_accurate_to_1e_5_of_the_cap_on_a_large_matrix(size):
     x = (size * np.random.default_rng(0).normal(size=(64, 128))).astype(np.float32)
     out, _ = spectral(x)
     wanted = mapped(x.astype(float), lambda s: np.minimum(s, 1.0))
@@ -285,23 +285,23 @@ def test_the_svd_is_right_to_1e_5_of_the_cap_on_a_large_matrix(size):
 
 
 @pytest.mark.parametrize("method", ["hardcap", "soft"])
-def test_far_above_the_cap_small_singular_values_shrink_as_well(method):
+def test_small_singular_values_also_shrink_far_above_the_cap(method):
     x = matrix((6, 8), [1e5, 0.5]).astype(np.float32)
     values = np.linalg.svd(np.asarray(spectral(x, method=method)[0], float))[1]
     np.testing.assert_allclose(values[0], 1.0, atol=0.15)
-    assert values[1] < 0.15  # 0.5 / 100, and the error of the iteration
+    assert values[1] < 0.15  # 0.5 / 100 plus the error of the iteration
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e-30])
 @pytest.mark.parametrize("cap", [1.0, 1e30, np.inf])
-def test_short_matrices_are_left_alone_by_every_method(size, cap):
+def test_every_method_leaves_small_matrices_unchanged(size, cap):
     x = (size * np.random.default_rng(0).normal(size=(6, 4))).astype(np.float32)
     for method in CURVES:
         out, _ = spectral(x, np.float32(cap), method=method)
         np.testing.assert_allclose(out, x, rtol=1e-5)
 
 
-def test_mechanisms_take_every_leaf_that_a_tree_may_hold():
+def test_mechanisms_accept_every_kind_of_leaf():
     params = {
         "w": jnp.ones((3, 2)), "f8": jnp.ones((2, 2), jnp.float8_e4m3fn),
         "empty": jnp.ones((0, 3)), "n": jnp.arange(3), "flag": jnp.array(True),
@@ -320,7 +320,7 @@ def test_mechanisms_take_every_leaf_that_a_tree_may_hold():
         step(grads, after, params)
 
 
-def test_a_first_gradient_that_overflows_squares_does_not_stop_stabilize():
+def test_first_gradient_that_overflows_squares_does_not_stop_stabilize():
     tx, params = optclip.stabilize(optax.adam(0.1)), jnp.ones(3)
     state = tx.init(params)
     _, state = tx.update(jnp.full(3, 1e20), state, params)
@@ -353,7 +353,7 @@ def waves(shape):
     ).reshape(shape)
 
 
-# Singular values that are equal, zero, or both, below and above the cap, which is 1.
+# Singular values that are equal, zero, or both, below and above the cap of 1.
 SPECTRA = {
     "distinct": [50.0, 7.0, 0.5], "equal": [3.0, 3.0, 3.0], "low": [0.4, 0.4, 0.4],
     "mixed": [2.0, 2.0, 0.3], "singular": [5.0, 0.0, 0.0],

@@ -1,4 +1,4 @@
-"""Mesh axes are read from types; where types don't show them, "auto" is an error."""
+"""Mesh axes are inferred from types; if types don't show them, "auto" is an error."""
 
 import functools
 import warnings
@@ -37,18 +37,18 @@ BY_VALUE = functools.partial(optclip.clip_by_value, record=True)
 
 @pytest.mark.parametrize("clip", [optclip.clip_by_global_norm, BY_VALUE])
 @pytest.mark.parametrize("axis_name", ["auto", "x", SPECS, P("x"), ("x",)])
-def test_a_leaf_that_is_whole_by_its_type_is_counted_once(axis_name, clip):
+def test_leaf_with_replicated_type_is_counted_once(axis_name, clip):
     wanted = {optclip.clip_by_global_norm: WHOLE, BY_VALUE: 1.0}[clip]
     assert norm(axis_name, clip=clip) == pytest.approx(wanted)
 
 
-def test_auto_is_an_error_where_types_do_not_tell():
+def test_auto_raises_an_error_where_types_do_not_show_the_axes():
     with pytest.raises(ValueError, match=r"types don't show \['x'\]"):
         norm("auto", check=False)
     assert norm(SPECS, check=False) == pytest.approx(WHOLE)
 
 
-def test_auto_is_an_error_in_pmap():
+def test_auto_raises_an_error_in_pmap():
     version = tuple(map(int, jax.__version__.split(".")[:2]))
     if version < (0, 10):
         pytest.skip("before JAX 0.10 nothing tells that it is `pmap`")
@@ -59,7 +59,7 @@ def test_auto_is_an_error_in_pmap():
             jax.pmap(tx.init, axis_name="i")(jnp.ones((8, 3)))
 
 
-def test_auto_and_names_of_vmap_are_left_alone():
+def test_auto_ignores_vmap_axis_names():
     tx = optclip.clip_by_global_norm(1.0, axis_name="auto")
 
     def step(grads):
@@ -80,12 +80,12 @@ def test_auto_and_names_of_vmap_are_left_alone():
         ({"kernel": "x"}, "`axis_name` must be a tree with the structure of the upd"),
     ],
 )
-def test_names_that_do_not_fit_are_errors(axis_name, message, check):
+def test_mismatched_axis_names_raise_errors(axis_name, message, check):
     with pytest.raises(ValueError, match=message):
         norm(axis_name, check)
 
 
-def test_a_name_outside_of_shard_map_is_an_error():
+def test_axis_name_outside_shard_map_raises_an_error():
     tx = optclip.clip_by_global_norm(1.0, axis_name="x")
     with pytest.raises(ValueError, match=r"under `jax\.jit` leave it out"):
         tx.update(GRADS, tx.init(GRADS))

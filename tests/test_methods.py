@@ -1,4 +1,4 @@
-"""The public clips by hand-computed examples, and every error of their arguments."""
+"""Hand-computed examples for the public clips, and errors for invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +81,12 @@ def test_soft_clip(kind):
     np.testing.assert_allclose(got["a"], np.array([3, 4]) * f, rtol=1e-6)
 
 
-def test_arrays_give_each_leaf_a_threshold_of_its_own():
+def test_arrays_give_each_leaf_a_separate_threshold():
     tx = optclip.clip_by_leaf_norm(jnp.array([2.5, 100.0]))
     close(clipped(tx), [1.5, 2], GRADS["b"])
 
 
-def test_clip_grad_norm_has_the_numbers_of_torch():
+def test_clip_grad_norm_matches_torch():
     got, norm = optclip.clip_grad_norm(GRADS, 1.0)
     np.testing.assert_allclose(norm, np.sqrt(125), rtol=1e-6)
     np.testing.assert_allclose(got["a"], np.array([3, 4]) / (np.sqrt(125) + 1e-6))
@@ -96,7 +96,7 @@ def test_clip_grad_norm_has_the_numbers_of_torch():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_clip_grad_norm_of_non_finite_gradients_is_that_of_torch(value):
+def test_clip_grad_norm_of_nonfinite_gradients_matches_torch(value):
     grads = {"a": jnp.array([value, 1.0]), "n": jnp.arange(2)}
     got, norm = optclip.clip_grad_norm(grads, 1.0)
     wanted = [np.nan, np.nan] if np.isnan(value) else [np.nan, 0.0]
@@ -105,7 +105,7 @@ def test_clip_grad_norm_of_non_finite_gradients_is_that_of_torch(value):
     np.testing.assert_array_equal(got["n"], [0, 1])
 
 
-def test_clip_grad_norm_of_infinite_gradients_without_a_bound_is_nan_as_in_torch():
+def test_clip_grad_norm_of_infinite_gradients_with_max_norm_inf_is_nan_as_in_torch():
     # Torch multiplies by inf / (inf + 1e-6).
     grads = {"a": jnp.array([np.inf, 1.0]), "b": jnp.zeros(1), "n": jnp.arange(2)}
     for bound in (np.inf, jnp.float32(np.inf)):
@@ -133,7 +133,7 @@ def test_clip_grad_norm_raises_eagerly_and_through_checkify():
     np.testing.assert_array_equal(got, [0.5])
 
 
-def test_clip_grad_value_has_the_numbers_of_torch():
+def test_clip_grad_value_matches_torch():
     got = optclip.clip_grad_value(jnp.array([-3.0, 0.5, np.inf, np.nan]), 1.0)
     np.testing.assert_array_equal(got, [-1, 0.5, 1, np.nan])
 
@@ -154,7 +154,7 @@ def test_negative_and_nan_thresholds_are_errors(name, value):
         registry.CASES[name].make(value)
 
 
-def test_the_error_names_the_argument_that_was_given():
+def test_error_names_the_given_argument():
     with pytest.raises(ValueError, match=r"`clipping` must be >= 0, got -1\.0"):
         optclip.adaptive_grad_clip(-1.0)
     with pytest.raises(ValueError, match=r"`eps` must be >= 0, got -1\.0"):
@@ -163,7 +163,7 @@ def test_the_error_names_the_argument_that_was_given():
 
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("value", ["1.0", None, True])
-def test_thresholds_that_are_no_numbers_are_errors(name, value):
+def test_non_numeric_thresholds_raise_errors(name, value):
     with pytest.raises(TypeError, match="must be a number >= 0, got"):
         registry.CASES[name].make(value)
 
@@ -205,19 +205,19 @@ def test_negative_eps_is_an_error(name):
         registry.CASES[name].make(1.0, eps=-1.0)
 
 
-def test_an_action_must_be_a_function():
+def test_action_must_be_a_function():
     with pytest.raises(TypeError, match=r"`action` must be `rescale`, `normalize`"):
         optclip.clip_by_rule(1.0, action="zero")
 
 
-def test_a_pair_must_have_two_numbers():
+def test_pair_must_have_two_numbers():
     with pytest.raises(ValueError, match=r"must be a number or a pair \(low, high\)"):
         optclip.clip_by_value((1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="`low` must be at most `high`"):
         optclip.clip_by_value((2.0, 1.0))
 
 
-def test_an_unknown_curve_is_an_error():
+def test_unknown_curve_raises_an_error():
     with pytest.raises(ValueError, match="`kind` must be one of"):
         optclip.soft_clip(1.0, kind="cubic")
 
@@ -237,13 +237,13 @@ THRESHOLDS = {
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_none_is_an_error_that_says_how_to_switch_a_clip_off(name):
+def test_none_raises_an_error_that_explains_how_to_disable_a_clip(name):
     with pytest.raises(TypeError, match=r"got None\. Pass inf to switch"):
         THRESHOLDS[name](None)
 
 
 @pytest.mark.parametrize("name", [n for n in THRESHOLDS if n != "spam_clip"])
-def test_zero_gives_zeros_and_inf_the_updates(name):
+def test_threshold_zero_gives_zeros_and_inf_gives_the_updates(name):
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 2))}
     zeros = clipped(THRESHOLDS[name](0.0), params=params)
     assert all(np.all(x == 0) for x in zeros.values())
@@ -254,11 +254,11 @@ def test_zero_gives_zeros_and_inf_the_updates(name):
 @pytest.mark.parametrize(
     "make", [optclip.clip_by_unit_norm, optclip.adaptive_grad_clip]
 )
-def test_an_axis_by_name_makes_each_row_of_an_embedding_a_unit(make):
-    table = jnp.full((50, 4), 0.01).at[7].set(100.0)  # one bad row of [vocab, dim]
+def test_axis_by_name_makes_each_embedding_row_a_unit(make):
+    table = jnp.full((50, 4), 0.01).at[7].set(100.0)  # one large row of [vocab, dim]
     grads = {"embedding": table, "dense": jnp.full((3, 2), 0.01)}
     ones = {k: jnp.full_like(x, 10.0) for k, x in grads.items()}
-    # By default a unit is a column across the vocabulary: every row pays.
+    # By default a unit is a column over the vocabulary, so every row is scaled down.
     shared = clipped(make(1.0), grads, ones)
     assert np.max(shared["embedding"][0]) < 0.009
     own = clipped(make(1.0, axis={"embedding": 1}), grads, ones)

@@ -1,7 +1,7 @@
-"""The code of `docs/migrating.md` gives the numbers of the code that it stands for.
+"""The code of `docs/migrating.md` gives the same results as the code it replaces.
 
-The code is taken from the page. Optax is called; the formulas of the others are written
-down here in NumPy, in float64. `tests/parity` calls the packages themselves.
+The code is read from the page. Optax is called directly; the formulas of the others are
+reimplemented here in NumPy, in float64. `tests/parity` calls the packages themselves.
 """
 
 import functools
@@ -35,7 +35,7 @@ def page(heading):
 
 
 SHAPES = {"w": (3, 4), "b": (4,), "head": (4, 2)}
-# Joint norms well below, just around and far above a threshold of 1.
+# Global norms well below, near and far above a threshold of 1.
 SIZES = [0.1, 0.999, 1.001, 7.0, 1e4]
 each_size = pytest.mark.parametrize("size", SIZES)
 PARAMS = {
@@ -83,8 +83,8 @@ def close(ours, theirs, rtol=2e-6, atol=1e-8):
 
 
 def clip_of(chain, grads):
-    """Returns what the first transformation of a chain with AdamW makes of grads."""
-    # Adam hides a constant factor: compare what reaches its first moment.
+    """Returns the gradients after the first transformation of a chain with AdamW."""
+    # Adam cancels constant factors, so this reads the input of its first moment.
     _, state = update_of(chain)(grads, chain.init(PARAMS), PARAMS)
     (moments,) = [
         s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu"))
@@ -108,7 +108,7 @@ def test_torch_by_norm(heading, max_norm, size):
     np.testing.assert_allclose(before, norm(grads), rtol=1e-6)
 
 
-def test_torch_functions_of_the_page():
+def test_torch_functions_on_the_page():
     names = page("PyTorch")
     close(names["clipped"], {"w": np.array([3.0, 4.0]) / (5 + 1e-6)})
     assert float(names["norm"]) == 5.0
@@ -134,7 +134,7 @@ def test_keras_and_tensorflow_by_norm(heading, size):
 
 
 @each_size
-def test_tensorflow_along_axes_and_between_bounds(size):
+def test_tensorflow_over_axes_and_between_bounds(size):
     names, grads = page("TensorFlow"), draw(size)
     kernels = {name: g for name, g in grads.items() if g.ndim == 2}
     columns = {
@@ -155,7 +155,7 @@ ROWS = re.findall(
 
 @functools.cache
 def line(code):
-    """Returns what a line of the table makes."""
+    """Returns the object that a line of the table makes."""
     return eval(code, page("Optax"))
 
 
@@ -193,7 +193,7 @@ def test_optax_applies_the_sixth_nan_in_a_row_and_skip_steps_none():
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])
-def test_a_bias_is_one_unit_in_both_adaptive_clips(shape):
+def test_bias_is_one_unit_in_both_adaptive_clips(shape):
     grads = {"b": jnp.asarray(np.linspace(1.0, 5.0, 5)[: shape[0] if shape else 1])}
     grads = {"b": grads["b"].reshape(shape)}
     params = {"b": jnp.full(shape, 0.5)}
@@ -204,7 +204,7 @@ def test_a_bias_is_one_unit_in_both_adaptive_clips(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1, 5), (1, 1, 1, 5), (1, 3, 4)])
-def test_adaptive_clips_differ_where_one_axis_at_most_is_longer_than_one(shape):
+def test_adaptive_clips_differ_if_at_most_one_axis_is_longer_than_one(shape):
     rng = np.random.default_rng(0)
     grads, params = (
         {"first": {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}}
@@ -216,7 +216,7 @@ def test_adaptive_clips_differ_where_one_axis_at_most_is_longer_than_one(shape):
 
     peer = by(optax.adaptive_grad_clip(0.01))
     mine = by(optclip.adaptive_grad_clip(0.01))
-    # Of these, (5, 1) is one unit in both, and (1, 3, 4) has 12 of them in both.
+    # Of these shapes, (5, 1) is one unit in both, and (1, 3, 4) has 12 units in both.
     same = shape in [(5, 1), (1, 3, 4)]
     assert np.allclose(*map(jax.tree.leaves, (mine, peer)), rtol=1e-4) == same
     if len(shape) == 2:
@@ -226,7 +226,7 @@ def test_adaptive_clips_differ_where_one_axis_at_most_is_longer_than_one(shape):
         close(by(optclip.adaptive_grad_clip(0.01, axis=axes)), peer)
 
 
-def test_normalizing_without_eps_is_not_that_of_optax():
+def test_normalizing_without_eps_differs_from_optax():
     grads = draw(1e-5)
     theirs = out(optax.normalize_by_update_norm(), grads)
     np.testing.assert_allclose(norm(theirs), 1e-5 / (1e-5 + 1e-6), rtol=1e-5)
@@ -235,7 +235,7 @@ def test_normalizing_without_eps_is_not_that_of_optax():
     )
 
 
-def test_per_example_clips_elsewhere_are_sums_and_ours_a_mean():
+def test_other_per_example_clips_return_sums_and_ours_a_mean():
     names = page("Per-example clipping: Optax, jax-privacy")
     loss_fn, params, x, y = (names[key] for key in ("loss_fn", "params", "x", "y"))
     each = jax.vmap(jax.grad(loss_fn), (None, 0, 0))(params, x, y)
@@ -270,7 +270,7 @@ def noise(seed, sigma=0.2, steps=300):
 
 
 def skipped_by_sigma(norms, losses, ddof, needed):
-    """Mean plus six deviations of the last 128, of norms and losses, spikes kept."""
+    """Mean plus six deviations of the last 128 norms and losses, including spikes."""
 
     def over(values, step):
         known = values[max(step - 128, 0) : step]
@@ -293,12 +293,12 @@ def test_rules_of_six_deviations(heading, ddof, needed):
     assert run(page(heading)["optimizer"], norms, losses) == expected
 
 
-def test_a_nan_skips_one_step_where_theirs_skip_all_while_it_is_remembered():
+def test_nan_skips_one_step_where_other_rules_skip_until_they_forget_it():
     norms, losses = noise(0), noise(1, 0.05)
     norms[150] = np.nan
     with np.errstate(invalid="ignore"):
         known = [norms[t - 128 : t].mean() for t in range(150, 279)]
-    assert np.isnan(known[1:]).all()  # no comparison with NaN is true
+    assert np.isnan(known[1:]).all()  # comparisons with NaN are false
     assert run(page("MaxText, OLMo-core")["optimizer"], norms, losses) == [150]
 
 
@@ -311,7 +311,7 @@ def test_maxtext_judges_one_step_earlier(spike, skipped):
 
 
 def levanter_updates(grads, params, rates):
-    """Adam, decay, a clip by the last 128 norms of that, then the rate; in float64."""
+    """Adam, decay, a clip by the last 128 norms of these updates, then the rate."""
     params = {k: np.asarray(p, np.float64) for k, p in params.items()}
     mu, nu = ({k: 0.0 for k in params} for _ in range(2))
     history, found = [], []
@@ -338,7 +338,7 @@ def levanter_updates(grads, params, rates):
 def test_levanter_bounds_the_update_before_the_learning_rate():
     rng, steps = np.random.default_rng(3), 160
     sizes = noise(4, 0.3, steps)
-    # Signs that agree for a while make Adam's updates large.
+    # Gradients of constant sign make Adam's updates large.
     signs = [rng.choice([-1.0, 1.0], 24) for _ in range(steps)]
     signs[115:135] = [np.ones(24)] * 20
     grads = []
@@ -365,8 +365,8 @@ def test_levanter_bounds_the_update_before_the_learning_rate():
     for ours, theirs in zip(found, expected, strict=True):
         close(ours, theirs, rtol=2e-3, atol=1e-7)
     assert int(optclip.metrics(state)["clip_2/clipped_steps"]) > 0
-    # Behind the whole optimizer the schedule is part of what it remembers: the bound
-    # is another one.
+    # After the whole optimizer, the recorded norms include the schedule, so the bound
+    # differs.
     schedule = optax.linear_schedule(0.0, 6e-4, 100)
     behind = optax.chain(
         optclip.clip_by_global_norm(1.0),
@@ -404,12 +404,12 @@ def test_axlearn_drops_above_a_multiple_of_the_running_average():
     for step, size in enumerate(norms):
         grads = jax.tree.map(lambda g, s=size: g * np.float32(s), direction)
         _, state = update(grads, state, PARAMS)
-        if step:  # theirs begins at 20 times 1
+        if step:  # theirs starts at 20 times 1
             bound = float(optclip.metrics(state)["skip/threshold"])
             np.testing.assert_allclose(bound, bounds[step], rtol=1e-4)
 
 
-def test_zclip_brings_a_spike_back_as_the_package_does():
+def test_zclip_clips_a_spike_as_the_package_does():
     tx = optax.chain(*[optclip.zclip(2.5, alpha=0.97, max_grad_norm=1.0)])
     assert "optclip.zclip(2.5, alpha=0.97, max_grad_norm=1.0)" in SECTIONS["zclip"]
     norms = noise(2, steps=60) / 3
@@ -435,7 +435,7 @@ CLIPS = [
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.__name__)
-def test_zero_is_not_off_and_infinity_is(clip):
+def test_zero_does_not_disable_clipping_but_infinity_does(clip):
     grads = draw(7.0)
     assert not any(np.any(u) for u in out(clip(0.0), grads).values())
     chex.assert_trees_all_equal(out(clip(jnp.inf), grads), grads)
@@ -449,7 +449,7 @@ def test_zero_is_not_off_and_infinity_is(clip):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_gradients_that_are_not_finite(bad):
+def test_nonfinite_gradients(bad):
     grads = draw(7.0)
     grads["b"] = grads["b"].at[1].set(bad)
     chex.assert_trees_all_equal(out(optclip.clip_by_global_norm(1.0), grads), grads)

@@ -1,4 +1,4 @@
-"""What a user first gets wrong is an error that says what to do."""
+"""Common mistakes raise errors that say what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def run(tx):
 
 @pytest.mark.parametrize("value", [-1.0, np.nan])
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.element()])
-def test_a_rule_that_returns_a_negative_or_nan_threshold_clips_to_zero(scope, value):
+def test_rule_that_returns_a_negative_or_nan_threshold_clips_to_zero(scope, value):
     rule = rules.Rule(
         lambda norm: (),
         lambda norm, state, context: (rules.Limit(norm * value, norm * value), state),
@@ -44,13 +44,13 @@ def test_a_rule_that_returns_a_negative_or_nan_threshold_clips_to_zero(scope, va
         (lambda n, s, c: (rules.Limit(jnp.ones(7), n), s), "must broadcast against"),
     ],
 )
-def test_a_rule_that_returns_something_else_is_an_error_with_its_name(update, message):
+def test_invalid_rule_result_raises_an_error_naming_the_rule(update, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(made(update))
     assert "`mine`" in str(caught.value)
 
 
-def test_the_state_of_another_transformation_is_an_error():
+def test_state_of_another_transformation_raises_an_error():
     adam = optax.adam(1e-3).init(PARAMS)
     with pytest.raises(TypeError, match="`ClipState` that `init` returned"):
         optclip.clip_by_rule(1.0).update(PARAMS, adam)
@@ -97,18 +97,18 @@ def test_the_state_of_another_transformation_is_an_error():
         ),
     ],
 )
-def test_messages_name_what_the_user_wrote(build, error, message):
+def test_error_messages_use_the_names_the_user_wrote(build, error, message):
     with pytest.raises(error, match=message):
         build()
 
 
-def test_readers_say_what_they_were_not_given():
+def test_reader_errors_name_the_missing_argument():
     tx = optclip.clip_by_rule(1.0)
     with pytest.raises(TypeError, match="got the optimizer itself"):
         optclip.metrics(tx)
     adam = optax.adam(1e-3).init(PARAMS)
     message = "no state of a clip.* It contains: ScaleByAdamState, EmptyState"
-    assert optclip.metrics(adam) == {}  # as in the run that a clip is compared with
+    assert optclip.metrics(adam) == {}  # as in the run without a clip
     with pytest.raises(ValueError, match=message):
         optclip.nonfinite_leaves(adam, PARAMS)
     with pytest.raises(ValueError, match="It contains: a dict"):
@@ -121,7 +121,7 @@ def test_readers_say_what_they_were_not_given():
             jax.jit(lambda s, r=reader: r(s, PARAMS) and None)(leafwise)
 
 
-def test_patterns_that_find_no_leaf_are_errors():
+def test_patterns_that_match_no_leaf_raise_errors():
     tree = {"blocks": jnp.ones((2, 3)), "head": jnp.ones(3)}
     with pytest.raises(ValueError, match="`stack_axes` has no pattern that matches"):
         optclip.clip_per_layer(1.0, {"block_s": 1}).init(tree)
@@ -131,7 +131,7 @@ def test_patterns_that_find_no_leaf_are_errors():
     optclip.clip_per_layer(1.0, {}).init(tree)
 
 
-def test_a_label_of_none_is_an_error_that_names_masked():
+def test_none_label_raises_an_error_that_suggests_masked():
     scope = optclip.scopes.label(lambda path: path if "w" in path else None)
     with pytest.raises(ValueError, match=r"got None for `b`.*`optax.masked`"):
         optclip.clip_by_rule(1.0, scope=scope).init(
@@ -148,22 +148,22 @@ def test_a_label_of_none_is_an_error_that_names_masked():
         lambda fn: optclip.stabilize(optax.sgd(1.0), max_ratio=fn),
     ],
 )
-def test_schedules_are_refused_where_only_numbers_fit(make):
+def test_schedules_raise_an_error_where_a_number_is_required(make):
     with pytest.raises(TypeError, match=r"got a function.*`optax.inject_hyperparams`"):
         make(lambda step: 1.0)
 
 
-def test_a_schedule_of_per_example_clip_is_refused_with_the_way_to_change_it():
+def test_schedule_for_per_example_clip_raises_an_actionable_error():
     with pytest.raises(TypeError, match="call `clipped_grad` within the step"):
         optclip.clipped_grad(lambda p, x: p, lambda step: 1.0)
 
 
-def test_a_map_is_refused_where_one_number_is_meant():
+def test_mapping_raises_an_error_where_one_number_is_required():
     with pytest.raises(TypeError, match=r"got a map\..*rules\.by_name"):
         optclip.adaptive_grad_clip({"kernel": 0.01})
 
 
-def test_a_rule_may_not_put_real_numbers_where_its_state_is_whole():
+def test_rule_that_changes_integer_state_to_float_raises_an_error():
     def update(norm, state, context):
         del context
         return optclip.rules.Limit(norm, norm), state + 0.5

@@ -1,4 +1,4 @@
-"""Norms against long doubles: every order, at every size, and their edges."""
+"""Norms compared with long doubles: every order and magnitude, and edge cases."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ KINDS = ["f32", "bf16", "f16", "f8_e5m2", "mixed"]
 
 @pytest.fixture(scope="module")
 def measure():
-    """Returns one compiled function a kind of tree that takes all norms of it."""
+    """Returns one compiled function per kind of tree that computes all its norms."""
     return jax.jit(
         lambda tree: {
             str(p): (
@@ -47,7 +47,7 @@ def check(measured, tree, rtol=1e-6):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_norms_are_right_at_every_size(kind, measure):
+def test_norms_are_accurate_at_every_size(kind, measure):
     sizes = {
         "f32": (1e-30, 1.0, 1e25, 1e37), "bf16": (1e-30, 1.0, 1e37),
         "f16": (1e-6, 1.0, 300.0), "f8_e5m2": (1e-3, 300.0), "mixed": (1e-2, 300.0),
@@ -57,7 +57,7 @@ def test_all_norms_are_right_at_every_size(kind, measure):
         check(measure(tree), tree)
 
 
-def test_a_tree_of_leaves_of_very_different_sizes_is_measured(measure):
+def test_norms_of_leaves_with_very_different_magnitudes_are_accurate(measure):
     tree = registry.normal_tree("f32", 1.0)
     tree["blocks"] = tree["blocks"] * np.float32(1e30)
     tree["head"]["bias"] = tree["head"]["bias"] * np.float32(1e-25)
@@ -66,13 +66,13 @@ def test_a_tree_of_leaves_of_very_different_sizes_is_measured(measure):
 
 
 @pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
-def test_float64_norms_are_right_to_1e_12(size, measure, x64):
+def test_float64_norms_are_accurate_to_1e_12(size, measure, x64):
     del x64
     tree = registry.normal_tree("f64", size)
     check(measure(tree), tree, rtol=1e-12)
 
 
-def test_complex_entries_count_with_their_magnitude():
+def test_norms_of_complex_entries_use_their_magnitude():
     tree = [jnp.array([3 + 4j, 1e30j], jnp.complex64), jnp.array([0j])]
     for p in ORDERS:
         wanted = float(oracle.tree_norm(tree, p))
@@ -86,7 +86,7 @@ def test_empty_trees_and_leaves_have_norm_zero(ord):
     assert norms.global_norm(()).dtype == jnp.float32
 
 
-def test_leaves_that_are_no_gradients_count_for_nothing():
+def test_norms_ignore_non_gradient_leaves():
     tree = {"n": jnp.arange(5), "x": jnp.array([3.0, 4.0]), "f": jnp.array([True])}
     assert float(norms.global_norm(tree)) == 5
     each = norms.leaf_norms(tree)
@@ -94,7 +94,7 @@ def test_leaves_that_are_no_gradients_count_for_nothing():
     assert each["n"] is tree["n"]
 
 
-def test_a_nan_or_inf_makes_the_norm_nan_or_inf():
+def test_nan_or_inf_makes_the_norm_nan_or_inf():
     for value in (np.nan, np.inf, -np.inf):
         for p in ORDERS:
             norm = float(norms.global_norm([jnp.array([1.0, value]), 2.0], ord=p))
@@ -103,14 +103,14 @@ def test_a_nan_or_inf_makes_the_norm_nan_or_inf():
             assert float(each["b"]) == 2
 
 
-def test_a_norm_beyond_float32_is_the_largest_float32():
+def test_norm_beyond_float32_saturates_at_the_largest_float32():
     tree = [jnp.full(100, 3e38, jnp.float32)]
     for p in (1, 2, 3):
         assert norms.global_norm(tree, ord=p) == jnp.finfo(jnp.float32).max
 
 
 @pytest.mark.parametrize("ord", ORDERS)
-def test_the_derivative_at_zero_is_zero(ord):
+def test_derivative_at_zero_is_zero(ord):
     slope = jax.grad(lambda x: norms.global_norm(x, ord=ord))(jnp.zeros(3))
     assert np.all(np.isfinite(slope))
     if ord not in (1, np.inf):
@@ -124,7 +124,7 @@ def test_other_orders_are_errors(ord):
 
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 1), {"w": 1}, lambda path: -1])
-def test_units_run_over_the_axes_that_are_named(axis):
+def test_unit_norms_reduce_over_the_given_axes(axis):
     x = jnp.arange(6.0).reshape(2, 3)
     axes = {0: 0, 1: 1, (0, 1): (0, 1)}.get(
         axis if not callable(axis) and not isinstance(axis, dict) else None, 1

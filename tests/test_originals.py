@@ -1,7 +1,7 @@
-"""``original=True`` has the numbers of the published code, in NumPy, at every size.
+"""``original=True`` matches the published code, in NumPy, at every magnitude.
 
-Each function here is that code for one array with one entry: it takes the norms of all
-steps, and yields the norms after the clip.
+Each function here is that code for a single number: it takes the norms of all steps and
+yields the clipped norms.
 """
 
 import adaptive
@@ -144,7 +144,7 @@ def test_originals_follow_the_published_code_at_every_size(name, zeros):
         np.testing.assert_allclose(run(norms), wanted, rtol=2e-5, atol=1e-6 * size)
 
 
-def test_the_fast_average_is_recorded_even_where_the_norm_is_smaller():
+def test_fast_average_is_recorded_even_if_the_norm_is_smaller():
     norms = np.float32([1.0] * 60 + [1.6] + [1.2, 1.4, 9.0] * 3)
     tx = optclip.dual_ema_clip(1.5, 3.0, original=True)
     out = jax.lax.scan(

@@ -1,4 +1,4 @@
-"""Optax's own clips and optclip's give the same numbers where Optax is right.
+"""Optax's and optclip's clips give the same results where Optax is correct.
 
 Random float32 trees of several shapes and depths, with thresholds above and below.
 """
@@ -34,7 +34,7 @@ def is_shape(node):
 
 
 def draw(name, seed, low=-2, high=2):
-    """Returns a tree whose leaves are of very different sizes."""
+    """Returns a tree whose leaves have very different magnitudes."""
     rng = np.random.default_rng(seed)
     shapes = (SHAPES | {"kernels": KERNELS, "volumes": VOLUMES})[name]
 
@@ -47,7 +47,7 @@ def draw(name, seed, low=-2, high=2):
 
 @functools.lru_cache
 def jitted(make):
-    """One update as a function of the threshold, so that one trace serves them all."""
+    """Jits one update as a function of the threshold, so that it is traced once."""
 
     @jax.jit
     def update(threshold, grads, params):
@@ -87,20 +87,20 @@ each_threshold = pytest.mark.parametrize("threshold", THRESHOLDS)
         ),
     ],
 )
-def test_clips_give_optax_numbers(ours, peer, name, threshold):
+def test_clips_match_optax(ours, peer, name, threshold):
     assert_same_updates(ours, peer, threshold, name)
 
 
 @each_tree
 @pytest.mark.parametrize("clipping", [1e-3, 0.1, 1e3])
-def test_agc_gives_optax_numbers(name, clipping):
-    # No leaf has an axis of length one: those Optax squeezes away (fault N22).
+def test_agc_matches_optax(name, clipping):
+    # No leaf has an axis of length one, because Optax squeezes those (fault N22).
     peer = optax.adaptive_grad_clip
     assert_same_updates(optclip.adaptive_grad_clip, peer, clipping, name)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1.0])
-def test_agc_with_another_floor_gives_optax_numbers(eps):
+def test_agc_with_another_floor_matches_optax(eps):
     ours = functools.partial(optclip.adaptive_grad_clip, eps=eps)
     peer = functools.partial(optax.adaptive_grad_clip, eps=eps)
     assert_same_updates(ours, peer, 0.1, "flat")
@@ -108,14 +108,14 @@ def test_agc_with_another_floor_gives_optax_numbers(eps):
 
 @younger
 @pytest.mark.parametrize("clipping", [0.01, 1e3])
-def test_agc_of_rank_five_gives_optax_numbers(clipping):
+def test_agc_of_rank_five_matches_optax(clipping):
     peer = optax.adaptive_grad_clip
     assert_same_updates(optclip.adaptive_grad_clip, peer, clipping, "volumes")
 
 
 @younger
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (1, 2)])
-def test_agc_over_a_given_axis_gives_optax_numbers(axis):
+def test_agc_over_a_given_axis_matches_optax(axis):
     ours = functools.partial(optclip.adaptive_grad_clip, axis=axis)
     peer = functools.partial(optax.adaptive_grad_clip, axis=axis)
     for clipping in (0.01, 1e3):
@@ -135,11 +135,11 @@ def optax_normalization(target):
 )
 @each_tree
 @pytest.mark.parametrize("target", [0.1, 1.0, 20.0])
-def test_normalizing_gives_optax_numbers(name, target):
+def test_normalizing_matches_optax(name, target):
     assert_same_updates(our_normalization, optax_normalization, target, name)
 
 
-def test_norms_are_optax_norms():
+def test_norms_match_optax():
     tree = draw("flat", seed=5)
     for order in (1, 2, np.inf):
         ours = optclip.norms.global_norm(tree, ord=order)

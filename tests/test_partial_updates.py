@@ -1,4 +1,4 @@
-"""Parameters that `init` sees and gradients that come for a part of them."""
+"""Gradients for only a part of the parameters that `init` saw."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 import optclip
 from optclip import scopes
 
-# As of an Equinox model: a Python float and a frozen array among the leaves.
+# Like an Equinox model: the leaves include a Python float and a frozen array.
 MODEL = {"eps": 1e-5, "frozen": jnp.ones(3), "w": jnp.ones(2), "b": jnp.ones(2)}
 TRAINED = {"eps": None, "frozen": None, "w": MODEL["w"], "b": MODEL["b"]}
 
@@ -41,7 +41,7 @@ def run(tx, state, steps=3):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_gradients_of_a_part_are_treated_as_if_init_had_seen_that_part(name):
+def test_partial_gradients_are_treated_as_if_init_saw_only_that_part(name):
     tx = WHOLE[name]()
     out, state = run(tx, tx.init(MODEL))
     wanted, other = run(tx, tx.init(TRAINED))
@@ -55,13 +55,13 @@ def test_gradients_of_a_part_are_treated_as_if_init_had_seen_that_part(name):
     assert culprit[:5] == ("w", 3, 1, 1, 0)
 
 
-def test_record_norms_has_the_norms_of_the_leaves_in_their_places():
+def test_record_norms_of_partial_updates_assigns_norms_to_the_right_leaves():
     _, state = run(optclip.record_norms(), optclip.record_norms().init(MODEL), steps=1)
     rows = optclip.leaf_metrics(state, MODEL)
     assert rows == {"b/norm": 12, "eps/norm": 0, "frozen/norm": 0, "w/norm": 5}
 
 
-def test_the_worst_leaf_of_a_spike_is_the_right_one():
+def test_worst_leaf_of_a_spike_is_correct_with_partial_updates():
     tx = optclip.skip_steps(optax.sgd(1.0), when=20.0)
     state = tx.init(MODEL)
     _, state = jax.jit(tx.update)(gradients(10.0), state, TRAINED)
@@ -81,14 +81,14 @@ BY_LEAF = {
 
 
 @pytest.mark.parametrize("name", BY_LEAF)
-def test_what_is_remembered_by_leaf_says_how_to_call_init(name):
+def test_per_leaf_memory_raises_an_error_that_explains_how_to_call_init(name):
     tx = BY_LEAF[name]()
     with pytest.raises(ValueError, match=r"eqx\.filter\(model, eqx\.is_inexact_array"):
         tx.update(gradients(), tx.init(MODEL), TRAINED)
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_leaf_that_is_missing_is_still_an_error(name):
+def test_missing_leaf_is_still_an_error(name):
     tx = WHOLE[name]()
     state = tx.init({**TRAINED, "more": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"`init` saw 3 leaves .* updates have 2"):
@@ -101,7 +101,7 @@ def test_more_leaves_than_init_saw_are_an_error():
         tx.update(MODEL, tx.init(TRAINED), MODEL)
 
 
-def test_an_equinox_model_given_whole_to_init_trains():
+def test_equinox_model_passed_whole_to_init_trains():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.Sequential(
         [eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.nn.LayerNorm(3)]
@@ -150,7 +150,7 @@ SLOW = ("layer", "unit", "element", "spectral", "cap_update")
     "name",
     [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in IN_FRONT],
 )
-def test_in_front_of_lookahead_the_fast_parameters_count(name):
+def test_clips_before_lookahead_use_the_fast_parameters(name):
     alone = IN_FRONT[name]()
     tx = optax.chain(
         optclip.record_norms(),
@@ -170,7 +170,7 @@ def test_in_front_of_lookahead_the_fast_parameters_count(name):
         assert optclip.nonfinite_leaves(bad, params)[0].path == "b"
 
 
-def test_skip_steps_around_lookahead_leaves_out_both_sets_of_updates():
+def test_skip_steps_around_lookahead_skips_fast_and_slow_updates():
     tx = optclip.skip_steps(optax.lookahead(optax.sgd(0.1), 1, 0.5))
     state = tx.init(PAIR)
     updates, state = jax.jit(tx.update)(FAST | {"b": jnp.full(2, jnp.nan)}, state, PAIR)
@@ -180,7 +180,7 @@ def test_skip_steps_around_lookahead_leaves_out_both_sets_of_updates():
     assert [c.path for c in optclip.nonfinite_leaves(state, PAIR)] == ["b"]
 
 
-def test_behind_lookahead_the_slow_updates_pass():
+def test_slow_updates_pass_through_clips_after_lookahead():
     tx = optax.chain(optax.lookahead(optax.sgd(1.0), 1, 0.5), optclip.clip_by_rule(1.0))
     updates, state = tx.update(FAST, tx.init(PAIR), PAIR)
     np.testing.assert_allclose(optclip.norms.global_norm(updates.fast), 1, rtol=1e-6)
@@ -189,7 +189,7 @@ def test_behind_lookahead_the_slow_updates_pass():
     assert float(optclip.metrics(state)["clip/norm_before"]) == 6.5
 
 
-def test_stabilize_around_lookahead_says_where_to_put_it():
+def test_stabilize_around_lookahead_raises_an_error_that_says_where_to_put_it():
     tx = optclip.stabilize(optax.lookahead(optax.sgd(0.1), 3, 0.5))
     with pytest.raises(ValueError, match=r"optax\.lookahead\(optclip\.stabilize"):
         tx.update(FAST, tx.init(PAIR), PAIR)

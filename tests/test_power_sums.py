@@ -1,4 +1,4 @@
-"""The sums that norms are made of, in the form for each kind of device.
+"""Power sums, the basis of norms, in the form for each kind of device.
 
 Every form is plain JAX, so all of them can be run on any device.
 """
@@ -20,7 +20,7 @@ FORMS = {
     "tpu": functools.partial(power_sums.careful_sums, form=power_sums.TPU),
 }
 ORDERS = [1.0, 2.0, 3.0, np.inf]
-# Stacks of one, of several and, of small leaves, of more than fit in one; no entry.
+# Stacks of one leaf, of several, of too many small leaves for one stack; an empty leaf.
 SHAPES = [(4, 6), (4, 6), (5,), (), (0, 3), *[(3,)] * 20, (4, 6)]
 KINDS = {"nan": np.nan, "+inf": np.inf, "-inf": -np.inf}
 
@@ -48,7 +48,7 @@ def jitted(form, plan):
 
 
 def measured(leaves, plan, form):
-    """Returns the norm of each leaf's group in float64, and the kinds."""
+    """Returns the norm of each leaf's group in float64, and the non-finite kinds."""
     order = power_sums.bucket_order(leaves, plan)
     run = jitted(form, power_sums.reordered(plan, order))
     found = run(tuple(jnp.asarray(leaves[i]) for i in order))
@@ -73,13 +73,13 @@ def exact(x, order, axes, drop):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pooled", [True, False], ids=["leaves", "slices"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_right_at_every_size(form, pooled, order):
+def test_every_form_is_accurate_at_every_size(form, pooled, order):
     for scale in (1.0, 1e30, 1e-30, 3e37, 1e-36, 0.0):
         leaves = leaves_of(scale)
         plan = plan_of(leaves, order, pooled=pooled)
         got, kinds = measured(leaves, plan, form)
         for x, axes, norm in zip(leaves, plan.axes, got, strict=True):
-            # What is below the smallest normal float32 is flushed to zero.
+            # Values below the smallest normal float32 are flushed to zero.
             np.testing.assert_allclose(norm, exact(x, order, axes, False), 2e-6, 4e-38)
         assert not kinds.any()
 
@@ -88,10 +88,12 @@ def test_every_form_is_right_at_every_size(form, pooled, order):
 @pytest.mark.parametrize("drop", [False, True], ids=["seen", "dropped"])
 @pytest.mark.parametrize("pooled", [True, False], ids=["leaves", "slices"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_tells_which_leaf_holds_what(form, pooled, drop, order):
+def test_every_form_reports_the_kinds_of_nonfinite_entries_per_leaf(
+    form, pooled, drop, order
+):
     leaves = leaves_of(1.0)
     wanted = np.zeros((len(leaves), 3), bool)
-    leaves[4] = np.asarray(1.0, np.float32)  # a single number, as leaf 3 is
+    leaves[4] = np.asarray(1.0, np.float32)  # a scalar, like leaf 3
     held = {
         0: ["nan"],
         1: ["+inf"],
@@ -119,7 +121,7 @@ def test_every_form_tells_which_leaf_holds_what(form, pooled, drop, order):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_large_and_small_entries_in_one_tree_are_both_right(form):
+def test_large_and_small_entries_in_one_tree_are_both_accurate(form):
     leaves = [np.full(4, 1e30, np.float32), np.full(4, 1e-30, np.float32),
               np.full(4, np.nan, np.float32), np.ones(4, np.float32)]  # fmt: skip
     got, kinds = measured(leaves, plan_of(leaves, 2.0, pooled=True), form)
@@ -129,7 +131,7 @@ def test_large_and_small_entries_in_one_tree_are_both_right(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64])
-def test_every_form_takes_every_dtype(form, dtype, x64):
+def test_every_form_accepts_every_dtype(form, dtype, x64):
     del x64
     scale = {np.float64: 1e300, jnp.float16: 1e4}.get(dtype, 1e30)
     leaves = leaves_of(scale, dtype)
@@ -139,8 +141,8 @@ def test_every_form_takes_every_dtype(form, dtype, x64):
         np.testing.assert_allclose(norm, exact(x, 2.0, axes, False), rtol=2e-6)
 
 
-def test_leaves_are_stacked_with_those_of_their_role_only():
-    # Query and output kernels of one shape are sharded differently.
+def test_only_leaves_of_the_same_role_are_stacked():
+    # Query and output kernels of equal shape are sharded differently.
     leaves = [np.ones((4, 4), np.float32)] * 6
     roles = ("q", "o", "q", "o", "q", "o")
     plan = plan_of(leaves, 2.0, pooled=True)._replace(roles=roles)

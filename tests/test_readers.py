@@ -1,4 +1,4 @@
-"""Every reader of a state, over every way to nest transformations."""
+"""Every reader of a state, with every way to nest transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def check_readers(state, params, steps):
     metrics = jax.device_get(optclip.metrics(state))
     assert all(np.ndim(x) == 0 and np.isfinite(x) for x in metrics.values())
     counted = {int(x) for key, x in metrics.items() if key.endswith("/steps")}
-    # A state inside of `skip_steps` or `stabilize` does not count what was left out.
+    # A state inside `skip_steps` or `stabilize` does not count skipped steps.
     assert counted <= {steps, steps - 1}
     assert max(counted) == steps
     rows = optclip.leaf_metrics(state, params)
@@ -96,13 +96,13 @@ def check_readers(state, params, steps):
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_readers_find_states_in_every_nesting(nesting):
     tx = NESTINGS[nesting]()
-    params = jax.tree.map(lambda x: x + 30.0, PARAMS)  # beyond the cap of `stabilize`
+    params = jax.tree.map(lambda x: x + 30.0, PARAMS)  # above the cap of `stabilize`
     state = run(tx, [GRADS, bad("b"), GRADS], params)
     check_readers(state, params, 3)
 
 
 def test_readers_find_states_in_multi_steps():
-    # The mean that Optax keeps is NaN from then on, so the bad step is the last here.
+    # The mean in Optax's state stays NaN afterwards, so the bad step comes last.
     state = run(optax.MultiSteps(watched(), 2), [GRADS] * 5 + [bad("b")])
     assert optclip.metrics(state)["clip/steps"] == 3
     assert optclip.leaf_metrics(state, PARAMS)["a/norm"] == 5
@@ -143,7 +143,7 @@ def test_readers_find_states_in_an_nnx_optimizer(nesting):
     check_readers(optimizer.opt_state, params, 3)
 
 
-# The first group is bad at step 0, the second at steps 5 to 7, of ten.
+# Ten steps: the first group is non-finite at step 0, the second at steps 5 to 7.
 LATER = [bad("a"), *[GRADS] * 4, *[bad("b")] * 3, *[GRADS] * 2]
 ONE = {
     "clip": lambda: optclip.clip_by_rule(1.0),
@@ -155,12 +155,12 @@ ONE = {
 
 @pytest.mark.parametrize("kind", ONE)
 @pytest.mark.parametrize("nest", [by_group, by_mask])
-def test_the_last_nonfinite_step_of_all_states_counts(nest, kind):
+def test_latest_nonfinite_step_over_all_states_is_reported(nest, kind):
     state = run(nest(ONE[kind]), LATER)
     assert optclip.nonfinite_leaves(state, PARAMS) == [NonfiniteLeaf("b", 7, 1, 0, 0)]
 
 
-def test_all_leaves_that_were_bad_at_the_last_step_are_named_once():
+def test_all_leaves_nonfinite_at_the_last_step_are_named_once():
     state = run(by_group(watched), [bad("a"), bad("a", "b"), GRADS])
     worse = {"a": jnp.array([np.inf, np.nan]), "b": bad("b")["b"]}
     assert [c.path for c in optclip.nonfinite_leaves(state, PARAMS)] == ["a", "b"]
@@ -171,21 +171,21 @@ def test_all_leaves_that_were_bad_at_the_last_step_are_named_once():
     ]
 
 
-def test_each_step_that_a_group_left_out_is_named_the_newest_first():
+def test_steps_skipped_by_a_group_are_listed_newest_first():
     state = run(by_group(lambda: skipping(optax.sgd(0.1))), LATER)
     found = [(c.path, c.step, c.nan) for c in optclip.nonfinite_leaves(state, PARAMS)]
     assert found == [("b", 7, 1), ("b", 6, 1), ("b", 5, 1), ("a", 0, 1)]
 
 
-def test_what_skip_steps_knows_of_a_leaf_is_preferred():
+def test_information_from_skip_steps_takes_precedence():
     tx = optax.chain(optclip.record_norms(), skipping(optax.sgd(0.1)))
     state = run(tx, [bad("b", value=np.inf), GRADS])
     (culprit,) = optclip.nonfinite_leaves(state, PARAMS)
     assert culprit == NonfiniteLeaf("b", 0, 0, 1, 0, norm=np.inf, loss=0.0)
 
 
-def test_a_step_that_only_a_clip_met_stands_among_those_left_out():
-    # The clip drops what is not finite, so that `skip_steps` after it sees spikes only.
+def test_step_seen_only_by_a_clip_is_listed_among_skipped_steps():
+    # The clip drops non-finite entries, so `skip_steps` after it only sees spikes.
     tx = optax.chain(
         optclip.clip_by_rule(1e3, nonfinite="drop"), skipping(optax.sgd(0.1), when=20.0)
     )
@@ -195,14 +195,14 @@ def test_a_step_that_only_a_clip_met_stands_among_those_left_out():
     assert found == [("b", 4, 0), ("a", 2, 1), ("b", 0, 0)]
 
 
-def test_states_that_count_other_steps_are_compared_by_how_long_ago():
+def test_states_with_different_step_counts_are_compared_by_age():
     inner = optax.MultiSteps(optclip.clip_by_rule(1.0), 2).gradient_transformation()
     tx = optax.chain(optclip.record_norms(), inner)
     state = run(tx, [GRADS, GRADS, GRADS, bad("b"), *[GRADS] * 4])
     assert optclip.nonfinite_leaves(state, PARAMS) == [NonfiniteLeaf("b", 3, 1, 0, 0)]
 
 
-def test_keys_of_a_partition_hold_the_labels_of_the_groups():
+def test_partition_keys_contain_the_group_labels():
     tx = optax.chain(
         optclip.clip_by_rule(100.0),
         optax.partition(
@@ -231,7 +231,7 @@ def test_keys_of_a_partition_hold_the_labels_of_the_groups():
         "clip", "clip_2", "clip/gen", "clip_2/gen", "clip/disc", "skip/disc",
         "norms/disc",
     }  # fmt: skip
-    # Each leaf has one clip by leaf: nothing to be told apart.
+    # Each leaf has one per-leaf clip, so no numbering is needed.
     assert set(optclip.leaf_metrics(state, PARAMS)) == {
         "a/norm_before", "a/threshold", "a/scale",
         "b/norm_before", "b/threshold", "b/scale", "b/norm",
@@ -256,14 +256,14 @@ def test_metrics_of_two_optimizers_can_be_merged():
     assert set(rows) == {f"{n}/{p}/norm" for n in states for p in PARAMS}
 
 
-def test_no_key_is_used_twice_whatever_the_labels():
+def test_metric_keys_are_unique_for_any_labels():
     tx = optax.partition({"skip": watched(), "y": skipping()}, {"a": "skip", "b": "y"})
     state = run(optax.chain(tx, skipping(optclip.clip_by_rule(1.0))), [GRADS])
     default = optclip.metrics(state)
     assert len(optclip.metrics(state, prefix="critic")) == len(default)
 
 
-def test_metrics_by_leaf_are_fetched_at_once(monkeypatch):
+def test_leaf_metrics_are_fetched_in_one_transfer(monkeypatch):
     tx = optax.chain(
         optclip.record_norms(), optclip.clip_by_leaf_norm(1.0),
         optclip.clip_per_layer(1.0, 1), skipping(optclip.record_norms()),
@@ -302,7 +302,7 @@ WARMUPS = {
 
 
 @pytest.mark.parametrize("name", WARMUPS)
-def test_a_threshold_that_does_not_exist_yet_is_the_largest_number(name):
+def test_threshold_that_does_not_exist_yet_is_the_largest_float32(name):
     state = run(WARMUPS[name](), [GRADS])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(optclip.metrics(state)))
     metrics = jax.device_get(optclip.metrics(state))
@@ -313,7 +313,7 @@ def test_a_threshold_that_does_not_exist_yet_is_the_largest_number(name):
         assert all(np.isfinite(x) for x in optclip.leaf_metrics(state, PARAMS).values())
 
 
-def test_norms_that_are_not_finite_stay_so():
+def test_nonfinite_norms_stay_nonfinite():
     for value in (np.nan, np.inf):
         state = run(watched(), [bad("b", value=value)])
         np.testing.assert_equal(

@@ -1,4 +1,4 @@
-"""Clips that keep no figures: the same updates, and no measuring for them."""
+"""Clips without statistics: they give the same updates and compute no norms."""
 
 import functools
 import re
@@ -64,16 +64,16 @@ def reductions(tx):
 
 @pytest.mark.parametrize("policy", ["propagate", "zero", "drop"])
 @pytest.mark.parametrize("name", ["value", "interval", "schedule"])
-def test_a_clip_by_value_without_a_record_reads_updates_once(name, policy):
+def test_clip_by_value_without_a_record_reads_updates_once(name, policy):
     assert reductions(CLIPS[name](nonfinite=policy)) == 0
     assert reductions(CLIPS[name](nonfinite=policy, record=True)) > 0
 
 
-def test_skip_looks_at_all_updates_without_a_record_too():
+def test_skip_policy_checks_all_updates_even_without_a_record():
     assert reductions(CLIPS["value"](nonfinite="skip")) > 0
 
 
-def test_a_rule_of_ones_own_sees_the_norm_of_the_tree_without_a_record():
+def test_user_defined_rule_sees_the_tree_norm_without_a_record():
     def update(norm, state, context):
         del norm
         return Limit(context.tree_norm / 2, context.tree_norm / 2), state
@@ -102,7 +102,7 @@ def test_record_must_be_true_or_false(make, record):
         make(1.0, record=record)
 
 
-def test_updates_of_a_part_fit_where_init_saw_more():
+def test_partial_updates_are_accepted_without_a_record():
     tx = optclip.clip_by_value(0.5)
     state = tx.init(PARAMS)
     part = {"w": grads()["w"], "b": None}

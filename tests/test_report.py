@@ -1,4 +1,4 @@
-"""The report: what is read, what is said in one sentence, the page and the picture."""
+"""The report: reading logs, the headline, the page and the plot."""
 
 import html.parser
 import json
@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Site(NamedTuple):
-    """What the pictures use of a site."""
+    """The fields of a site that the plots use."""
 
     leaf: str
     order: int
@@ -45,7 +45,7 @@ def log(path, rows):
 
 
 def row(step, norm=1.0, **others):
-    """Returns a row of the demo's log; None is what JSON has for "not finite"."""
+    """Returns a row of the demo's log; JSON represents non-finite values as None."""
     own = {"run": "a", "seed": 0, "step": step, "loss": 2.0, "norm_before": norm}
     return own | {"threshold": 1.5, "clipped": float((norm or 0) > 1.5)} | others
 
@@ -89,7 +89,7 @@ def test_reads_what_metrics_returns(tmp_path):
     np.testing.assert_array_equal(run.losses, [1.0, 2.0, 1e3, NAN, 1.0])
     assert run.steps.tolist() == [0, 1, 2, 3, 4]
     assert run.thresholds.tolist() == [6.0] * 5
-    # The clip did not see steps 2 and 3: its figures are those of step 1.
+    # The clip did not see steps 2 and 3, so its metrics are those of step 1.
     assert run.clipped.tolist() == [False, True, False, False, False]
     assert run.skipped.tolist() == [False, False, True, True, False]
     assert run.nonfinite.tolist() == [False, False, False, True, False]
@@ -100,7 +100,7 @@ def test_reads_what_metrics_returns(tmp_path):
     np.testing.assert_array_equal(only(arrays).clipped, run.clipped)
 
 
-def test_finds_a_clip_by_another_name_and_no_leaf():
+def test_finds_a_clip_with_another_prefix_and_no_leaf():
     rows = {
         "blocks/w/norm_before": [7.0],
         "train/mine/norm_before": [3.0],
@@ -115,7 +115,7 @@ def test_finds_a_clip_by_another_name_and_no_leaf():
     assert run.clipped.tolist() == [True]
 
 
-def test_counters_tell_of_steps_that_were_not_recorded():
+def test_counters_cover_steps_that_were_not_logged():
     columns = {"clip/norm_before": [1.0] * 4, "step": [10, 20, 30, 40]}
     counts = {"clip/clipped_steps": [3, 3, 5, 2], "clip/nonfinite_steps": [0, 1, 1, 1]}
     run = only(columns | counts)
@@ -123,14 +123,14 @@ def test_counters_tell_of_steps_that_were_not_recorded():
     assert run.nonfinite.tolist() == [False, True, False, False]
 
 
-def test_norms_alone_are_a_run():
+def test_list_of_norms_is_a_run():
     run = only(jnp.array([1.0, INF, 2.0]))
     assert run.steps.tolist() == [0, 1, 2]
     assert run.nonfinite.tolist() == [False, True, False]
     assert run.losses is run.thresholds is run.clipped is run.skipped is None
 
 
-def test_rows_of_an_evaluation_are_left_out_and_the_last_of_a_step_counts(tmp_path):
+def test_evaluation_rows_are_ignored_and_the_last_row_of_a_step_wins(tmp_path):
     rows = [row(0), row(1), {"step": 1, "eval_loss": 3.0, "run": "a", "seed": 0}]
     rows += [row(2, 5.0), row(1, 2.0), row(2, 3.0)]
     run = only(log(tmp_path / "log.jsonl", rows))
@@ -138,12 +138,12 @@ def test_rows_of_an_evaluation_are_left_out_and_the_last_of_a_step_counts(tmp_pa
     assert run.norms.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_a_loss_that_is_not_in_a_row_is_not_a_bad_loss():
+def test_missing_loss_is_not_a_nonfinite_loss():
     rows = [{"norm": 1.0, "loss": 2.0}, {"norm": 1.0}, {"norm": 1.0, "loss": None}]
     assert only(rows).nonfinite.tolist() == [False, False, True]
 
 
-def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     path = log(tmp_path / "metrics.jsonl", [row(0), row(1)])
     path.write_text(path.read_text() + '{"run": "a", "se')
     assert only(path).steps.tolist() == [0, 1]
@@ -163,7 +163,7 @@ def test_a_last_line_that_is_half_written_is_left_out(tmp_path):
         (b"\xff\xfe\x00", r"is not UTF-8 text \(byte 0\)"),
     ],
 )
-def test_bad_logs(content, message, tmp_path):
+def test_invalid_logs_raise_errors(content, message, tmp_path):
     if content is not None:
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / "metrics.jsonl").write_bytes(content)
@@ -190,7 +190,7 @@ def test_bad_logs(content, message, tmp_path):
         ({"loss": [1.0]}, ValueError, "The mapping has no gradient norm"),
     ],
 )
-def test_bad_sources(source, error, message):
+def test_invalid_sources_raise_errors(source, error, message):
     with pytest.raises(error, match=message):
         read_run(source)
 
@@ -199,7 +199,7 @@ def test_bad_sources(source, error, message):
 
 
 def steps(number, **changed):
-    """Returns columns of a run whose loss falls, changed as {column: {step: x}}."""
+    """Returns columns of a run with falling loss, changed by {column: {step: x}}."""
     columns = {
         "norm": np.ones(number),
         "loss": np.linspace(2.0, 1.0, number),
@@ -250,7 +250,7 @@ def test_headline(columns, sentence):
     assert headline(only(columns)) == sentence
 
 
-def test_steps_left_out_do_not_make_a_run_diverge():
+def test_skipped_steps_do_not_make_a_run_diverge():
     columns = steps(30, norm={(20, None): NAN})
     columns["skip/skipped_steps"] = np.maximum(np.arange(30) - 19, 0)
     run = only(columns)
@@ -259,7 +259,7 @@ def test_steps_left_out_do_not_make_a_run_diverge():
     assert headline(run) == said
 
 
-def test_picks_what_has_something_to_say():
+def test_picks_informative_panels():
     quiet = only(steps(30))
     bad = only(steps(30, norm={3: NAN}))
     lost = only(steps(30, norm={(9, None): NAN}))
@@ -268,7 +268,7 @@ def test_picks_what_has_something_to_say():
     assert pick([quiet, quiet]) is quiet
 
 
-def test_picks_what_is_asked_for(tmp_path):
+def test_picks_requested_panels(tmp_path):
     rows = [row(0, run=name, seed=seed) for name in ("a", "b") for seed in (0, 1)]
     runs = read_run(log(tmp_path / "log.jsonl", rows))
     assert pick(runs, "b").title == "b, seed 0"
@@ -329,7 +329,7 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Text of each page, and the folder of its files; each is made when first read."""
+    """Text of each page and the folder of its files; each is made when first used."""
     made = {}
 
     def page(name):
@@ -349,7 +349,7 @@ def pages(tmp_path_factory):
 
 
 class Words(html.parser.HTMLParser):
-    """Collects what a reader sees."""
+    """Collects the visible text."""
 
     def __init__(self, page):
         super().__init__()
@@ -375,7 +375,7 @@ def words_of(page):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_page_is_whole_and_loads_nothing(name, pages):
+def test_page_is_well_formed_and_self_contained(name, pages):
     png, page = pages(name)
     assert png.read_bytes().startswith(b"\x89PNG")
     tree = ET.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
@@ -422,7 +422,7 @@ def test_panels_without_data_are_left_out(name, pages):
     assert all(svg.get("aria-label") for svg in tree.iter("svg"))
 
 
-def test_the_page_says_what_was_found(pages):
+def test_page_contains_the_findings(pages):
     words = words_of(pages("spikes")[1])
     assert "3 left out; 2 steps not finite." in words
     assert "1. The signal grows from step to step of a recurrence (high, me" in words
@@ -436,7 +436,7 @@ def test_the_page_says_what_was_found(pages):
     assert "and 2 more" in words_of(pages("all not finite")[1])
 
 
-def test_the_threshold_is_that_of_the_steps_before_it_diverged(pages):
+def test_suggested_threshold_uses_the_steps_before_divergence(pages):
     assert "Only steps before it diverged, at step 87, count" in words_of(
         pages("diverged")[1]
     )
@@ -448,12 +448,12 @@ def test_the_threshold_is_that_of_the_steps_before_it_diverged(pages):
     assert declined.endswith("Only steps before it diverged, at step 5, count.")
 
 
-def test_an_open_cause_means_no_threshold(pages):
+def test_open_cause_suppresses_the_suggested_threshold(pages):
     words = words_of(pages("long")[1])
     assert "No threshold is suggested: the diagnosis has an open finding" in words
 
 
-def test_the_same_run_gives_the_same_bytes_whatever_the_style(pages, tmp_path):
+def test_output_is_byte_identical_regardless_of_matplotlib_style(pages, tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 30, "figure.facecolor": "black"}):
@@ -465,7 +465,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_style(pages, tmp_path):
     assert png.read_bytes() == first.read_bytes()
 
 
-def test_several_runs_show_the_one_that_diverged(tmp_path):
+def test_report_of_several_runs_shows_the_diverged_one(tmp_path):
     rows = [row(i, run=name) for name in ("a", "b") for i in range(4)]
     rows[-1]["norm_before"] = None
     log(tmp_path / "metrics.jsonl", rows)
@@ -473,7 +473,7 @@ def test_several_runs_show_the_one_that_diverged(tmp_path):
     assert "Gradient report: b, seed 0" in page.read_text()
 
 
-def test_wrong_arguments(tmp_path):
+def test_invalid_arguments_raise_errors(tmp_path):
     norms = [1.0, 2.0]
     with pytest.raises(TypeError, match="`diagnosis` must be a Diagnosis of"):
         write_report(norms, diagnosis=[], output=tmp_path)
@@ -483,7 +483,7 @@ def test_wrong_arguments(tmp_path):
         write_report(norms, output=__file__)
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_matplotlib_raises_an_error_naming_the_package(monkeypatch, tmp_path):
     for name in [n for n in sys.modules if n.startswith("optclip.diagnosis._panels")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("optclip.diagnosis.pictures", "optclip.diagnosis"):
@@ -503,7 +503,7 @@ def recorded(tmp_path):
     return tmp_path
 
 
-def test_the_command_writes_the_report_of_a_folder(recorded, tmp_path, capsys):
+def test_command_writes_the_report_of_a_folder(recorded, tmp_path, capsys):
     assert command.main([str(recorded)]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
@@ -532,7 +532,7 @@ def test_the_command_writes_the_report_of_a_folder(recorded, tmp_path, capsys):
         (["RUN", "--speed"], "unrecognized arguments: --speed"),
     ],
 )
-def test_a_wrong_command_is_one_line(words, message, recorded, capsys):
+def test_invalid_command_prints_a_one_line_error(words, message, recorded, capsys):
     with pytest.raises(SystemExit) as caught:
         command.main([str(recorded) if word == "RUN" else word for word in words])
     assert caught.value.code == 2

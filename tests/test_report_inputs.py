@@ -1,4 +1,4 @@
-"""Logs, names and folders that a report meets and must survive."""
+"""Unusual logs, names and folders that a report must handle."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def fails(folder, capsys):
     return capsys.readouterr().err
 
 
-def test_numbers_beyond_what_floats_hold(tmp_path, capsys):
+def test_numbers_beyond_the_float_range(tmp_path, capsys):
     rows = [{"norm": 10**400}, *({"norm": x} for x in [1.0, 1e100, 1e200] * 10)]
     rows = [{**row, "threshold": 1e250} for row in rows]
     assert command.main([str(log(tmp_path, rows))]) == 0
@@ -40,7 +40,7 @@ def test_numbers_beyond_what_floats_hold(tmp_path, capsys):
     assert "a factor of 1e+600" in said
 
 
-def test_step_numbers_beyond_int64_are_counted_anew(tmp_path):
+def test_step_numbers_beyond_int64_are_renumbered(tmp_path):
     rows = [{"step": 10**30 + i, "norm": 1.0} for i in range(30)]
     assert command.main([str(log(tmp_path, rows))]) == 0
 
@@ -78,12 +78,12 @@ def test_metrics_with_prefixes_and_groups_are_read(prefix, grouped):
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, "x"])
-def test_lines_that_no_log_has_are_named(tmp_path, capsys, line):
+def test_invalid_lines_are_named(tmp_path, capsys, line):
     rows = [{"norm": 1.0}, line, {"norm": 1.0}]
     assert "line 2 is no JSON object" in fails(log(tmp_path, rows), capsys)
 
 
-def test_a_norm_below_zero_is_named_by_its_key(tmp_path, capsys):
+def test_negative_norm_is_reported_by_its_key(tmp_path, capsys):
     rows = [{"norm": 1.0}, {"norm": -2.0}]
     assert "'norm' must be a norm" in fails(log(tmp_path, rows), capsys)
 
@@ -111,7 +111,7 @@ def test_any_name_can_be_shown(tmp_path, capsys, name):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_nothing_is_written_through_a_link(tmp_path):
+def test_report_does_not_write_through_a_symlink(tmp_path):
     victim, folder = tmp_path / "victim.txt", tmp_path / "run"
     victim.write_text("mine")
     os.symlink(victim, log(folder, [{"norm": 1.0}] * 12) / "report.html")
@@ -121,7 +121,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert sorted(x.suffix for x in folder.iterdir()) == [".html", ".jsonl", ".png"]
 
 
-def test_a_level_signal_looks_level(tmp_path):
+def test_constant_signal_is_drawn_as_constant(tmp_path):
     from optclip.diagnosis._axes import log_axis
 
     matplotlib = pytest.importorskip("matplotlib.figure")

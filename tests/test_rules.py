@@ -1,4 +1,4 @@
-"""Thresholds that rules give, and the errors of their arguments."""
+"""The thresholds of rules, and errors for invalid arguments."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +18,14 @@ def threshold(rule, norm=NORM, context=CONTEXT):
     return np.broadcast_to(limit.threshold, norm.shape)
 
 
-def test_a_constant_is_itself_for_every_group():
+def test_constant_applies_to_every_group():
     np.testing.assert_array_equal(threshold(rules.constant(0.5)), [0.5, 0.5])
     np.testing.assert_array_equal(
         threshold(rules.constant(np.array([1.0, 3.0]))), [1, 3]
     )
 
 
-def test_negative_and_nan_thresholds_on_device_count_as_zero():
+def test_negative_and_nan_thresholds_on_device_are_treated_as_zero():
     grads = [jnp.ones(2), jnp.ones(3)]
     for rule in (
         rules.constant(jnp.array([-1.0, jnp.nan])),
@@ -38,30 +38,30 @@ def test_negative_and_nan_thresholds_on_device_count_as_zero():
         np.testing.assert_array_equal(np.concatenate(out), np.zeros(5))
 
 
-def test_a_schedule_is_read_at_the_step():
+def test_schedule_is_evaluated_at_the_current_step():
     rule = rules.schedule(optax.linear_schedule(8.0, 0.0, 4))
     np.testing.assert_array_equal(threshold(rule), [4, 4])
 
 
-def test_relative_thresholds_are_shares_of_the_parameters_norm_or_of_the_floor():
+def test_relative_thresholds_are_relative_to_the_parameter_norm_or_the_floor():
     rule = rules.relative_to_params(0.5, floor=0.1)
     np.testing.assert_allclose(threshold(rule), [2.0, 0.05], rtol=1e-6)
 
 
-def test_an_interval_bounds_entries_from_both_sides():
+def test_interval_bounds_entries_on_both_sides():
     x = jnp.array([-5.0, -0.5, 0.5, 5.0])
     tx = optclip.clip_by_rule(rules.interval(-1.0, 2.0), scope=scopes.element())
     np.testing.assert_array_equal(tx.update(x, tx.init(x))[0], [-1, -0.5, 0.5, 2])
 
 
 @pytest.mark.parametrize("bounds", [(1.0, 3.0), (-3.0, -1.0)])
-def test_an_interval_need_not_hold_zero(bounds):
+def test_interval_need_not_contain_zero(bounds):
     x = jnp.array([-5.0, 0.0, 2.0, 5.0])
     tx = optclip.clip_by_value(bounds)
     np.testing.assert_array_equal(tx.update(x, tx.init(x))[0], np.clip(x, *bounds))
 
 
-def test_an_interval_refuses_complex_leaves():
+def test_interval_rejects_complex_leaves():
     tx = optclip.clip_by_value((-1.0, 1.0))
     x = jnp.array([1j])
     with pytest.raises(ValueError, match="between two values needs real updates"):
@@ -75,7 +75,7 @@ def test_negative_constants_are_errors(value):
 
 
 @pytest.mark.parametrize("value", ["1", None, True, 1j])
-def test_constants_that_are_no_numbers_are_errors(value):
+def test_non_numeric_constants_raise_errors(value):
     with pytest.raises(TypeError, match="`value` must be a number >= 0, got"):
         rules.constant(value)
 
@@ -88,7 +88,7 @@ def test_negative_ratios_and_floors_are_errors(arguments, name):
         rules.relative_to_params(arguments[0], floor=arguments[1])
 
 
-def test_a_schedule_must_be_a_function():
+def test_schedule_must_be_a_function():
     with pytest.raises(TypeError, match="`fn` must be a function of the step"):
         rules.schedule(1.0)
 
@@ -112,14 +112,14 @@ def test_intervals_must_be_ordered_numbers():
         ),
     ],
 )
-def test_missing_params_are_an_error_that_names_the_transformation(make, name):
+def test_missing_params_raise_an_error_naming_the_transformation(make, name):
     x = jnp.ones(2)
     tx = make()
     with pytest.raises(ValueError, match=f"`{name}` compares the updates"):
         tx.update(x, tx.init(x))
 
 
-def test_params_of_another_structure_are_an_error():
+def test_params_of_another_structure_raise_an_error():
     tx = optclip.adaptive_grad_clip()
     x = {"a": jnp.ones(2)}
     with pytest.raises(ValueError, match="`params` must have the structure"):

@@ -1,8 +1,8 @@
-"""No adaptive clip has a number in the unit of the gradient, unless it says so.
+"""Adaptive clips are scale-invariant, except for documented absolute constants.
 
-Gradients times a factor come out times the same factor, step by step, from 1e-12 to
-2**40; what is documented to have the unit of the gradient or of the parameters (a bound
-on the norm, a floor) is switched off or scaled along.
+Scaling the gradients by a factor from 1e-12 to 2**40 scales the updates by the same
+factor at every step. Options that are documented as absolute (a bound on the norm, a
+floor) are disabled or scaled by the same factor.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ SCOPES = {"tree": scopes.tree(), "leaf": scopes.leaf()}
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """A transformation, as a function of the factor, and what a factor does to it.
+    """A transformation as a function of the factor, and how the factor affects it.
 
     Attributes:
-        make: Function of (factor, **scope) that makes the transformation.
-        power: What the updates are multiplied by: the factor to this power.
-        scoped: Whether it has the option ``scope``.
-        hard: Whether it only ever scales down what is above its threshold.
-        error: By how much results may differ, relative to the largest.
+        make: Makes the transformation from (factor, **scope).
+        power: Updates are multiplied by the factor to this power.
+        scoped: Whether it takes ``scope``.
+        hard: Whether it only scales down norms above its threshold.
+        error: The tolerance of the results, relative to the largest.
     """
 
     make: Callable
@@ -59,7 +59,7 @@ CASES = {
     "ema_sigma_clip": Scaled(free(optclip.ema_sigma_clip)),
     "norm_growth_limiter": Scaled(free(optclip.norm_growth_limiter)),
     "percentile_clip": Scaled(free(optclip.percentile_clip, window=20)),
-    # The logarithm of a norm has one digit less where the norm is 1e-12.
+    # The logarithm of a norm of 1e-12 has one digit less.
     "quantile_clip": Scaled(free(optclip.quantile_clip), error=1e-4),
     "rolling_sigma_clip": Scaled(free(optclip.rolling_sigma_clip, window=16)),
     "spam_clip": Scaled(free(optclip.spam_clip, threshold=3.0), scoped=False),
@@ -97,9 +97,9 @@ CASES = {
         for method in ("svd", "soft", "hardcap")
     },
 }
-# These have Adam's eps, which is documented as absolute.
+# These use Adam's eps, which is documented as absolute.
 ABSOLUTE = {"scale_by_stable_adam"}
-# Leaves differ from the tree in the shape of the norms only; these keep most memory.
+# Leaf scope only changes the shape of the norms; these have the most memory.
 QUICK = {"adagc", "percentile_clip", "zclip"}
 PAIRS = [
     pytest.param(
@@ -115,12 +115,12 @@ BY_PARAMS = {"cap_update", "trust_ratio_clip"}
 
 
 def sequence(kind):
-    """Returns 48 gradients: moving, or the same again and again; both with spikes."""
+    """Returns 48 gradients, varying or constant, both with spikes."""
     rng = np.random.default_rng(4)
     size = np.exp(0.3 * rng.normal(size=48)) if kind == "moving" else np.ones(48)
     size[[20, 33, 34]] *= 40
     if kind == "constant":
-        size[28] *= 1 + 2.0**-22  # above by rounding only
+        size[28] *= 1 + 2.0**-22  # above the others by rounding only
     way = {"b": rng.normal(size=(48, 3)), "w": rng.normal(size=(48, 4, 3))}
     if kind == "constant":
         way = {k: np.broadcast_to(x[:1], x.shape) for k, x in way.items()}
@@ -161,7 +161,7 @@ def followed(name, scope, grads, factor):
 
 @pytest.mark.parametrize("kind", ["moving", "constant"])
 @pytest.mark.parametrize(("name", "scope"), PAIRS)
-def test_a_factor_on_the_gradients_is_a_factor_on_the_updates(name, scope, kind):
+def test_scaling_the_gradients_scales_the_updates(name, scope, kind):
     grads = sequence(kind)
     wanted, _ = followed(name, scope, grads, 1.0)
     assert any(np.any(wanted[k] != grads[k]) for k in grads), "nothing was clipped"
@@ -181,7 +181,7 @@ def test_a_factor_on_the_gradients_is_a_factor_on_the_updates(name, scope, kind)
     ["dual_ema_clip", "ema_sigma_clip", "rolling_sigma_clip", "zclip", "zclip-mean",
      "zclip-percentile", "skip_steps"],
 )  # fmt: skip
-def test_a_norm_above_a_constant_history_by_rounding_only_is_not_a_spike(name, size):
+def test_rounding_error_above_a_constant_history_is_not_a_spike(name, size):
     scope = "tree" if CASES[name].scoped else "own"
     grads = sequence("constant")
     scaled = {k: np.float32(size) * x for k, x in grads.items()}
@@ -190,12 +190,12 @@ def test_a_norm_above_a_constant_history_by_rounding_only_is_not_a_spike(name, s
     for key, x in out.items():
         for step in (*range(20), 28):
             np.testing.assert_array_equal(sign * x[step], scaled[key][step])
-        if name != "skip_steps":  # which knows no spike in its first 64 steps
+        if name != "skip_steps":  # has no spikes in its first 64 steps
             assert np.all(np.abs(x[20]) < 0.5 * np.abs(scaled[key][20]))
 
 
 def state_of(states):
-    """Returns the scales and shares clipped of the first clip in a state."""
+    """Returns the scales and clipped fractions of the first clip in a state."""
     is_clip = lambda x: isinstance(x, optclip.states.ClipState)  # noqa: E731
     clips = [s for s in jax.tree.leaves(states, is_leaf=is_clip) if is_clip(s)]
     return clips[0].scale, clips[0].clipped
@@ -204,7 +204,7 @@ def state_of(states):
 @pytest.mark.parametrize(
     ("name", "scope"), [pair for pair in PAIRS if CASES[str(pair.values[0])].hard]
 )
-def test_metrics_of_adaptive_clips_tell_of_every_step_that_was_scaled(name, scope):
+def test_metrics_of_adaptive_clips_count_every_scaled_step(name, scope):
     for kind in ("moving", "constant"):
         for factor in (1.0, *FACTORS):
             _, states = followed(name, scope, sequence(kind), factor)
@@ -214,7 +214,7 @@ def test_metrics_of_adaptive_clips_tell_of_every_step_that_was_scaled(name, scop
 
 
 @pytest.mark.parametrize("name", registry.HARD)
-def test_metrics_of_fixed_clips_tell_of_every_step_that_was_scaled(name):
+def test_metrics_of_fixed_clips_count_every_scaled_step(name):
     updates = registry.normal_tree("f32")
     for size in (1e-7, 1e-6, 0.1, 1.0, 3.0):
         sized = jax.tree.map(lambda x, s=size: x * np.float32(s), updates)
@@ -237,7 +237,7 @@ ORIGINALS = {
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_the_originals_keep_the_unit_that_they_have(name):
+def test_originals_keep_their_absolute_constants(name):
     make, size = ORIGINALS[name]
     grads = {k: np.float32(size) * x for k, x in sequence("moving").items()}
 
@@ -282,6 +282,6 @@ def test_rules_are_scale_invariant_at_their_defaults():
             )
 
 
-def test_every_adaptive_transformation_is_here():
+def test_every_adaptive_transformation_is_covered():
     named = {name.split("-")[0] for name in CASES} | ABSOLUTE
     assert named == {name.split("-")[0] for name in adaptive.ADAPTIVE}

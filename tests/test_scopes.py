@@ -1,4 +1,4 @@
-"""Which entries share a norm, and the errors of each scope."""
+"""Which entries share a norm in each scope, and errors for invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -24,37 +24,37 @@ def clipped(scope, updates=PARAMS, threshold=1.0):
     return jax.jit(tx.update)(updates, tx.init(updates))[0]
 
 
-def lengths(x, axes=None):
+def norms_of(x, axes=None):
     return np.sqrt(np.sum(np.square(x), axis=axes))
 
 
-def test_the_tree_is_one_group():
+def test_tree_scope_is_one_group():
     out = clipped(scopes.tree())
     np.testing.assert_allclose(
-        np.hypot(lengths(out["blocks"]["w"]), lengths(out["head"]["b"])), 1, rtol=1e-6
+        np.hypot(norms_of(out["blocks"]["w"]), norms_of(out["head"]["b"])), 1, rtol=1e-6
     )
 
 
-def test_each_leaf_is_a_group():
+def test_leaf_scope_has_one_group_per_leaf():
     for leaf in jax.tree.leaves(clipped(scopes.leaf())):
-        np.testing.assert_allclose(lengths(leaf), 1, rtol=1e-6)
+        np.testing.assert_allclose(norms_of(leaf), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("stack", [1, {"blocks": 1}, lambda path: int("w" in path)])
-def test_each_layer_of_a_stacked_leaf_is_a_group(stack):
+def test_layer_scope_has_one_group_per_layer_of_a_stacked_leaf(stack):
     updates = {"blocks": {"w": PARAMS["blocks"]["w"]}}
     out = clipped(scopes.layer(stack), updates)["blocks"]["w"]
-    np.testing.assert_allclose(lengths(out, (1, 2)), [1, 1], rtol=1e-6)
+    np.testing.assert_allclose(norms_of(out, (1, 2)), [1, 1], rtol=1e-6)
 
 
-def test_leaves_that_no_pattern_finds_are_one_group():
+def test_leaf_that_matches_no_pattern_is_one_group():
     out = clipped(scopes.layer({"blocks": 1}))["head"]["b"]
-    np.testing.assert_allclose(lengths(out), 1, rtol=1e-6)
+    np.testing.assert_allclose(norms_of(out), 1, rtol=1e-6)
 
 
-def test_two_leading_axes_may_count_layers():
+def test_two_leading_axes_may_index_layers():
     out = clipped(scopes.layer({"blocks": 2}))["blocks"]["w"]
-    np.testing.assert_allclose(lengths(out, 2), np.ones((2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(norms_of(out, 2), np.ones((2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +64,17 @@ def test_two_leading_axes_may_count_layers():
         ((2, 2, 3, 4), (0, 1, 2)), ((2, 1, 2, 3, 4), (0, 1, 2, 3)),
     ],
 )  # fmt: skip
-def test_default_units_are_output_first_from_the_right(shape, axes):
+def test_default_units_are_the_output_channels(shape, axes):
     out = clipped(scopes.unit(), {"x": jnp.full(shape, 3.0)})["x"]
     np.testing.assert_allclose(
-        lengths(out, axes), np.ones(lengths(out, axes).shape), rtol=1e-6
+        norms_of(out, axes), np.ones(norms_of(out, axes).shape), rtol=1e-6
     )
 
 
 @pytest.mark.parametrize("axis", [-1, (1,), {"w": 1}, lambda path: (1,)])
-def test_the_axes_of_units_may_be_given(axis):
+def test_unit_axes_can_be_given(axis):
     out = clipped(scopes.unit(axis), {"w": jnp.ones((2, 3))})["w"]
-    np.testing.assert_allclose(lengths(out, 1), [1, 1], rtol=1e-6)
+    np.testing.assert_allclose(norms_of(out, 1), [1, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_the_axes_of_units_may_be_given(axis):
      {"blocks": {"w": "x"}, "head": {"b": "y"}}],
     ids=["function", "prefix", "tree"],
 )  # fmt: skip
-def test_leaves_with_one_label_share_a_norm(labels):
+def test_leaves_with_the_same_label_share_a_norm(labels):
     out = clipped(scopes.label(labels))
-    np.testing.assert_allclose(lengths(out["head"]["b"]), 1, rtol=1e-6)
+    np.testing.assert_allclose(norms_of(out["head"]["b"]), 1, rtol=1e-6)
     updates = {
         "blocks": {"w": jnp.ones(3), "v": jnp.ones(1)},
         "head": {"b": jnp.ones(2)},
@@ -95,13 +95,13 @@ def test_leaves_with_one_label_share_a_norm(labels):
         np.testing.assert_allclose(out["blocks"]["w"], [0.5] * 3, rtol=1e-6)
 
 
-def test_each_entry_is_a_group_and_keeps_its_sign():
+def test_element_scope_has_one_group_per_entry_and_keeps_signs():
     out = clipped(scopes.element(), {"x": jnp.array([-3.0, 0.5, jnp.inf, -0.0])})["x"]
     np.testing.assert_array_equal(out, [-1, 0.5, 1, 0])
 
 
 def half_of_mean():
-    """A rule as a user writes it, in under ten lines."""
+    """A user-defined rule in under ten lines."""
 
     def update(norm, mean, context):
         mean = (mean * context.step + norm) / (context.step + 1)
@@ -111,7 +111,7 @@ def half_of_mean():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_users_rule_works_in_every_scope(name):
+def test_user_defined_rule_works_in_every_scope(name):
     tx = optclip.clip_by_rule(half_of_mean(), scope=ALL[name])
     step = jax.jit(tx.update)
     out, state = step(PARAMS, tx.init(PARAMS))
@@ -123,12 +123,12 @@ def test_a_users_rule_works_in_every_scope(name):
 
 
 @pytest.mark.parametrize("stack", [-1, True, 1.5, "one"])
-def test_other_stack_axes_are_errors(stack):
+def test_invalid_stack_axes_raise_errors(stack):
     with pytest.raises(ValueError, match="`stack_axes` must be an int"):
         clipped(scopes.layer(stack))
 
 
-def test_a_leaf_with_too_few_axes_is_named():
+def test_leaf_with_too_few_axes_is_named():
     with pytest.raises(ValueError, match=r"`head/b` of shape \(2,\) it is 2"):
         clipped(scopes.layer(2))
 
@@ -137,12 +137,12 @@ def test_a_leaf_with_too_few_axes_is_named():
     ("axis", "message"),
     [(3, "has no axis 3"), (-2, "has no axis -2"), ((0, "x"), "has no axis 'x'")],
 )
-def test_axes_that_a_leaf_has_not_are_errors(axis, message):
+def test_out_of_range_axes_raise_errors(axis, message):
     with pytest.raises(ValueError, match=message):
         clipped(scopes.unit(axis), {"b": jnp.ones(2)})
 
 
-def test_a_leaf_of_rank_six_has_no_default_units():
+def test_leaf_of_rank_six_has_no_default_units():
     with pytest.raises(ValueError, match="`axis` must be given for `x`"):
         clipped(scopes.unit(), {"x": jnp.ones((1,) * 6)})
 
@@ -153,11 +153,11 @@ def test_patterns_must_be_strings(make):
         clipped(make({0: 1}))
 
 
-def test_labels_that_do_not_fit_are_errors():
+def test_mismatched_labels_raise_errors():
     with pytest.raises(ValueError, match="`labels` must be a function of the path"):
         clipped(scopes.label({"blocks": "x"}))
 
 
-def test_a_scope_that_is_none_is_an_error():
+def test_invalid_scope_raises_an_error():
     with pytest.raises(TypeError, match="`scope` must be a Scope made by"):
         optclip.clip_by_rule(1.0, scope="leaf")

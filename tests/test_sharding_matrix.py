@@ -1,7 +1,7 @@
-"""Eight devices against one: every transformation, in every layout and mode.
+"""Eight devices compared with one: every transformation, layout and mode.
 
-The quick cases have each layout, mode and kind of state once; the slow ones have each
-layout and mode once for every transformation; the rest are exhaustive.
+The quick cases cover each layout, mode and kind of state once. The slow ones cover each
+layout and mode once for every transformation. The rest are exhaustive.
 """
 
 import warnings
@@ -36,7 +36,7 @@ LAYOUTS = {
     "stacked": {"bias": P(), "blocks": P("x"), "kernel": P(), "scale": P()},
 }  # fmt: skip
 MODES = ("auto", "explicit", "manual-auto", "manual-specs", "manual-unchecked", "pmap")
-# These need whole matrices, or act on every number: they have no mesh axes to sum over.
+# These need unsharded matrices, so they do not reduce over mesh axes.
 WHOLE = {"spectral_clip", "spectral_clip-soft", "spectral_clip-hardcap"}
 
 
@@ -94,7 +94,7 @@ def trees(seed, size):
 
 
 def two_steps(tx):
-    """Two updates: of usual gradients, and of some whose squares overflow."""
+    """Two updates: for typical gradients, and for ones whose squares overflow."""
 
     def run(first, second, state, params):
         _, state = tx.update(first, state, params)
@@ -135,7 +135,7 @@ def sharded_run(name, layout, mode, args):
 
 
 def pmapped_run(name, layout, args):
-    """Under pmap a leaf is whole on each device, or cut along its first axis."""
+    """Under pmap a leaf is replicated, or split along its first axis."""
     cut = {"blocks"} if layout == "stacked" else set()
     tx = with_names(name)({k: "x" if k in cut else None for k in SHAPES})
     axes = {k: 0 if k in cut else None for k in SHAPES}
@@ -181,7 +181,7 @@ def pmapped_run(name, layout, args):
 
 
 @pytest.mark.parametrize(("name", "layout", "mode"), [*cases()])
-def test_eight_devices_give_the_numbers_of_one(name, layout, mode):
+def test_eight_devices_match_one_device(name, layout, mode):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     args = (trees(1, 3.0), trees(2, 1e20 if name not in WHOLE else 30.0), trees(3, 1.0))
@@ -198,6 +198,6 @@ def test_eight_devices_give_the_numbers_of_one(name, layout, mode):
     for pair in pairs:
         a, b = (np.asarray(x, np.float64) for x in pair)
         unit = np.max(np.abs(np.where(np.isfinite(b), b, 0)), initial=1e-30)
-        # An iteration on matrices multiplies the rounding of its sums.
+        # An iteration on matrices amplifies the rounding error of its sums.
         near = 1e-4 if name in WHOLE else 1e-6
         chex.assert_trees_all_close(a / unit, b / unit, rtol=near, atol=near)

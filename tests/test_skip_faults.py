@@ -1,6 +1,6 @@
-"""Where other stacks' skippers of steps lock or leak, and `skip_steps` does not.
+"""Cases in which the step skipping of other libraries fails and `skip_steps` does not.
 
-Their rules are written down again in NumPy, from what they compute.
+Their rules are reimplemented in NumPy.
 """
 
 import jax
@@ -15,7 +15,7 @@ PARAMS = {"w": jnp.ones(2)}
 
 
 def ours(norms, **options):
-    """Returns which steps `skip_steps` leaves out."""
+    """Returns which steps `skip_steps` skips."""
     tx = optclip.skip_steps(optax.sgd(1.0), **options)
     grads = jnp.asarray(norms, jnp.float32)[:, None] * jnp.array([[0.6, 0.8]])
 
@@ -27,7 +27,7 @@ def ours(norms, **options):
 
 
 def maxtext(norms, window=128, sigmas=6.0):
-    """A ring of the last norms, bad ones too; taken if below mean plus deviations."""
+    """Takes norms below mean plus deviations of the last ones, including bad ones."""
     ring, skipped = np.ones(window), []
     for count, norm in enumerate(norms):
         known = ring[: max(min(count, window), 2)]
@@ -40,7 +40,7 @@ def maxtext(norms, window=128, sigmas=6.0):
 
 
 def axlearn(norms, decay=0.99, thresholds=(20.0,), deviations=None):
-    """Drops steps above a multiple of a running mean, which is frozen meanwhile."""
+    """Drops steps above a multiple of a running mean, which then does not change."""
     mean, square, skipped = np.float32(1.0), np.float32(1.0), []
     for norm in np.asarray(norms, np.float32):
         if deviations is None:
@@ -56,18 +56,18 @@ def axlearn(norms, decay=0.99, thresholds=(20.0,), deviations=None):
     return np.array(skipped)
 
 
-def usual(steps=400, seed=0):
+def typical_norms(steps=400, seed=0):
     return np.exp(0.2 * np.random.default_rng(seed).normal(size=steps))
 
 
-def test_one_nan_skips_one_step_and_not_a_window_of_them():
-    norms = usual()
+def test_one_nan_skips_one_step_rather_than_a_window():
+    norms = typical_norms()
     norms[200] = np.nan
     assert maxtext(norms).sum() >= 128
     assert np.flatnonzero(ours(norms)).tolist() == [200]
 
 
-def test_the_updates_of_a_bad_step_are_zeros_and_not_nan_times_zero():
+def test_updates_of_a_bad_step_are_zeros_rather_than_nan():
     grads = {"w": jnp.array([jnp.nan, 1.0])}
     levanter = jax.tree.map(lambda g: g * 0.0, grads)
     assert np.isnan(levanter["w"]).any()
@@ -76,14 +76,14 @@ def test_the_updates_of_a_bad_step_are_zeros_and_not_nan_times_zero():
     np.testing.assert_array_equal(out["w"], [0, 0])
 
 
-def test_a_first_norm_far_from_one_does_not_lock_the_run():
-    norms = 50 * usual()
+def test_first_norm_far_from_one_does_not_lock_the_run():
+    norms = 50 * typical_norms()
     assert axlearn(norms).all()
     assert ours(norms).sum() <= 5
 
 
-def test_a_lasting_rise_does_not_lock_the_run():
-    norms = usual()
+def test_lasting_increase_does_not_lock_the_run():
+    norms = typical_norms()
     norms[200:] *= 141
     assert axlearn(norms)[200:].all()
     skipped = ours(norms)
@@ -99,8 +99,8 @@ def test_constant_norms_do_not_lock_the_run():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_s5_it_never_gives_up_and_lets_a_bad_step_through(bad):
-    """Optax's apply_if_finite applies the bad update after so many in a row."""
+def test_s5_nonfinite_steps_are_never_applied(bad):
+    """Optax's apply_if_finite applies a bad update after enough consecutive ones."""
     grads = {"w": jnp.array([bad, 1.0])}
 
     def after(tx):
@@ -117,7 +117,7 @@ def test_s5_it_never_gives_up_and_lets_a_bad_step_through(bad):
 
 
 @pytest.mark.parametrize("wrap", ["apply_if_finite", "skip_steps"])
-def test_s8_a_nan_on_one_shard_is_known_to_all(wrap):
+def test_s8_nan_on_one_shard_skips_the_step_on_all_devices(wrap):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     spec = jax.sharding.PartitionSpec("x")
@@ -137,8 +137,8 @@ def test_s8_a_nan_on_one_shard_is_known_to_all(wrap):
     assert moved.any() == (wrap == "apply_if_finite")
 
 
-def test_s7_a_clip_in_shard_map_has_the_norm_of_the_whole_tree():
-    """Optax's clip has another norm, and so another scale, on each device."""
+def test_s7_clip_in_shard_map_uses_the_norm_of_the_full_tree():
+    """Optax's clip uses a different norm, and so a different scale, on each device."""
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     cut, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()

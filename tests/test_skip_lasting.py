@@ -1,4 +1,4 @@
-"""`skip_steps` takes what has become normal, skips what is rare, and says how much."""
+"""`skip_steps` accepts new levels, skips rare spikes, and reports how many."""
 
 import functools
 
@@ -15,7 +15,7 @@ STEPS = 3000
 
 @functools.cache
 def runner(with_loss=False, **options):
-    """Returns the function from norms[steps, runs] to skips, and the last states."""
+    """Returns a function from norms[steps, runs] to (skips, last states)."""
     tx = optclip.skip_steps(optax.sgd(1.0), **options)
 
     @jax.jit
@@ -44,14 +44,14 @@ def lognormal(seed, sigma, runs=1, steps=STEPS):
 
 
 def until_taken(lost, run=10):
-    """Returns how many are lost before ``run`` in a row are taken; all if never."""
+    """Counts the steps lost before ``run`` consecutive ones are taken; all if never."""
     for k in range(len(lost) - run + 1):
         if not lost[k : k + run].any():
             return lost[:k].sum()
     return len(lost)
 
 
-def test_a_new_source_of_data_is_taken_again_and_stays_so():
+def test_new_data_source_is_accepted_permanently():
     cells = [
         (share, size, sigma)
         for share in (0.05, 0.15, 0.5)
@@ -70,7 +70,7 @@ def test_a_new_source_of_data_is_taken_again_and_stays_so():
         assert skipped[~new[:, k], k].mean() < 0.002, cell
 
 
-def test_every_fifth_batch_ten_times_as_large_is_not_lost_for_ever():
+def test_recurring_large_batches_are_eventually_accepted():
     norms = 1 + 0.2 * np.random.default_rng(0).random((1000, 1))
     norms[200::5] = 10
     skipped, _ = runner()(norms)
@@ -93,11 +93,11 @@ def test_heavy_tails_lose_at_most_one_percent_of_the_steps():
 
 
 @pytest.mark.parametrize("when", [None, optclip.rules.ema_ratio(1.05, decay=0.98)])
-def test_of_norms_in_random_order_a_fiftieth_at_most_is_skipped(when):
+def test_at_most_two_percent_of_randomly_ordered_norms_are_skipped(when):
     rng = np.random.default_rng(4)
     heaviest = np.exp(np.clip(rng.standard_cauchy((STEPS, 20)), -60, 60))
     skipped, _ = runner(when=when)(heaviest)
-    # Each is skipped with a chance of 10 in 513 at most, once 512 were seen.
+    # Once 512 norms were seen, each is skipped with probability at most 10 in 513.
     assert skipped[512:].mean() <= 10 / 513
 
 
@@ -117,7 +117,7 @@ def test_few_steps_of_similar_norms_are_skipped_among_any_512():
 
 
 def spikes_by_hand(values, window, signed, similar=10, recent=512):
-    """Returns which values are skipped, by the rule's definition in float64."""
+    """Returns which values the rule's definition skips, in float64."""
     history, offered, skipped, run = [], [], [], 0
     for x in values:
         bound, past = np.inf, np.asarray(history[-window:])
@@ -139,7 +139,7 @@ def spikes_by_hand(values, window, signed, similar=10, recent=512):
     return np.array(skipped)
 
 
-def test_it_agrees_with_the_definition_step_by_step():
+def test_matches_the_definition_step_by_step():
     rng = np.random.default_rng(6)
     norms = lognormal(6, 0.4, 6, 1500)
     norms[500:] *= np.where(rng.random((1000, 6)) < 0.05, 30, 1)
@@ -150,7 +150,7 @@ def test_it_agrees_with_the_definition_step_by_step():
     assert skipped.sum() > 60
 
 
-def test_the_loss_is_judged_by_the_same_definition():
+def test_loss_is_judged_by_the_same_definition():
     rng = np.random.default_rng(7)
     losses = 0.1 * rng.normal(size=(1500, 4)) + [3.0, -3.0, 0.0, 50.0]
     losses[400:] += np.where(rng.random((1100, 4)) < 0.08, 2, 0)
@@ -163,7 +163,7 @@ def test_the_loss_is_judged_by_the_same_definition():
     assert np.isfinite(states.offered_losses).all()
 
 
-def test_a_decreasing_loss_that_rises_to_a_new_level_is_followed():
+def test_decreasing_loss_that_rises_to_a_new_level_is_followed():
     losses = 2 + 8 * np.exp(-np.arange(1500) / 100)[:, None]
     losses += 0.05 * np.random.default_rng(8).normal(size=losses.shape)
     losses[1200:] += 1.5
@@ -173,7 +173,7 @@ def test_a_decreasing_loss_that_rises_to_a_new_level_is_followed():
     assert skipped[1210:].sum() <= 2
 
 
-def test_without_the_count_of_similar_values_a_new_source_is_left_out():
+def test_new_source_is_skipped_without_the_count_of_similar_values():
     norms = np.ones((1000, 1))
     norms[200::5] = 10
     skipped, states = runner(max_similar=None)(norms)
@@ -184,7 +184,7 @@ def test_without_the_count_of_similar_values_a_new_source_is_left_out():
 
 
 @pytest.mark.parametrize("when", [5.0, lambda step: jnp.float32(5.0)])
-def test_a_bound_without_memory_stays_what_it_is(when):
+def test_bound_without_memory_does_not_change(when):
     norms = np.ones((1000, 1))
     norms[200::5] = 10
     skipped, states = runner(when=when)(norms)
@@ -192,13 +192,13 @@ def test_a_bound_without_memory_stays_what_it_is(when):
     assert states.offered_norms == ()
 
 
-def test_both_of_two_tasks_are_learned_as_by_adam_alone():
-    """The second arrives later, in 15% of the batches, with ten times the gradient."""
+def test_two_tasks_are_learned_as_well_as_with_plain_adam():
+    """The second task starts later: 15% of the batches, ten times the gradient."""
     rng = np.random.default_rng(9)
     x = jnp.asarray(rng.normal(size=(2, 64, 6)), jnp.float32)
     noise = jnp.asarray(rng.normal(size=(2, 64)), jnp.float32)
     wanted = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
-    # The tasks share the features: each has a row of the last matrix.
+    # The tasks share features; each has one row of the last matrix.
     targets = jnp.einsum("tbi,it->tb", x, wanted) * jnp.array([[1.0], [3.0]]) + noise
     second = (np.arange(4000) >= 200) & (rng.random(4000) < 0.15)
     batches = rng.integers(0, 64, (4000, 16))
@@ -235,7 +235,7 @@ def test_both_of_two_tasks_are_learned_as_by_adam_alone():
     np.testing.assert_allclose(skipping, alone, rtol=0.05)
 
 
-def test_metrics_tell_the_share_skipped_lately_and_since_when():
+def test_metrics_report_the_recent_skip_fraction_and_its_start():
     norms = np.ones((2000, 1))
     norms[[100, 900, 1000, 1300]] = 50
     tx = optclip.skip_steps(optax.sgd(1.0))

@@ -1,4 +1,4 @@
-"""Rules for norm and loss apart, masks, and states at the end of their counters."""
+"""Separate rules for norm and loss, masks, and saturated counters."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def run(tx, norms, losses):
 
 
 @pytest.mark.parametrize("bound", [7, -1.0, jnp.float32(7)])
-def test_a_bound_on_the_loss_alone(bound):
+def test_bound_on_the_loss_alone(bound):
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=bound)
     low, high = (6.9, 7.1) if bound > 0 else (-1.1, -0.9)
     norms, losses = [1.0, 1e30, 1.0, 1.0], [low, low, high, np.nan]
@@ -44,7 +44,7 @@ def test_a_bound_on_the_loss_alone(bound):
     assert int(state.spike_steps) == 1
 
 
-def test_a_schedule_bounds_the_loss_and_one_that_is_nan_skips_all():
+def test_schedule_bounds_the_loss_and_a_nan_schedule_skips_every_step():
     def when_loss(step):
         return jnp.where(step == 2, jnp.nan, 10.0 - step)
 
@@ -54,7 +54,7 @@ def test_a_schedule_bounds_the_loss_and_one_that_is_nan_skips_all():
     assert np.isfinite(state.skip_loss_above)
 
 
-def test_norm_and_loss_each_have_a_rule():
+def test_norm_and_loss_can_have_separate_rules():
     tx = optclip.skip_steps(
         optax.sgd(1.0), when=10.0,
         when_loss=rules.window_sigma(6.0, window=8, unbiased=True),
@@ -67,7 +67,7 @@ def test_norm_and_loss_each_have_a_rule():
     assert state.norm_rule_state == state.offered_norms == ()
 
 
-def test_a_rule_for_the_norm_says_nothing_of_the_loss():
+def test_rule_for_the_norm_does_not_judge_the_loss():
     rule = rules.window_sigma(6.0, window=8)
     tx = optclip.skip_steps(optax.sgd(1.0), when=rule)
     losses = np.r_[np.ones(20), 1e6, -1e6, np.inf, 1.0]
@@ -95,7 +95,7 @@ def test_only_the_rule_that_lost_its_values_restarts():
         (lambda: rules.constant(7.0), "constant"),
     ],
 )
-def test_a_rule_for_norms_is_refused_for_the_loss(rule, name):
+def test_norm_rule_raises_an_error_for_the_loss(rule, name):
     message = rf"`when_loss` must be .*negative, got `{name}`, .*window_sigma`.*signed"
     with pytest.raises(ValueError, match=message):
         optclip.skip_steps(optax.sgd(1.0), when_loss=rule())
@@ -111,12 +111,12 @@ def test_a_rule_for_norms_is_refused_for_the_loss(rule, name):
         ({"max_similar": jnp.int32(3)}, ValueError, 'static_args=."max_similar",'),
     ],
 )
-def test_wrong_options_say_what_is_allowed(options, kind, message):
+def test_invalid_options_raise_errors_that_list_allowed_values(options, kind, message):
     with pytest.raises(kind, match=message):
         optclip.skip_steps(optax.sgd(1.0), **options)
 
 
-def test_inject_hyperparams_moves_the_bound_of_the_loss():
+def test_inject_hyperparams_changes_the_loss_bound():
     def make(bound):
         return optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=bound)
 
@@ -155,7 +155,7 @@ MASKS = {
     [("stabilize-leaf", "prefix"),
      ("stabilize", "function"), *(("skip_steps", m) for m in MASKS)],
 )  # fmt: skip
-def test_what_is_masked_neither_skips_nor_changes_a_step(wrapper, mask):
+def test_masked_out_leaves_neither_skip_nor_change_a_step(wrapper, mask):
     tx = WRAPPERS[wrapper](mask=MASKS[mask])
     step = jax.jit(lambda g, s: tx.update(g, s, PARAMS))
     outs = []
@@ -175,7 +175,7 @@ def test_what_is_masked_neither_skips_nor_changes_a_step(wrapper, mask):
 
 
 @pytest.mark.parametrize("wrapper", ["skip_steps", "stabilize"])
-def test_masked_gradients_reach_the_optimizer_as_they_are(wrapper):
+def test_masked_out_gradients_reach_the_optimizer_unchanged(wrapper):
     make = getattr(optclip, wrapper)
     options = {} if wrapper == "skip_steps" else {"max_ratio": 1e-3}
     tx = make(optax.sgd(1.0), mask=TRAINED, **options)
@@ -191,7 +191,7 @@ def test_without_a_mask_a_frozen_nan_skips_the_step():
 
 
 @pytest.mark.parametrize("wrapper", ["skip_steps", "stabilize"])
-def test_culprits_and_metrics_know_only_what_is_judged(wrapper):
+def test_nonfinite_leaves_and_metrics_cover_only_masked_in_leaves(wrapper):
     tx = WRAPPERS[wrapper](mask=TRAINED)
     state = tx.init(PARAMS)
     _, state = jax.jit(tx.update)(of_norm(jnp.nan, jnp.nan), state, PARAMS)
@@ -199,7 +199,7 @@ def test_culprits_and_metrics_know_only_what_is_judged(wrapper):
 
 
 @pytest.mark.parametrize("mask", [False, {"train": False, "frozen": False}])
-def test_a_mask_of_nothing_leaves_the_optimizer_alone(mask):
+def test_empty_mask_does_not_change_the_optimizer(mask):
     tx = optclip.skip_steps(optax.sgd(1.0), mask=mask)
     out, state = jax.jit(tx.update)(of_norm(jnp.nan), tx.init(PARAMS), PARAMS)
     assert np.isnan(out["train"]).all()
@@ -218,13 +218,15 @@ def test_a_mask_of_nothing_leaves_the_optimizer_alone(mask):
         ({"train": [True, False], "frozen": False}, ValueError, "`mask` must have the"),
     ],
 )
-def test_a_wrong_mask_says_what_is_allowed(wrapper, mask, kind, message):
+def test_invalid_mask_raises_an_error_that_says_what_is_allowed(
+    wrapper, mask, kind, message
+):
     with pytest.raises(kind, match=message):
         WRAPPERS[wrapper](mask=mask).init(PARAMS)
 
 
 @pytest.mark.parametrize("wrapper", ["skip_steps", "stabilize"])
-def test_a_mask_in_shard_map_with_specs_of_all_leaves(wrapper):
+def test_mask_in_shard_map_with_specs_of_all_leaves(wrapper):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
     spec, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
@@ -268,7 +270,7 @@ def counters_at_their_end(state):
     return ended._replace(recent_since=jnp.int32(-1), **kept)
 
 
-def test_counters_stop_at_their_end_and_the_last_bad_steps_are_still_kept():
+def test_bad_steps_are_still_recorded_after_counters_saturate():
     tx = optclip.skip_steps(optax.sgd(1.0), when=10.0, keep_last=2)
     step = jax.jit(lambda g, s: tx.update(g, s, PARAMS))
     state = counters_at_their_end(tx.init(PARAMS))
@@ -288,7 +290,7 @@ def test_counters_stop_at_their_end_and_the_last_bad_steps_are_still_kept():
     np.testing.assert_array_equal(state.last_bad.bad_norm, [40.0, np.nan])
 
 
-def test_a_run_of_skipped_steps_stops_at_the_end_of_its_counter():
+def test_count_of_consecutive_skipped_steps_saturates():
     tx = optclip.skip_steps(optax.sgd(1.0))
     state = tx.init(PARAMS)._replace(skipped_run=jnp.int32(MAX))
     _, state = jax.jit(tx.update)(of_norm(jnp.nan), state, PARAMS)
@@ -296,8 +298,8 @@ def test_a_run_of_skipped_steps_stops_at_the_end_of_its_counter():
     assert not bool(optclip.step_taken(state))
 
 
-def test_a_long_run_judges_as_a_short_one_does():
-    """At the end of int32 the rule's window and the count of similar norms move on."""
+def test_decisions_do_not_change_after_counters_saturate():
+    """At the int32 maximum, the rule's window and the similar-norm count still move."""
     tx = optclip.skip_steps(optax.sgd(1.0))
     rng = np.random.default_rng(0)
     norms = np.exp(0.2 * rng.normal(size=700)).astype(np.float32)
@@ -363,7 +365,7 @@ def test_no_threshold_is_infinite_in_the_state_or_the_metrics():
     lambda: optclip.skip_steps(optax.adam(0.1)),
     lambda: optclip.stabilize(optax.adam(0.1)),
 ])  # fmt: skip
-def test_states_stay_narrow_in_float64(make, x64):
+def test_states_stay_float32_with_x64(make, x64):
     del x64
     tx = make()
     params = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float64), PARAMS)
@@ -388,7 +390,7 @@ def test_states_stay_narrow_in_float64(make, x64):
 @pytest.mark.parametrize(
     "mask", [False, lambda tree: jax.tree.map(lambda _: False, tree)]
 )
-def test_the_loss_is_judged_where_no_leaf_is(mask, bad):
+def test_loss_is_judged_even_if_no_leaf_is(mask, bad):
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf, when_loss=5.0, mask=mask)
     grads = {"w": jnp.ones(2)}
     state, update = tx.init(grads), jax.jit(tx.update)
@@ -399,7 +401,7 @@ def test_the_loss_is_judged_where_no_leaf_is(mask, bad):
     np.testing.assert_array_equal(updates["w"], [0.0, 0.0])
 
 
-def test_nested_wrappers_both_see_a_loss_that_is_called_value():
+def test_nested_wrappers_both_see_a_loss_passed_as_value():
     tx = optclip.skip_steps(optclip.skip_steps(optax.sgd(1.0)), when=100.0)
     grads = {"w": jnp.ones(2)}
     state, update = tx.init(grads), jax.jit(tx.update)

@@ -1,4 +1,4 @@
-"""`skip_steps`: bad steps leave no trace, spikes are found, and nothing locks."""
+"""`skip_steps`: bad steps leave no trace, spikes are detected, and runs never lock."""
 
 import functools
 import warnings
@@ -42,7 +42,7 @@ def jitted(tx):
 
 
 def run(tx, norms, losses=None):
-    """Returns which steps were left out, and the last state."""
+    """Returns which steps were skipped, and the last state."""
     step = jitted(tx)
     state, skipped = tx.init(PARAMS), []
     for k, norm in enumerate(norms):
@@ -53,7 +53,7 @@ def run(tx, norms, losses=None):
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "spike", "loss"])
-def test_a_bad_step_is_bitwise_as_if_it_had_never_been(bad):
+def test_bad_step_leaves_no_trace_bitwise(bad):
     optimizer = optax.chain(optclip.zclip(warmup_steps=2), optax.adamw(1e-2))
     tx = optclip.skip_steps(optimizer, when=1e3)
     step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
@@ -105,7 +105,7 @@ def test_spikes_are_those_of_the_rule_over_the_last_128_steps_taken(rule):
         assert skipped == wanted
 
 
-def test_losses_are_judged_too_also_negative_ones():
+def test_losses_are_judged_including_negative_ones():
     rng = np.random.default_rng(0)
     for level in (3.0, -3.0):
         losses = level + 0.1 * rng.normal(size=100)
@@ -116,7 +116,7 @@ def test_losses_are_judged_too_also_negative_ones():
         assert np.isfinite(state.loss_rule_state.recent_norms).all()
 
 
-def test_a_bad_loss_blames_no_leaf_and_may_be_called_value():
+def test_bad_loss_blames_no_leaf_and_may_be_passed_as_value():
     tx = optclip.skip_steps(optax.sgd(1.0), when=10.0)
     out, state = tx.update(of_norm(1.0), tx.init(PARAMS), PARAMS, value=jnp.nan)
     chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, PARAMS))
@@ -126,7 +126,7 @@ def test_a_bad_loss_blames_no_leaf_and_may_be_called_value():
     assert np.isnan(culprit.loss)
 
 
-def test_a_number_bounds_the_norm_and_not_the_loss():
+def test_number_bounds_the_norm_and_not_the_loss():
     losses, norms = [50.0] * 4, [1.0, 9.0, 11.0, 1.0]
     skipped, _ = run(optclip.skip_steps(optax.sgd(1.0), when=10.0), norms, losses)
     assert skipped == [False, False, True, False]
@@ -145,7 +145,7 @@ def test_rules_that_are_made_for_norms_do_not_judge_the_loss(when):
     assert state.loss_rule_state == ()
 
 
-def test_a_rule_of_your_own_judges_the_loss_if_it_says_so():
+def test_user_defined_rule_judges_the_loss_if_it_opts_in():
     def below(norm, state, context):
         return rules.Limit(jnp.float32(5.0), jnp.float32(5.0)), state
 
@@ -155,25 +155,25 @@ def test_a_rule_of_your_own_judges_the_loss_if_it_says_so():
     assert skipped == [False, True, False]
 
 
-def test_a_state_of_numpy_arrays_is_taken_without_jit():
+def test_state_of_numpy_arrays_works_without_jit():
     tx = optclip.skip_steps(optax.adam(1e-2))
     state = jax.device_get(tx.init(PARAMS))
     _, state = tx.update(poisoned(jnp.nan), state, PARAMS, loss=1.0)
     assert int(state.skipped_steps) == 1
 
 
-def test_one_skip_within_another_is_seen():
+def test_nested_skip_steps_are_both_reported():
     inner = optclip.skip_steps(optax.sgd(1.0), when=1.0)
     around = optax.MultiSteps(inner, 1).gradient_transformation()
     tx = optclip.skip_steps(around, when=jnp.inf)
     _, state = tx.update(of_norm(5.0), tx.init(PARAMS), PARAMS)
-    figures = optclip.metrics(state)
-    assert int(figures["skip/skipped_steps"]) == 0
-    assert int(figures["skip_2/skipped_steps"]) == 1
+    metrics = optclip.metrics(state)
+    assert int(metrics["skip/skipped_steps"]) == 0
+    assert int(metrics["skip_2/skipped_steps"]) == 1
     assert [c.path for c in optclip.nonfinite_leaves(state, PARAMS)] == ["kernel"]
 
 
-def test_a_loss_in_float8_is_a_number():
+def test_loss_in_float8_is_a_number():
     tx = optclip.skip_steps(optax.sgd(1.0))
     loss = jnp.float8_e4m3fn(3)
     _, state = tx.update(of_norm(1.0), tx.init(PARAMS), PARAMS, loss=loss)
@@ -181,7 +181,7 @@ def test_a_loss_in_float8_is_a_number():
     assert float(state.offered_loss) == 3
 
 
-def test_infinity_leaves_out_what_is_not_finite_and_nothing_else():
+def test_infinite_bound_skips_only_nonfinite_steps():
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.inf)
     skipped, _ = run(tx, [1.0, 3e38, np.nan, 1.0, np.inf, 0.0])
     assert skipped == [False, False, True, False, True, False]
@@ -193,7 +193,7 @@ def test_infinity_leaves_out_what_is_not_finite_and_nothing_else():
      rules.ema_sigma(6.0, first_cap=jnp.inf), rules.ema_ratio(2.0, decay=0.9),
      rules.previous_norm(3.0), rules.geometric_quantile(0.9)],
 )  # fmt: skip
-def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when):
+def test_lasting_increase_is_accepted_unscaled_after_max_consecutive_steps(when):
     rng = np.random.default_rng(1)
     norms = np.exp(0.1 * rng.normal(size=260)).astype(np.float32)
     tx = optclip.skip_steps(optax.sgd(1.0), when=when, max_consecutive=5)
@@ -205,25 +205,25 @@ def test_a_lasting_rise_is_taken_as_it_is_after_max_consecutive_steps(when):
 
 
 @pytest.mark.parametrize("when", [2.0, rules.previous_norm(2.0)])
-def test_without_a_limit_spikes_are_left_out_for_ever(when):
+def test_spikes_are_skipped_indefinitely_without_a_limit(when):
     tx = optclip.skip_steps(
         optax.sgd(1.0), when=when, max_consecutive=None, max_similar=None
     )
     assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
 
 
-def test_a_number_is_a_bound_for_ever():
+def test_number_is_a_permanent_bound():
     tx = optclip.skip_steps(optax.sgd(1.0), when=2.0, max_consecutive=3)
     assert run(tx, [1.0] + [3.0] * 30)[0] == [False] + [True] * 30
 
 
 @pytest.mark.parametrize("bound", [np.nan, -1.0])
-def test_a_bound_that_is_no_number_or_negative_counts_as_zero(bound):
+def test_nan_or_negative_bound_is_treated_as_zero(bound):
     tx = optclip.skip_steps(optax.sgd(1.0), when=lambda step: jnp.float32(bound))
     assert run(tx, [1.0, 0.0])[0] == [True, False]
 
 
-def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
+def test_nonfinite_steps_are_never_taken_and_reset_nothing():
     rule = rules.previous_norm(2.0)
     tx = optclip.skip_steps(optax.sgd(1.0), when=rule, max_consecutive=3)
     norms = [1.0, 3.0, np.nan, 3.0, np.nan, np.inf, np.nan, 3.0, 3.0, np.nan, 9.0, 9.0]
@@ -232,7 +232,7 @@ def test_steps_that_are_not_finite_are_never_taken_and_rebase_nothing():
     assert int(state.nonfinite.nonfinite_steps) == 5
 
 
-def test_constant_norms_and_losses_lock_nothing():
+def test_constant_norms_and_losses_do_not_lock_the_run():
     tx = optclip.skip_steps(optax.sgd(1.0), max_consecutive=None)
     step = jax.jit(lambda g, s, loss: tx.update(g, s, PARAMS, loss=loss))
 
@@ -250,13 +250,13 @@ def test_constant_norms_and_losses_lock_nothing():
 
 
 @pytest.mark.parametrize("size", [1e6, 1e-30, 1e30])
-def test_a_first_norm_of_any_size_locks_nothing(size):
+def test_first_norm_of_any_size_does_not_lock_the_run(size):
     tx = optclip.skip_steps(optax.sgd(1.0), max_consecutive=5)
     skipped, _ = run(tx, [size] + [1.0] * 150)
     assert sum(skipped) <= 5
 
 
-def test_the_scale_of_the_norms_does_not_matter_unless_a_floor_is_given():
+def test_skipping_is_scale_invariant_unless_a_floor_is_given():
     norms = [*(1e-9 * (1 + 0.1 * (np.arange(100) % 3))), 1e-7, 1e-5]
     skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
     assert np.flatnonzero(skipped).tolist() == [100, 101]
@@ -266,25 +266,25 @@ def test_the_scale_of_the_norms_does_not_matter_unless_a_floor_is_given():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e30])
-def test_the_default_does_not_depend_on_the_scale_of_the_norms(scale):
+def test_default_does_not_depend_on_the_scale_of_the_norms(scale):
     norms = [*(scale * (1 + 0.1 * (np.arange(100) % 3))), 3 * scale, 1.9 * scale]
     skipped, _ = run(optclip.skip_steps(optax.sgd(1.0)), norms)
     assert np.flatnonzero(skipped).tolist() == [100]
 
 
-def test_a_norm_beyond_float32_is_judged_as_the_largest_float32():
+def test_norm_beyond_float32_is_judged_as_the_largest_float32():
     tx = optclip.skip_steps(optax.sgd(1.0), when=jnp.finfo(jnp.float32).max)
     longest = {"kernel": jnp.full((3, 2), 3e38), "bias": jnp.zeros(2)}
     _, state = jax.jit(tx.update)(longest, tx.init(PARAMS), PARAMS)
     assert optclip.metrics(state)["skip/skipped_steps"] == 0
     tx = optclip.skip_steps(optax.sgd(1.0), when=1e38)
     _, state = jax.jit(tx.update)(longest, tx.init(PARAMS), PARAMS)
-    figures = optclip.metrics(state)
-    assert figures["skip/spike_steps"] == 1
-    assert figures["skip/norm"] == jnp.finfo(jnp.float32).max
+    metrics = optclip.metrics(state)
+    assert metrics["skip/spike_steps"] == 1
+    assert metrics["skip/norm"] == jnp.finfo(jnp.float32).max
 
 
-def test_metrics_and_culprits_tell_of_the_last_bad_steps():
+def test_metrics_and_nonfinite_leaves_report_the_last_bad_steps():
     tx = optclip.skip_steps(
         optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(1.0)),
         when=10.0, keep_last=3,
@@ -293,17 +293,17 @@ def test_metrics_and_culprits_tell_of_the_last_bad_steps():
     batches = [of_norm(1), of_norm(20), poisoned(jnp.nan), of_norm(30), of_norm(40)]
     for k, g in enumerate(batches):
         _, state = tx.update(g, state, PARAMS, loss=float(k))
-    figures = jax.device_get(optclip.metrics(state))
-    assert figures["skip/steps"] == 5
-    assert figures["skip/skipped_steps"] == 4
-    assert figures["skip/spike_steps"] == 3
-    assert figures["skip/nonfinite_steps"] == 1
-    assert figures["skip/in_a_row"] == 4
-    assert figures["skip/norm"] == 40
-    assert figures["skip/loss"] == 4
-    assert figures["skip/threshold"] == 10
-    assert figures["skip/last_skipped_step"] == 4
-    assert figures["clip/steps"] == 1  # what is inside never saw the others
+    metrics = jax.device_get(optclip.metrics(state))
+    assert metrics["skip/steps"] == 5
+    assert metrics["skip/skipped_steps"] == 4
+    assert metrics["skip/spike_steps"] == 3
+    assert metrics["skip/nonfinite_steps"] == 1
+    assert metrics["skip/in_a_row"] == 4
+    assert metrics["skip/norm"] == 40
+    assert metrics["skip/loss"] == 4
+    assert metrics["skip/threshold"] == 10
+    assert metrics["skip/last_skipped_step"] == 4
+    assert metrics["clip/steps"] == 1  # the inner clip never saw the others
     found = optclip.nonfinite_leaves(state, PARAMS)
     assert [(c.path, c.step, c.nan) for c in found] == [
         ("kernel", 4, 0), ("kernel", 3, 0), ("bias", 2, 1)
@@ -345,7 +345,7 @@ def test_works_in_scan_vmap_and_with_a_donated_state():
     chex.assert_tree_all_finite(batched)
 
 
-def test_around_multi_steps_a_bad_microbatch_is_left_out():
+def test_bad_microbatch_is_skipped_around_multi_steps():
     inner = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
     tx = optclip.skip_steps(inner, when=100.0)
     state, outs = tx.init(PARAMS), []
@@ -355,7 +355,7 @@ def test_around_multi_steps_a_bad_microbatch_is_left_out():
     assert outs == [0.0, 0.0, 0.0, -2.0]  # minus the mean of 1 and 3
 
 
-def test_inside_multi_steps_a_bad_mean_is_left_out():
+def test_bad_mean_is_skipped_inside_multi_steps():
     tx = optax.MultiSteps(optclip.skip_steps(optax.sgd(1.0), when=10.0), 2)
     state, outs = tx.init(PARAMS), []
     for n in (1.0, 3.0, 1.0, 99.0, 2.0, 2.0):
@@ -364,8 +364,8 @@ def test_inside_multi_steps_a_bad_mean_is_left_out():
     assert outs == [0.0, -2.0, 0.0, 0.0, 0.0, -2.0]
 
 
-def test_the_recipe_for_accumulation_drops_a_bad_microbatch():
-    """The recipe of docs/failures.md: Optax's own MultiSteps, told to skip."""
+def test_accumulation_recipe_drops_a_bad_microbatch():
+    """The recipe of docs/failures.md: Optax's MultiSteps with a skip function."""
     tx = optax.MultiSteps(
         optax.chain(optclip.clip_by_global_norm(1.5), optax.sgd(1.0)),
         every_k_schedule=2,
@@ -390,7 +390,7 @@ def test_the_recipe_for_accumulation_drops_a_bad_microbatch():
         lambda tx: optax.apply_if_finite(tx, 3),
     ],
 )
-def test_wrappers_of_optax_keep_its_state_as_it_is(wrap):
+def test_optax_wrappers_preserve_its_state_structure(wrap):
     tx = wrap(optclip.skip_steps(optax.adam(1e-2)))
     state = tx.init(PARAMS)
     out, after = jax.eval_shape(tx.update, gradients(), state, PARAMS)
@@ -398,7 +398,7 @@ def test_wrappers_of_optax_keep_its_state_as_it_is(wrap):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
-def test_inject_hyperparams_moves_the_threshold():
+def test_inject_hyperparams_changes_the_threshold():
     def make(threshold, learning_rate):
         return optclip.skip_steps(optax.sgd(learning_rate), when=threshold)
 
@@ -423,7 +423,7 @@ def test_half_precision_gradients_and_wide_parameters():
     assert float(out["kernel"][0, 0]) == -3
 
 
-def test_the_value_reaches_the_optimizer_and_the_loss_does_not():
+def test_value_reaches_the_optimizer_but_loss_does_not():
     seen = []
 
     def update(updates, state, params=None, *, value=None):
@@ -437,7 +437,7 @@ def test_the_value_reaches_the_optimizer_and_the_loss_does_not():
     assert seen == [None, 3.5]
 
 
-def test_an_empty_group_of_a_partition_is_no_error():
+def test_empty_partition_group_is_not_an_error():
     tx = optax.partition(
         {"a": optclip.skip_steps(optax.sgd(1.0)), "b": optax.sgd(1.0)},
         {"kernel": "b", "bias": "b"},
@@ -448,7 +448,7 @@ def test_an_empty_group_of_a_partition_is_no_error():
 
 
 @pytest.mark.parametrize("mapped", ["pmap", "unchecked", "checked"])
-def test_devices_with_losses_of_their_own_decide_alike(mapped):
+def test_devices_with_different_losses_make_the_same_decision(mapped):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     losses = jnp.ones(8).at[3].set(jnp.nan)
@@ -477,7 +477,7 @@ def test_devices_with_losses_of_their_own_decide_alike(mapped):
     )
 
 
-def test_older_steps_keep_the_kinds_of_their_worst_leaf():
+def test_older_steps_keep_the_nonfinite_kinds_of_their_worst_leaf():
     tx = optclip.skip_steps(optax.sgd(1.0))
     _, state = tx.update(poisoned(jnp.nan, "bias"), tx.init(PARAMS), PARAMS)
     bad = of_norm(1.0)
@@ -487,7 +487,7 @@ def test_older_steps_keep_the_kinds_of_their_worst_leaf():
     assert found == [("kernel", 1, False, False, True), ("bias", 0, True, False, False)]
 
 
-def test_a_rule_that_widens_its_state_keeps_dtypes_in_float64(x64):
+def test_state_dtypes_are_kept_with_x64_if_a_rule_promotes_its_state(x64):
     del x64
 
     def update(norm, first, context):
@@ -505,7 +505,7 @@ def test_a_rule_that_widens_its_state_keeps_dtypes_in_float64(x64):
     assert np.isfinite(after.offered_norm)
 
 
-def test_errors_say_what_to_do():
+def test_error_messages_are_actionable():
     with pytest.raises(TypeError, match="`optimizer` must be an Optax transformation"):
         optclip.skip_steps(1e-3)
     with pytest.raises(ValueError, match="`max_consecutive` must be an int >= 1"):

@@ -1,4 +1,4 @@
-"""The speed contract, read off the compiled program: no wall clock.
+"""The speed contract, checked on the compiled program rather than by timing.
 
 A jitted, donated AdamW step with a clip is compared with the same step without one, on
 8.4 million parameters in 20 leaves of repeated shapes.
@@ -20,11 +20,11 @@ BLOCKS = 4
 WIDTH = 1024
 SHAPES = {"up": (WIDTH, WIDTH), "down": (WIDTH, WIDTH), "bias": (WIDTH,)}
 SHAPES |= {"scale": (256,), "shift": (256,)}
-# Layers stacked for `jax.lax.scan`: the same sizes, four layers to a matrix.
+# Layers stacked for `jax.lax.scan`: the same sizes, with four layers per array.
 STACKED = SHAPES | {"up": (4, 256, 1024), "down": (4, 512, 512)}
-# Unit scope holds this many float32 for each output unit, and so a share of the
-# gradients that falls with the fan-in: at 1,024 and float32, 9 / 1024 = 0.9%.
-FLOATS_A_UNIT = 9
+# Unit scope allocates this many float32 per output unit. Relative to the gradients that
+# decreases with the fan-in: for 1,024 and float32, 9 / 1024 = 0.9%.
+FLOATS_PER_UNIT = 9
 
 CLIPS = {
     "tree": (optclip.clip_by_global_norm, SHAPES),
@@ -53,7 +53,7 @@ def nbytes(tree):
 
 
 def compiled_step(*clips, shapes, dtype, wrap=lambda optimizer: optimizer):
-    """AdamW's step behind these clips, compiled for these gradients."""
+    """Compiles AdamW's step after ``clips``, for abstract gradients."""
     params, grads = abstract(shapes), abstract(shapes, DTYPES[dtype])
     optimizer = wrap(optax.chain(*clips, optax.adamw(1e-3)))
 
@@ -68,20 +68,20 @@ def compiled_step(*clips, shapes, dtype, wrap=lambda optimizer: optimizer):
 
 
 @functools.lru_cache
-def bare_figures(stacked, dtype):
-    return figures(compiled_step(shapes=STACKED if stacked else SHAPES, dtype=dtype))
+def bare_costs(stacked, dtype):
+    return costs(compiled_step(shapes=STACKED if stacked else SHAPES, dtype=dtype))
 
 
 @functools.lru_cache
-def clip_figures(name, dtype):
+def clip_costs(name, dtype):
     clip, shapes = build(name, dtype)
-    return figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+    return costs(compiled_step(clip, shapes=shapes, dtype=dtype))
 
 
-def figures(compiled):
+def costs(compiled):
     """Returns (temporary bytes, bytes accessed)."""
     cost = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost  # a list on older JAX
+    cost = cost[0] if isinstance(cost, list) else cost  # older JAX returns a list
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return temporaries, cost["bytes accessed"]
 
@@ -93,7 +93,7 @@ def build(name, dtype):
 
 
 def times_one_scale():
-    """The least that a clip can be: each leaf times one number."""
+    """The simplest possible clip: multiplies each leaf by one number."""
 
     def update(updates, state, params=None):
         del params
@@ -106,28 +106,28 @@ def times_one_scale():
 
 @pytest.fixture(scope="module")
 def fusing_compiler():
-    """Skips where XLA fuses no scaling into the optimizer (JAX 0.6 on the CPU)."""
+    """Skips if XLA does not fuse scaling into the optimizer (JAX 0.6 on the CPU)."""
     compiled = compiled_step(times_one_scale(), shapes=SHAPES, dtype="float32")
-    if figures(compiled)[0] > 0.02 * nbytes(abstract(SHAPES)):
+    if costs(compiled)[0] > 0.02 * nbytes(abstract(SHAPES)):
         pytest.skip("this XLA writes out the product of leaves and a scale")
 
 
 @pytest.fixture
-def usual_branch_only(monkeypatch):
-    """Compiles the branch that is taken while sums of powers can be trusted.
+def common_branch_only(monkeypatch):
+    """Compiles only the branch that is taken if power sums do not overflow.
 
-    The other one reads the gradients again, on the rare step whose squares overflow,
-    and XLA's cost analysis adds up both branches.
+    The other branch makes another pass over the gradients on the rare steps whose
+    squares overflow, and XLA's cost analysis adds up both branches.
     """
     jax.clear_caches()  # `measure` is jitted, and may have been traced with both
 
-    def usual(predicate, careful, usual, *operands, **options):
+    def take_common_branch(predicate, careful, common, *operands, **options):
         del careful, options
-        # The predicate stays in the program, as it does in the step that is run.
+        # The predicate stays in the program, as in the actual step.
         predicate, operands = jax.lax.optimization_barrier((predicate, operands))
-        return usual(*operands)
+        return common(*operands)
 
-    monkeypatch.setattr(jax.lax, "cond", usual)
+    monkeypatch.setattr(jax.lax, "cond", take_common_branch)
     yield
     jax.clear_caches()
 
@@ -137,14 +137,14 @@ def usual_branch_only(monkeypatch):
 @pytest.mark.usefixtures("fusing_compiler")
 def test_clip_needs_no_temporary_as_large_as_a_leaf(name, dtype):
     shapes = CLIPS[name][1]
-    bare, _ = bare_figures(shapes is STACKED, dtype)
-    ours, _ = clip_figures(name, dtype)
+    bare, _ = bare_costs(shapes is STACKED, dtype)
+    ours, _ = clip_costs(name, dtype)
     allowed = 0.02 * nbytes(abstract(shapes, DTYPES[dtype]))
     assert ours - bare <= allowed, f"{ours - bare} bytes more, {allowed:.0f} allowed"
 
 
-# Copies of the gradients. `stabilize` writes the update out, to measure it; on a CPU,
-# XLA writes a part of it out as well.
+# Allowed copies of the gradients. `stabilize` writes out the update to measure it; on a
+# CPU, XLA also writes out a part of it.
 WRAPPERS = {"skip_steps": (optclip.skip_steps, 0), "stabilize": (optclip.stabilize, 2)}
 
 
@@ -152,36 +152,36 @@ WRAPPERS = {"skip_steps": (optclip.skip_steps, 0), "stabilize": (optclip.stabili
 @pytest.mark.usefixtures("fusing_compiler")
 def test_wrappers_copy_no_moments(name):
     wrap, copies = WRAPPERS[name]
-    bare, _ = bare_figures(False, "float32")
-    ours, _ = figures(compiled_step(shapes=SHAPES, dtype="float32", wrap=wrap))
+    bare, _ = bare_costs(False, "float32")
+    ours, _ = costs(compiled_step(shapes=SHAPES, dtype="float32", wrap=wrap))
     assert ours - bare <= (copies + 0.02) * nbytes(abstract(SHAPES))
 
 
 @each_dtype
 @pytest.mark.parametrize("name", ["unit", "agc"])
 @pytest.mark.usefixtures("fusing_compiler")
-def test_clip_of_units_holds_a_few_numbers_a_unit(name, dtype):
-    bare, _ = bare_figures(False, dtype)
-    ours, _ = clip_figures(name, dtype)
+def test_unit_clip_allocates_a_few_floats_per_unit(name, dtype):
+    bare, _ = bare_costs(False, dtype)
+    ours, _ = clip_costs(name, dtype)
     floats = (ours - bare) / 4 / (2 * BLOCKS * WIDTH)
-    assert floats <= FLOATS_A_UNIT, floats
+    assert floats <= FLOATS_PER_UNIT, floats
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, "float32") for name in CLIPS), ("tree", "bfloat16"), ("agc", "bfloat16")],
 )
-@pytest.mark.usefixtures("fusing_compiler", "usual_branch_only")
-def test_clip_reads_the_gradients_once_more(name, dtype):
-    """Bytes accessed: AdamW's, and one read of the gradients, and 2%.
+@pytest.mark.usefixtures("fusing_compiler", "common_branch_only")
+def test_clip_adds_one_pass_over_the_gradients(name, dtype):
+    """Accesses the bytes of AdamW plus one pass over the gradients, within 2%.
 
-    Measured with the rarely taken branch of `optclip`'s sums cut out by a patch of
-    `jax.lax.cond`, because XLA's analysis counts every branch as if it were taken.
-    AGC may read the parameters once more too.
+    A patch of `jax.lax.cond` removes the rarely taken branch of `optclip`'s sums,
+    because XLA's analysis counts every branch as if it were taken. AGC may also read
+    the parameters once more.
     """
     clip, shapes = build(name, dtype)
-    _, bare = bare_figures(shapes is STACKED, dtype)
-    _, ours = figures(compiled_step(clip, shapes=shapes, dtype=dtype))
+    _, bare = bare_costs(shapes is STACKED, dtype)
+    _, ours = costs(compiled_step(clip, shapes=shapes, dtype=dtype))
     allowed = bare + nbytes(abstract(shapes, DTYPES[dtype]))
     if name == "agc":
         allowed += nbytes(abstract(shapes))
@@ -189,10 +189,10 @@ def test_clip_reads_the_gradients_once_more(name, dtype):
 
 
 @each_dtype
-def test_optax_meets_neither_bound(dtype):
+def test_optax_exceeds_both_bounds(dtype):
     clip = optax.clip_by_global_norm(0.01)
-    bare_temporaries, bare_bytes = bare_figures(False, dtype)
-    temporaries, accessed = figures(compiled_step(clip, shapes=SHAPES, dtype=dtype))
+    bare_temporaries, bare_bytes = bare_costs(False, dtype)
+    temporaries, accessed = costs(compiled_step(clip, shapes=SHAPES, dtype=dtype))
     read = nbytes(abstract(SHAPES, DTYPES[dtype]))
     assert temporaries - bare_temporaries > 0.5 * read
     assert accessed > 1.1 * (bare_bytes + read)
@@ -203,7 +203,7 @@ def size_of(shape):
 
 
 def leaf_reductions(compiled):
-    """Counts what reads an array as large as a matrix and gives a few numbers only."""
+    """Counts operations that reduce an array as large as a matrix to a few numbers."""
     text = compiled.as_text()
     entry = text[text.index("\nENTRY ") :].split("\n}")[0]
     pattern = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
@@ -223,18 +223,18 @@ def leaf_reductions(compiled):
     return found
 
 
-def test_record_norms_beside_a_clip_reduces_no_leaf_twice():
+def test_record_norms_next_to_a_clip_reduces_each_leaf_once():
     clip = optclip.clip_by_global_norm(1.0)
     count = functools.partial(compiled_step, shapes=SHAPES, dtype="float32")
     bare, alone = leaf_reductions(count()), leaf_reductions(count(clip))
     both = leaf_reductions(count(optclip.record_norms(), clip))
     assert bare == 0
-    assert alone >= 2 * BLOCKS / 8  # leaves of one shape may be read together
+    assert alone >= 2 * BLOCKS / 8  # leaves of equal shape may be reduced together
     assert both == alone
 
 
-def test_a_second_look_would_be_counted():
-    """A norm of other numbers (here, cubes) can't share a pass: the count sees it."""
+def test_second_pass_over_the_gradients_is_detected():
+    """A norm of another order can't share a pass, so the count increases."""
     clip = optclip.clip_by_global_norm(1.0)
     count = functools.partial(compiled_step, shapes=SHAPES, dtype="float32")
     alone = leaf_reductions(count(clip))
@@ -258,7 +258,7 @@ def test_changing_the_threshold_compiles_nothing_new(dtype):
     assert len(traces) == 1
 
 
-def test_schedule_moves_the_threshold_in_one_trace():
+def test_schedule_changes_the_threshold_in_one_trace():
     traces = []
     schedule = optax.linear_schedule(2.0, 1.0, 2)
     tx = optclip.clip_by_global_norm(schedule)
@@ -273,6 +273,6 @@ def test_schedule_moves_the_threshold_in_one_trace():
     for _ in range(3):
         state = step(grads, state)
         seen.append(float(state.threshold))
-    # At the first step the norm is no more than the threshold: nothing is clipped.
+    # At the first step the norm does not exceed the threshold, so nothing is clipped.
     assert seen[1:] == [1.5, 1.0]
     assert len(traces) == 1

@@ -1,4 +1,4 @@
-"""`stabilize` survives a bad start, whatever optimizer is inside."""
+"""`stabilize` survives a bad start with any optimizer."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ OPTIMIZERS = {
         optax.adam(1e-2), 2
     ).gradient_transformation(),
     "injected": lambda: optax.inject_hyperparams(optax.adam)(1e-2),
-    # Its `init` copies the parameters.
+    # The `init` of this one copies the parameters.
     "schedule-free": lambda: optax.contrib.schedule_free_sgd(1e-2),
     "partition": lambda: optax.partition(
         {"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, {"w": "a", "b": "b"}
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 def regression(tx, steps=2000, bad=3):
-    """Returns the function from the size of the first gradients to the last loss."""
+    """Returns a function from the scale of the first gradients to the last loss."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(256, 10)), jnp.float32)
     wanted = x @ jnp.asarray(rng.normal(size=10), jnp.float32) + 0.5
@@ -62,14 +62,14 @@ QUICK = ("adam", "adamw-schedule", "sgd-momentum", "schedule-free")
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
 )
-def test_three_first_gradients_that_are_too_large_are_forgotten(name):
+def test_three_too_large_initial_gradients_are_forgotten(name):
     last = regression(optclip.stabilize(OPTIMIZERS[name]()))
     without, _ = last(1.0)
     for size in (100.0, 1e4, 1e12, 1e30):
         loss, state = last(size)
         assert float(loss) < 1.5 * float(without) + 1e-8, size
-        assert int(state.restarts) == (size < 1e18)  # else these steps are skipped
-    if name == "adam":  # as good as a fixed bound that happens to fit
+        assert int(state.restarts) == (size < 1e18)  # otherwise these steps are skipped
+    if name == "adam":  # as good as a fixed, suitable bound
         clipped = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name]())
         assert float(loss) < float(regression(clipped)(1e4)[0]) + 1e-9
 
@@ -92,7 +92,7 @@ def stepped(norms):
     return state
 
 
-def test_after_a_bad_start_the_optimizer_is_as_one_that_begins():
+def test_optimizer_restarts_from_its_initial_state_after_a_bad_start():
     late = stepped([1e4, 3e4, 1.0, 2.0, 1.5])
     fresh = stepped([1.0, 2.0, 1.5])
     chex.assert_trees_all_equal(late.optimizer_state, fresh.optimizer_state)
@@ -104,7 +104,7 @@ def test_after_a_bad_start_the_optimizer_is_as_one_that_begins():
     ("norms", "restarts"),
     [
         ([1.0, 0.3, 2.0, 0.25, 0.9, 1.0], 0),  # noise
-        ([0.0, 1.0, 0.0, 1.0, 1.0, 1.0], 0),  # zeros say nothing
+        ([0.0, 1.0, 0.0, 1.0, 1.0, 1.0], 0),  # zeros carry no information
         ([1.0, 1.0, 1.0, 1.0, 1.0, 0.001], 0),  # after the warm-up
         ([1e-20, 1e20, 1.0, 1.0, 1.0, 1.0], 0),  # large, but not the first
         ([1e6, 1e3, 1.0, 1.0, 1.0, 1.0], 2),
@@ -115,7 +115,7 @@ def test_what_counts_as_a_bad_start(norms, restarts):
     assert int(stepped(norms).restarts) == restarts
 
 
-def test_hyperparameters_that_a_loop_has_set_are_kept():
+def test_hyperparameters_set_by_the_training_loop_are_kept():
     inner = optax.chain(
         optax.clip_by_global_norm(1e6),
         optax.inject_hyperparams(
@@ -140,7 +140,7 @@ def test_hyperparameters_that_a_loop_has_set_are_kept():
     assert int(inside.inner_state[0].count) == 1
 
 
-def test_counters_stop_at_their_end():
+def test_counters_saturate():
     end = jnp.int32(np.iinfo(np.int32).max)
     state = ADAMW.init(PARAMS)._replace(
         least_norm=jnp.float32(1.0), taken_steps=end, skipped_run=end, restarts=end
@@ -153,13 +153,13 @@ def test_counters_stop_at_their_end():
     assert int(state.skipped_run) == end
 
 
-def test_without_parameters_the_message_says_what_the_loop_must_do():
+def test_missing_parameters_raise_an_actionable_error():
     tx = optclip.stabilize(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"call `update\(grads, state, params\)` in"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_an_optimizer_that_finds_its_own_step_length_moves_without_a_cap():
+def test_optimizers_with_a_line_search_work_without_a_cap():
     curvature = jnp.array([1.0, 10.0, 100.0])
 
     def loss_of(w):

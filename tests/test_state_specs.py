@@ -1,4 +1,4 @@
-"""PartitionSpecs of an optimizer's state, from those of the parameters."""
+"""PartitionSpecs of an optimizer's state, derived from those of the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_moments_are_sharded_like_parameters_and_statistics_like_their_groups():
     for moment in (adam.mu, adam.nu):
         assert moment == SPECS | {"bias": P(), "gain": P()}
     layers = [leaf for leaf in jax.tree.leaves(state.optimizer_state[0]) if any(leaf)]
-    # Norms by layer are [leaves, layers]: only layers are sharded, not what is summed.
+    # Norms per layer have shape [leaves, layers], and only layers are sharded.
     assert set(layers) == {P(None, "pipe")}
     windows = [leaf for leaf in jax.tree.leaves(state.optimizer_state[1]) if any(leaf)]
     assert any(("data", "pipe") in spec for spec in windows)
@@ -73,7 +73,7 @@ def test_moments_are_sharded_like_parameters_and_statistics_like_their_groups():
 
 
 def test_clips_by_layer_and_unit_with_memory_agree_with_one_device_under_shard_map():
-    # All leaves have another spec each: what has one shape has several local shapes.
+    # Every leaf has a different spec, so leaves of equal shape differ in local shape.
     one, many = optimizer(None), optimizer(SPECS)
     state_specs = optclip.state_specs(many, PARAMS, SPECS)
     specs = jax.tree.map(lambda s: s or P(), SPECS, is_leaf=lambda s: s is None)
@@ -88,23 +88,23 @@ def test_clips_by_layer_and_unit_with_memory_agree_with_one_device_under_shard_m
     )
     alone = jax.jit(one.update)
     where = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), state_specs)
-    # Placed as it comes back, so that one compiled step serves all.
+    # Placed like the returned state, so that one compiled step suffices.
     ours, theirs = jax.device_put(many.init(PARAMS), where), one.init(PARAMS)
     for grads in gradients(8):
         got, ours = step(grads, ours, PARAMS)
         wanted, theirs = alone(grads, theirs, PARAMS)
         for key in PARAMS:
             np.testing.assert_allclose(got[key], wanted[key], rtol=2e-5, atol=1e-8)
-    figures = jax.device_get((optclip.metrics(ours), optclip.metrics(theirs)))
-    for key in figures[0]:
-        np.testing.assert_allclose(figures[0][key], figures[1][key], rtol=2e-5)
+    metrics = jax.device_get((optclip.metrics(ours), optclip.metrics(theirs)))
+    for key in metrics[0]:
+        np.testing.assert_allclose(metrics[0][key], metrics[1][key], rtol=2e-5)
     rows = optclip.leaf_metrics(ours, PARAMS), optclip.leaf_metrics(theirs, PARAMS)
     assert rows[0].keys() == rows[1].keys()
     for key in rows[0]:
         np.testing.assert_allclose(rows[0][key], rows[1][key], rtol=2e-5)
 
 
-def test_a_state_made_under_jit_is_sharded_where_its_parameters_are():
+def test_state_created_under_jit_is_sharded_like_its_parameters():
     tx = optimizer(None)
     specs = optclip.state_specs(tx, PARAMS, SPECS)
     where = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), specs)
@@ -131,7 +131,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_local_shapes_are_those_of_init_on_local_parameters(name):
+def test_local_shapes_match_init_on_local_parameters(name):
     sizes = dict(mesh().shape)
     each = optclip.state_specs(OPTIMIZERS[name](), PARAMS, SPECS)
 
@@ -153,8 +153,9 @@ def test_local_shapes_are_those_of_init_on_local_parameters(name):
     assert [local(x, spec).shape for x, spec in pairs] == wanted
 
 
-def test_leaves_of_an_init_that_chooses_by_shape_fall_back_to_their_parameter():
-    # From 128 on Adafactor factors: one of the two, but both where they are enlarged.
+def test_specs_of_shape_dependent_states_fall_back_to_those_of_their_parameter():
+    # Adafactor factors dimensions of at least 128: one of the two leaves here, both if
+    # enlarged.
     params = {"a": jnp.zeros((100, 64)), "b": jnp.zeros((256, 512))}
     specs = {"a": P("data", None), "b": P(None, "data")}
     state = optclip.state_specs(optax.adafactor(1e-3), params, specs)[0]
@@ -171,7 +172,7 @@ def test_one_mesh_axis_is_not_used_twice_for_a_leaf():
     assert optclip.state_specs(pairs, jnp.zeros(4), P("data")) == P("data", None)
 
 
-def test_a_prefix_of_the_parameters_serves_as_specs():
+def test_specs_can_be_a_prefix_of_the_parameters():
     params = {"enc": {"w": jnp.zeros((4, 4)), "b": jnp.zeros(4)}, "t": jnp.zeros(())}
     state = optclip.state_specs(optax.trace(0.9), params, {"enc": P("x"), "t": P()})
     assert state.trace["enc"] == {"w": P("x", None), "b": P("x")}
@@ -187,18 +188,18 @@ def test_a_prefix_of_the_parameters_serves_as_specs():
         ({"w": P("x", "x"), "b": P()}, ValueError, "`w` names the mesh axis 'x' more"),
     ],
 )
-def test_specs_that_do_not_fit_are_an_error(specs, error, message):
+def test_mismatched_specs_raise_an_error(specs, error, message):
     params = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(4)}
     with pytest.raises(error, match=message):
         optclip.state_specs(optax.adam(1e-3), params, specs)
 
 
-def test_something_without_init_is_an_error():
+def test_object_without_init_raises_an_error():
     with pytest.raises(TypeError, match="with a function `init`"):
         optclip.state_specs(optax.adam, PARAMS, SPECS)
 
 
-def test_a_replicated_state_by_layer_inside_shard_map_is_told_of_state_specs():
+def test_replicated_per_layer_state_in_shard_map_raises_an_error_naming_state_specs():
     tx = optclip.clip_per_layer(1.0, {"blocks": 1}, axis_name={"blocks": P("pipe")})
     params = {"blocks": jnp.ones((8, 4))}
     state = tx.init(params)

@@ -1,4 +1,4 @@
-"""`step_taken`: what lives outside the optimizer does not see a skipped step."""
+"""`step_taken`: state outside the optimizer can ignore a skipped step."""
 
 import chex
 import jax
@@ -32,7 +32,7 @@ INSIDE = {
     ("wrapper", "inside"),
     [("stabilize", "chain"), *(("skip_steps", k) for k in INSIDE)],
 )
-def test_it_is_told_for_any_nesting_and_inside_jit(wrapper, inside):
+def test_step_taken_works_for_any_nesting_and_inside_jit(wrapper, inside):
     tx = INSIDE[inside](WRAP[wrapper]())
 
     @jax.jit
@@ -48,7 +48,7 @@ def test_it_is_told_for_any_nesting_and_inside_jit(wrapper, inside):
         assert bool(taken) == bool(optclip.step_taken(state)) == (grads is GOOD)
 
 
-def test_a_gradient_too_large_to_square_is_not_taken_by_stabilize():
+def test_gradient_too_large_to_square_is_not_taken_by_stabilize():
     tx = optclip.stabilize(optax.sgd(0.1))
     huge = jax.tree.map(lambda x: 1e25 * x, PARAMS)
     _, state = jax.jit(tx.update)(huge, tx.init(PARAMS), PARAMS)
@@ -56,16 +56,16 @@ def test_a_gradient_too_large_to_square_is_not_taken_by_stabilize():
     assert int(optclip.metrics(state)["clip/nonfinite_steps"]) == 0
 
 
-def test_the_last_step_that_reached_a_wrapper_inside_multi_steps():
+def test_step_taken_inside_multi_steps_refers_to_the_last_complete_step():
     tx = optax.MultiSteps(optclip.skip_steps(optax.adam(0.1), when=10.0), 2)
-    state, told, step = tx.init(PARAMS), [], jax.jit(tx.update)
+    state, taken, step = tx.init(PARAMS), [], jax.jit(tx.update)
     for size in (1.0, 100.0, 1.0, 1.0):
         _, state = step(jax.tree.map(lambda x, n=size: n * x, GOOD), state, PARAMS)
-        told.append(bool(optclip.step_taken(state)))
-    assert told == [True, False, False, True]
+        taken.append(bool(optclip.step_taken(state)))
+    assert taken == [True, False, False, True]
 
 
-def test_a_batch_of_states_gives_a_batch():
+def test_step_taken_of_batched_states_is_batched():
     tx = WRAP["skip_steps"]()
     state = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(3))
     grads = jax.tree.map(lambda *x: jnp.stack(x), GOOD, BAD_A, GOOD)
@@ -76,12 +76,12 @@ def test_a_batch_of_states_gives_a_batch():
 @pytest.mark.parametrize(
     "make", [lambda: optclip.clip_by_rule(1.0), lambda: optax.adam(0.1), optax.identity]
 )
-def test_without_a_wrapper_it_says_what_it_looked_for(make):
+def test_missing_wrapper_raises_an_error_naming_the_expected_ones(make):
     with pytest.raises(ValueError, match="the state of a `skip_steps` or a `stabilize"):
         optclip.step_taken(make().init(PARAMS))
 
 
-def test_an_optimizer_is_not_its_state():
+def test_optimizer_is_not_its_state():
     with pytest.raises(TypeError, match="got the optimizer itself"):
         optclip.step_taken(optclip.skip_steps(optax.adam(0.1)))
 
@@ -102,7 +102,7 @@ def data(bad):
 @pytest.mark.parametrize(
     "wrapper", ["skip_steps", pytest.param("stabilize", marks=pytest.mark.slow)]
 )
-def test_batch_statistics_of_nnx_do_not_see_a_nan_batch(wrapper):
+def test_batch_statistics_of_nnx_ignore_a_nan_batch(wrapper):
     nnx = pytest.importorskip("flax.nnx")
 
     class Net(nnx.Module):
@@ -145,7 +145,7 @@ def test_batch_statistics_of_nnx_do_not_see_a_nan_batch(wrapper):
     assert np.any(after["norm"]["mean"] != 0)
 
 
-def test_batch_statistics_of_linen_do_not_see_a_nan_batch():
+def test_batch_statistics_of_linen_ignore_a_nan_batch():
     linen = pytest.importorskip("flax.linen")
 
     class Net(linen.Module):
@@ -182,7 +182,7 @@ def test_batch_statistics_of_linen_do_not_see_a_nan_batch():
     chex.assert_trees_all_equal(after, without)
 
 
-def test_an_average_of_parameters_and_a_schedule_outside_stand_still():
+def test_external_parameter_average_and_schedule_ignore_a_skipped_step():
     tx = WRAP["skip_steps"](optax.sgd(0.1))
     schedule = optax.linear_schedule(1.0, 0.0, 10)
 

@@ -1,6 +1,6 @@
-"""Two thousand bad steps, then three hundred good ones: no rule is poisoned or locked.
+"""Rules recover from two thousand bad steps during three hundred good ones.
 
-``FACTORS`` states how near the threshold then is to that of a rule that saw only the
+``FACTORS`` states how close the threshold then is to that of a rule that saw only the
 good steps, and after how many of them.
 """
 
@@ -40,12 +40,12 @@ FACTORS = {
     ),
     "smoothed_norm": (rules.smoothed_norm(), 1.001, 100),
 }  # fmt: skip
-# Beside these, one that locks, and one that does not.
+# For comparison: a rule that locks, and one that does not.
 OTHERS = {
     "ema_sigma-original": (rules.ema_sigma(escape_steps=None),),
     "ema_sigma-capped": (rules.ema_sigma(first_cap=1.0),),
 }
-# All histories are a multiple of this long, so that one program serves them all.
+# The length of every history is a multiple of this, so one program suffices.
 AT_A_TIME = 100
 
 
@@ -58,7 +58,7 @@ def storm(seed=0, steps=2000):
     values[at] = rng.choice(kinds, at.size)
     for start in range(100, steps, 400):
         values[start : start + 60] = 2.0
-    values[:3] = np.nan, 0.0, 1e6  # a bad start, as well
+    values[:3] = np.nan, 0.0, 1e6  # also a bad start
     return values.astype(np.float32)
 
 
@@ -69,7 +69,7 @@ def clean(seed=1, steps=300):
 
 @functools.cache
 def runner(name):
-    """Returns a clip by this rule, and a compiled run of it over `AT_A_TIME` norms."""
+    """Returns a clip by this rule, and a compiled run over `AT_A_TIME` norms."""
     tx = optclip.clip_by_rule((FACTORS | OTHERS)[name][0], nonfinite="zero")
 
     def step(state, n):
@@ -81,7 +81,7 @@ def runner(name):
 
 
 def thresholds(name, norms, state=None):
-    """Returns the thresholds, whether the state was finite all along, and its end."""
+    """Returns (thresholds, whether the state was always finite, last state)."""
     tx, run = runner(name)
     state, told = tx.init(jnp.zeros(2)) if state is None else state, []
     for part in np.split(np.float32(norms), len(norms) // AT_A_TIME):
@@ -92,7 +92,7 @@ def thresholds(name, norms, state=None):
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_rules_come_out_of_a_storm(name):
+def test_rules_recover_from_a_storm(name):
     _, factor, steps = FACTORS[name]
     fresh, _, _ = thresholds(name, clean())
     for seed in range(2):
@@ -104,7 +104,7 @@ def test_rules_come_out_of_a_storm(name):
         assert np.max(off) <= np.log(factor), np.exp(np.max(off))
 
 
-def test_the_factors_would_catch_a_rule_that_locks():
+def test_factors_detect_a_rule_that_locks():
     norms = 5 * np.exp(0.3 * np.random.default_rng(0).normal(size=300))
     seen, _, _ = thresholds("ema_sigma-original", norms)
     assert np.all(seen[1:] == 1.0)
@@ -115,8 +115,8 @@ def test_the_factors_would_catch_a_rule_that_locks():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("shift", [1e4, 1e-4])
-def test_a_lasting_shift_is_followed(name, shift):
-    """The stated number of steps is in docs/methods.md; here, that it ends at all."""
+def test_rules_follow_a_lasting_shift(name, shift):
+    """Tests only that rules adapt; docs/methods.md states the number of steps."""
     count = 2500
     rng = np.random.default_rng(4)
     before = np.exp(0.3 * rng.normal(size=300)).astype(np.float32)
@@ -129,7 +129,7 @@ def test_a_lasting_shift_is_followed(name, shift):
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_a_first_norm_of_a_million_is_left(name):
+def test_rules_recover_from_a_first_norm_of_a_million(name):
     norms = np.r_[1e6, clean()[1:], clean(2), clean(3)]
     seen, finite, _ = thresholds(name, norms)
     assert finite.all()
@@ -137,7 +137,7 @@ def test_a_first_norm_of_a_million_is_left(name):
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_zero_and_constant_histories_lock_nothing(name):
+def test_zero_and_constant_histories_do_not_lock_rules(name):
     norms = np.r_[np.zeros(50), np.full(150, 0.5), clean()]
     seen, finite, _ = thresholds(name, norms)
     assert finite.all()
@@ -145,7 +145,7 @@ def test_zero_and_constant_histories_lock_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["spam_clip", "adamw_clip", "stable_spam_clip"])
-def test_entries_come_out_of_a_storm(name):
+def test_element_rules_recover_from_a_storm(name):
     tx = adaptive.build(name)
     norms = np.r_[storm(), clean()]
 
@@ -170,7 +170,7 @@ TINY_FIRST = {
 
 @pytest.mark.parametrize("first", [2e-38, 1e-8, 1e38])
 @pytest.mark.parametrize("name", TINY_FIRST)
-def test_a_first_norm_of_any_size_is_left(name, first):
+def test_methods_recover_from_a_first_norm_of_any_size(name, first):
     tx = adaptive.build(name)
     norms = jnp.r_[first, jnp.full(1600, 5.0)]
 
@@ -179,7 +179,7 @@ def test_a_first_norm_of_any_size_is_left(name, first):
         return state, jnp.linalg.norm(out)
 
     _, lengths = jax.jit(lambda s: jax.lax.scan(step, s, norms))(tx.init(jnp.zeros(2)))
-    # AdaGN makes the norm about 1; AdaGC's warm-up bounds it by 1.
+    # AdaGN normalizes to about 1; AdaGC's warm-up bounds the norm by 1.
     assert np.all(lengths[TINY_FIRST[name] :] > 0.9), lengths[TINY_FIRST[name] :].min()
 
 

@@ -1,4 +1,4 @@
-"""`suggest_threshold`: the proposal, what is left out, and when it declines."""
+"""`suggest_threshold`: the suggestion, excluded norms, and when it declines."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optclip
 from optclip.diagnosis.findings import CAUSES, Diagnosis, Finding
 from optclip.diagnosis.thresholds import suggest_threshold
 
-USUAL = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+TYPICAL = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
 GRADS = [jnp.array([3.0, 4.0]) * (1 + i % 3) for i in range(30)]
 
 
@@ -37,14 +37,14 @@ def after(transformation, grads):
     ("quantile", "expected"), [(0.0, 1.0), (0.1, 2.0), (0.5, 6.0), (1.0, 11.0)]
 )
 def test_proposes_the_quantile(quantile, expected):
-    suggestion = suggest_threshold(USUAL, quantile=quantile)
+    suggestion = suggest_threshold(TYPICAL, quantile=quantile)
     assert suggestion.max_norm == pytest.approx(expected)
     assert (suggestion.samples, suggestion.outliers, suggestion.nonfinite) == (11, 0, 0)
     assert suggestion.declined is None
 
 
 def test_spread_and_drift_are_decades():
-    # One of each decade's third: the 10% quantile is 10**0.1, the 90% one 10**0.9.
+    # Exponents are evenly spaced: the 10% quantile is 10**0.1, the 90% one 10**0.9.
     norms = 10.0 ** (np.arange(11) / 10)
     suggestion = suggest_threshold(norms)
     assert suggestion.spread == pytest.approx(0.8)
@@ -63,14 +63,14 @@ def test_quiet_norms_have_no_warnings():
     assert suggestion.spread == pytest.approx(np.log10(1.1))
 
 
-def test_what_lies_far_above_is_left_out():
-    suggestion = suggest_threshold([*USUAL, 1e6, 1e9])
+def test_values_far_above_the_median_are_excluded():
+    suggestion = suggest_threshold([*TYPICAL, 1e6, 1e9])
     assert suggestion.max_norm == 6.0
     assert (suggestion.outliers, suggestion.samples) == (2, 13)
     assert "do not count: there are 2" in suggestion.warnings[0]
 
 
-def test_a_quarter_at_most_is_an_exception():
+def test_at_most_a_quarter_is_excluded():
     norms = [1.0] * 30
     assert suggest_threshold([*norms, *[1e3] * 10]).outliers == 10
     many = suggest_threshold([*norms, *[1e3] * 11])
@@ -78,15 +78,15 @@ def test_a_quarter_at_most_is_an_exception():
     assert many.spread == pytest.approx(3.0)
 
 
-def test_nine_times_the_median_is_no_exception_and_eleven_times_is():
+def test_eleven_times_the_median_is_excluded_but_nine_times_is_not():
     assert suggest_threshold([1.0] * 20 + [9.0]).outliers == 0
     assert suggest_threshold([1.0] * 20 + [11.0]).outliers == 1
-    # The deviations of widely spread norms are larger: there 11 times is usual.
+    # If norms are widely spread, 11 times the median is typical.
     assert suggest_threshold([0.1, 1.0, 10.0] * 7 + [11.0]).outliers == 0
 
 
-def test_what_is_not_finite_or_zero_does_not_count():
-    suggestion = suggest_threshold([*USUAL, np.nan, np.inf, None, 0.0])
+def test_nonfinite_and_zero_norms_are_excluded():
+    suggestion = suggest_threshold([*TYPICAL, np.nan, np.inf, None, 0.0])
     assert suggestion.max_norm == 6.0
     assert (suggestion.nonfinite, suggestion.samples) == (3, 15)
     assert "Not finite: 3 of 15 norms" in suggestion.warnings[0]
@@ -101,7 +101,7 @@ norm_lists = st.lists(st.floats(1e-20, 1e20), min_size=14, max_size=40)
 def test_laws(norms, octaves, quantile, random):
     suggestion = suggest_threshold(norms, quantile=quantile)
     assert min(norms) <= suggestion.max_norm <= max(norms)
-    # The unit does not matter, nor what is not finite, nor, but for the drift, order.
+    # Scale and non-finite norms do not matter, and order only matters for the drift.
     scaled = suggest_threshold(np.array(norms) * 2.0**octaves, quantile=quantile)
     assert scaled.max_norm == pytest.approx(suggestion.max_norm * 2.0**octaves)
     assert scaled.spread == pytest.approx(suggestion.spread, abs=1e-9)
@@ -141,7 +141,7 @@ def test_declines_when_more_than_a_quarter_is_not_finite():
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
-    suggestion = suggest_threshold(USUAL, diagnosis=found(cause))
+    suggestion = suggest_threshold(TYPICAL, diagnosis=found(cause))
     if cause in ("recurrence", "learning_rate"):
         assert suggestion.max_norm == 6.0
     else:
@@ -150,14 +150,14 @@ def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
         assert suggestion.spread is not None
 
 
-def test_what_is_only_worth_knowing_is_no_reason_to_decline():
+def test_does_not_decline_because_of_informational_findings():
     report = found("initialization", "low")
-    assert suggest_threshold(USUAL, diagnosis=report).max_norm == 6.0
-    assert suggest_threshold(USUAL, diagnosis=Diagnosis((), {})).max_norm == 6.0
+    assert suggest_threshold(TYPICAL, diagnosis=report).max_norm == 6.0
+    assert suggest_threshold(TYPICAL, diagnosis=Diagnosis((), {})).max_norm == 6.0
 
 
 def test_text():
-    text = str(suggest_threshold([*USUAL, 1e6]))
+    text = str(suggest_threshold([*TYPICAL, 1e6]))
     assert text.startswith("Clip at 6 (from 12 norms)\n  left out: 1 far above")
     assert "from the 10% to the 90% quantile" in text
     assert "drift:    a factor of " in text
@@ -181,7 +181,7 @@ def test_reads_the_window_of_a_rule_in_order():
     assert window.drift == pytest.approx(15 * np.log10(1.1), rel=1e-5)
 
 
-def test_reads_the_window_of_skip_steps_and_says_what_is_not_in_it():
+def test_reads_the_window_of_skip_steps_and_reports_excluded_steps():
     grads = [*GRADS[:20], jnp.array([jnp.nan, 1.0]), *GRADS[:9]]
     state = after(optclip.skip_steps(optax.sgd(0.1)), grads)
     suggestion = suggest_threshold(state)
@@ -197,7 +197,7 @@ def test_reads_a_histogram_to_six_percent():
     assert (suggestion.samples, suggestion.drift) == (30, None)
 
 
-def test_counts_what_was_not_finite_in_a_state():
+def test_counts_nonfinite_steps_of_a_state():
     bad = [jnp.array([jnp.nan, 1.0])] * 11
     clip = optclip.autoclip(nonfinite="skip")
     suggestion = suggest_threshold(after(clip, [*GRADS, *bad]))
@@ -222,7 +222,7 @@ def test_declines_states_without_a_history(make, message):
     assert 'Record `optclip.metrics(state)["clip/norm_before"]`' in suggestion.declined
 
 
-def test_declines_norms_of_parts():
+def test_declines_per_group_norms():
     clip = optclip.clip_by_rule(
         optclip.rules.window_percentile(10.0, window=20), scope=optclip.scopes.leaf()
     )
@@ -253,24 +253,24 @@ def test_stabilize_names_its_quantile():
         (optax.adam(0.1).init(jnp.ones(2)), TypeError, "got tuple"),
     ],
 )
-def test_wrong_norms(norms, error, message):
+def test_invalid_norms_raise_errors(norms, error, message):
     with pytest.raises(error, match=message):
         suggest_threshold(norms)
 
 
-def test_wrong_options():
+def test_invalid_options_raise_errors():
     with pytest.raises(ValueError, match="`quantile` must be between 0 and 1, got 2"):
-        suggest_threshold(USUAL, quantile=2.0)
+        suggest_threshold(TYPICAL, quantile=2.0)
     with pytest.raises(TypeError, match="`diagnosis` must be a Diagnosis of"):
-        suggest_threshold(USUAL, diagnosis=[])
+        suggest_threshold(TYPICAL, diagnosis=[])
 
 
-def test_traced_norms_are_refused():
+def test_traced_norms_raise_an_error():
     with pytest.raises(ValueError, match="call `suggest_threshold` outside of jit"):
         jax.jit(lambda x: suggest_threshold(x).max_norm)(jnp.ones(20))
 
 
-def test_batched_states_are_refused():
+def test_batched_states_raise_an_error():
     state = jax.vmap(optclip.autoclip().init)(jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="a batch of states"):
         suggest_threshold(state)

@@ -1,4 +1,4 @@
-"""`optclip.diagnosis.tap` against backward passes written out by hand in NumPy."""
+"""`optclip.diagnosis.tap` compared with hand-written backward passes in NumPy."""
 
 import functools
 
@@ -41,7 +41,7 @@ def check(sites, wanted):
         np.testing.assert_allclose(got, want, **CLOSE, err_msg=leaf)
 
 
-def test_an_mlp_by_hand():
+def test_mlp_by_hand():
     w = {"a": draw(1, 3, 5), "b": draw(2, 5, 4), "c": draw(3, 4, 2)}
     x, bias = draw(0, 6, 3), draw(4, 1, 5)
 
@@ -87,7 +87,7 @@ def convolve(x, k):
 
 
 def convolve_back(d, k, shape):
-    """Returns the derivative for x, given that for the result."""
+    """Returns the derivative with respect to x, given that of the result."""
     back = np.zeros(shape)
     for i in range(k.shape[0]):
         for j in range(k.shape[1]):
@@ -95,7 +95,7 @@ def convolve_back(d, k, shape):
     return back
 
 
-def test_a_convolutional_network_by_hand():
+def test_convolutional_network_by_hand():
     w = {
         "conv1": draw(1, 3, 3, 2, 4),
         "conv2": draw(2, 2, 2, 4, 3),
@@ -151,7 +151,7 @@ def recurrent(w, x):
 
 
 @pytest.mark.parametrize("scanned", [True, False])
-def test_a_recurrent_network_by_hand(scanned):
+def test_recurrent_network_by_hand(scanned):
     w, x = draw(1, 4, 4), draw(0, 7, 2, 4)
 
     def loss_fn(w, x):
@@ -184,7 +184,7 @@ def test_a_recurrent_network_by_hand(scanned):
     np.testing.assert_allclose(back, wanted, **CLOSE)
 
 
-def test_a_transformer_block_by_hand():
+def test_transformer_block_by_hand():
     names = ["query", "key", "value", "project"]
     w = {n: draw(i, 4, 4) for i, n in enumerate(names)}
     w |= {"up": draw(5, 4, 8), "down": draw(6, 8, 4), "scale": 1 + draw(7, 1, 4)}
@@ -258,7 +258,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_it_sees_through(name):
+def test_tap_sees_through_transformations(name):
     def loss_fn(w, x):
         return jnp.sum(SAME[name](w, x) ** 2)
 
@@ -272,7 +272,7 @@ def test_it_sees_through(name):
             np.testing.assert_allclose(site.rms_in, other.rms_in, **CLOSE)
 
 
-def test_layers_in_a_scan_are_told_from_the_steps_of_a_recurrence():
+def test_scanned_layers_are_distinguished_from_recurrent_steps():
     found = optclip.diagnosis.tap(lambda w, x: jnp.sum(stacked(w, x) ** 2), W, X)
     plain = optclip.diagnosis.tap(lambda w, x: jnp.sum(block(w, x) ** 2), W, X).sites
     (site,) = found.sites
@@ -280,7 +280,7 @@ def test_layers_in_a_scan_are_told_from_the_steps_of_a_recurrence():
     np.testing.assert_allclose(site.signal_out, [s.signal_out for s in plain], **CLOSE)
 
 
-def test_a_scan_in_a_scan_gives_a_row_for_each_step():
+def test_nested_scan_gives_one_row_per_step():
     def loss_fn(w, x):
         def outer(h, _):
             return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), h, None, 3)[
@@ -293,7 +293,7 @@ def test_a_scan_in_a_scan_gives_a_row_for_each_step():
     assert np.shape(site.signal_out) == (2, 3)
 
 
-def test_a_branch_not_taken_sees_nothing():
+def test_untaken_branch_measures_nothing():
     def loss_fn(w, x):
         h = jax.lax.cond(x[0, 0] > 99, lambda: x @ w["w"], lambda: x @ w["v"])
         return jnp.sum(h**2)
@@ -303,7 +303,7 @@ def test_a_branch_not_taken_sees_nothing():
     assert sites["v"].signal_out > 0
 
 
-def test_lookups_scales_and_parameters_put_together():
+def test_lookups_scales_and_concatenated_parameters():
     params = {"table": draw(1, 9, 4), "gain": draw(2, 1, 4)}
     params |= {"a": draw(3, 4, 2), "b": draw(4, 4, 3)}
     at = jnp.array([1, 5, 5])
@@ -331,7 +331,7 @@ tripled.defvjp(
 )
 
 
-def test_a_custom_rule_is_kept_and_said_to_be_out_of_reach():
+def test_custom_rule_is_preserved_and_reported_as_unmeasurable():
     def loss_fn(w, x):
         return jnp.sum(tripled(w["v"], jnp.tanh(x @ w["w"])))
 
@@ -345,7 +345,7 @@ def test_a_custom_rule_is_kept_and_said_to_be_out_of_reach():
     assert "Seen 1 of 2 uses" in str(found)
 
 
-def test_a_while_loop_is_out_of_reach_and_said_so():
+def test_while_loop_is_reported_as_unmeasurable():
     def loss_fn(w, x):
         frozen = jax.lax.stop_gradient((w["v"], x))
         y = jax.lax.while_loop(
@@ -366,7 +366,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_loss_and_gradients_are_those_of_the_plain_program(name):
+def test_loss_and_gradients_match_the_plain_program(name):
     def loss_fn(w, x):
         return jnp.mean(PROGRAMS[name](w, x) ** 2)
 
@@ -413,7 +413,7 @@ def test_activations_are_named(name):
     )
 
 
-def test_a_signal_whose_square_overflows_is_measured_right():
+def test_signal_whose_square_overflows_is_measured_accurately():
     def loss_fn(w, x):
         return 1e25 * jnp.sum(x @ w)
 
@@ -434,7 +434,7 @@ def test_errors():
     assert len(found.sites) == 1
 
 
-def test_an_unknown_version_of_jax_is_said_to_be_so(monkeypatch):
+def test_unsupported_jax_version_is_reported(monkeypatch):
     def plan_program(*_):
         raise AttributeError("no `eqns`")
 

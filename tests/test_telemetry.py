@@ -1,4 +1,4 @@
-"""Statistics by hand-computed examples, at any depth, several clips told apart."""
+"""Metrics compared with hand-computed examples, nested states, several clips."""
 
 import chex
 import jax
@@ -26,14 +26,16 @@ def stepped(tx, *updates, params=PARAMS):
     return state
 
 
-def figures(state, **options):
+def float_metrics(state, **options):
     return {k: float(v) for k, v in optclip.metrics(state, **options).items()}
 
 
-def test_metrics_of_a_global_clip_are_those_of_the_hand_computed_example():
+def test_metrics_of_a_global_clip_match_a_hand_computed_example():
     small = jax.tree.map(lambda x: x / 130, GRADS)
     nan = {"a": GRADS["a"] * jnp.nan, "b": GRADS["b"]}
-    got = figures(stepped(optclip.clip_by_global_norm(6.5), nan, small, small, GRADS))
+    got = float_metrics(
+        stepped(optclip.clip_by_global_norm(6.5), nan, small, small, GRADS)
+    )
     wanted = {
         "norm_before": 13.0, "norm_after": 6.5, "threshold": 6.5, "scale": 0.5,
         "clipped": 1.0, "steps": 4.0, "clipped_steps": 1.0, "clipped_fraction": 0.25,
@@ -44,55 +46,57 @@ def test_metrics_of_a_global_clip_are_those_of_the_hand_computed_example():
     )
 
 
-def test_an_empty_prefix_is_refused():
+def test_empty_prefix_raises_an_error():
     with pytest.raises(ValueError, match="`prefix` must be a non-empty string, got ''"):
         optclip.metrics((), prefix="")
 
 
-def test_a_fresh_state_has_the_figures_that_its_docstring_says():
-    got = figures(optclip.clip_by_rule(1.0).init(PARAMS))
+def test_metrics_of_a_fresh_state_match_the_docstring():
+    got = float_metrics(optclip.clip_by_rule(1.0).init(PARAMS))
     assert got.pop("clip/scale") == 1
     assert set(got.values()) == {0}
 
 
-def test_metrics_of_a_leaf_clip_name_the_group_that_was_shortened_most():
-    got = figures(stepped(optclip.clip_by_leaf_norm(jnp.array([4.0, 6.0]))))
+def test_metrics_of_a_leaf_clip_report_the_most_strongly_clipped_group():
+    got = float_metrics(stepped(optclip.clip_by_leaf_norm(jnp.array([4.0, 6.0]))))
     assert got["clip/worst_threshold"] == 6
     assert got["clip/worst_scale"] == 0.5
     assert not {"clip/threshold", "clip/scale"} & set(got)
     assert got["clip/clipped"] == 1
     np.testing.assert_allclose(got["clip/norm_after"], np.hypot(4, 6), rtol=1e-6)
-    got = figures(stepped(optclip.clip_by_leaf_norm(10.0)))
+    got = float_metrics(stepped(optclip.clip_by_leaf_norm(10.0)))
     assert got["clip/clipped"] == 0.5
 
 
-def test_of_groups_scaled_alike_the_smallest_threshold_is_told():
+def test_ties_in_scale_report_the_smallest_threshold():
     tx = optclip.clip_by_rule({"a": 1.0, "b": 0.1}, scope=scopes.leaf())
     update = jax.jit(tx.update)
     for size in range(2, 40):
-        # 1 / size and 0.1 / (0.1 * size) differ by rounding, to either side.
+        # 1 / size and 0.1 / (0.1 * size) differ by rounding, in either direction.
         grads = {"a": jnp.array([float(size)]), "b": jnp.array([size * 0.1])}
         _, state = update(grads, tx.init(grads))
         np.testing.assert_allclose(state.threshold, 0.1, rtol=1e-6, err_msg=f"{size}")
 
 
-def test_the_scale_is_the_smallest_factor_also_where_all_grow():
+def test_scale_is_the_smallest_factor_even_if_all_groups_are_scaled_up():
     tx = optclip.normalize_by_norm(60.0, scope=scopes.leaf())
-    np.testing.assert_allclose(figures(stepped(tx))["clip/worst_scale"], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        float_metrics(stepped(tx))["clip/worst_scale"], 5.0, rtol=1e-6
+    )
 
 
-def test_metrics_of_a_value_clip_are_largest_magnitudes():
-    got = figures(stepped(optclip.clip_by_value(3.0, record=True)))
+def test_norm_metrics_of_a_value_clip_are_largest_magnitudes():
+    got = float_metrics(stepped(optclip.clip_by_value(3.0, record=True)))
     assert got["clip/norm_before"] == 12
     assert got["clip/norm_after"] == 3
     assert got["clip/worst_scale"] == 0.25
     assert got["clip/clipped"] == 1
 
 
-def test_norm_before_is_nan_or_inf_as_the_updates_are():
+def test_norm_before_is_nan_or_inf_like_the_updates():
     for value in (np.nan, np.inf):
         bad = {"a": jnp.array([value, 1.0]), "b": GRADS["b"]}
-        got = figures(stepped(optclip.clip_by_rule(1.0), bad))
+        got = float_metrics(stepped(optclip.clip_by_rule(1.0), bad))
         np.testing.assert_equal(got["clip/norm_before"], value)
 
 
@@ -116,7 +120,7 @@ NESTED = {
 
 @pytest.mark.parametrize("nesting", NESTED)
 def test_metrics_are_found_at_any_depth(nesting):
-    got = figures(stepped(NESTED[nesting]()))
+    got = float_metrics(stepped(NESTED[nesting]()))
     assert set(got) == {f"clip/{k}" for k in KEYS}
     assert got["clip/norm_before"] == 13
     assert got["clip/norm_after"] == 6.5
@@ -146,11 +150,11 @@ def test_metrics_are_found_in_an_nnx_optimizer():
     assert {"bias/norm_before", "kernel/scale", "kernel/norm"} <= set(rows)
 
 
-def test_several_clips_are_told_apart_in_the_order_of_the_chain():
+def test_several_clips_are_numbered_in_chain_order():
     tx = optax.chain(
         optclip.record_norms(), optclip.clip_by_rule(6.5), optclip.clip_by_rule(1.3)
     )
-    got = figures(stepped(tx), prefix="grad")
+    got = float_metrics(stepped(tx), prefix="grad")
     assert got["grad/norms/global_norm"] == 13
     assert got["grad/norms/steps"] == 1
     assert got["grad/norm_before"] == 13
@@ -159,7 +163,7 @@ def test_several_clips_are_told_apart_in_the_order_of_the_chain():
     assert len(got) == 2 * len(KEYS) + 3
 
 
-def test_metrics_inside_jit_are_those_outside():
+def test_metrics_inside_and_outside_jit_match():
     tx = optclip.clip_by_rule(6.5)
 
     @jax.jit
@@ -184,7 +188,7 @@ def test_leaf_metrics_of_a_leaf_clip():
     }  # fmt: skip
 
 
-def test_leaf_metrics_of_a_label_clip_are_those_of_the_label():
+def test_leaf_metrics_of_a_label_clip_are_those_of_its_group():
     tx = optclip.clip_by_rule(6.5, scope=scopes.label(lambda path: "both"))
     got = rows(tx)
     assert got["a/norm_before"] == got["b/norm_before"] == 13
@@ -201,7 +205,7 @@ def test_leaf_metrics_of_a_layer_clip_number_the_layers():
     }  # fmt: skip
 
 
-def test_leaf_metrics_of_a_second_clip_and_of_monitors_are_told_apart():
+def test_leaf_metrics_of_several_clips_and_monitors_are_distinguished():
     tx = optax.chain(
         optclip.record_norms(), optclip.clip_by_leaf_norm(6.0),
         optclip.clip_by_leaf_norm(1.0), optclip.record_norms(),
@@ -213,7 +217,7 @@ def test_leaf_metrics_of_a_second_clip_and_of_monitors_are_told_apart():
 
 
 @pytest.mark.parametrize("wrap", ["masked", "partition"])
-def test_leaf_metrics_and_nonfinite_leaves_name_the_right_leaf_of_a_part(wrap):
+def test_leaf_metrics_and_nonfinite_leaves_name_the_right_leaf_of_partial_updates(wrap):
     inner = optclip.clip_by_leaf_norm(6.0)
     tx = {
         "masked": lambda: optax.masked(inner, {"a": False, "b": True}),
@@ -239,7 +243,7 @@ def test_leaf_metrics_and_nonfinite_leaves_name_the_right_leaf_of_a_part(wrap):
     ],
     ids=["tree", "unit", "element", "ord3-drop", "record_norms"],
 )
-def test_nonfinite_leaves_tell_what_each_leaf_held_in_the_order_of_the_tree(make):
+def test_nonfinite_leaves_lists_the_kinds_per_leaf_in_tree_order(make):
     bad = {"a": jnp.array([-np.inf, 1.0]), "b": jnp.array([np.nan, np.inf])}
     state = stepped(make(), GRADS, bad, GRADS)
     assert optclip.nonfinite_leaves(state, PARAMS) == [
@@ -248,7 +252,7 @@ def test_nonfinite_leaves_tell_what_each_leaf_held_in_the_order_of_the_tree(make
     ]
 
 
-def test_other_parameters_than_those_of_init_are_an_error():
+def test_parameters_that_differ_from_init_raise_an_error():
     state = stepped(
         optclip.clip_by_leaf_norm(1.0), {k: v * jnp.nan for k, v in GRADS.items()}
     )
@@ -258,7 +262,7 @@ def test_other_parameters_than_those_of_init_are_an_error():
         optclip.nonfinite_leaves(state, {"c": jnp.zeros(2)})
 
 
-def test_a_batch_of_states_is_an_error_that_says_what_to_do():
+def test_batch_of_states_raises_an_actionable_error():
     state = jax.tree.map(
         lambda x: jnp.stack([x, x]), optclip.clip_by_rule(1.0).init(PARAMS)
     )
@@ -267,7 +271,7 @@ def test_a_batch_of_states_is_an_error_that_says_what_to_do():
     assert optclip.metrics(state)["clip/scale"].shape == (2,)
 
 
-def test_record_norms_changes_nothing_bitwise():
+def test_record_norms_leaves_updates_bitwise_unchanged():
     updates = {"a": jnp.array([np.nan, 1e-42, -0.0]), "b": jnp.array([np.inf, 3e38])}
     tx = optclip.record_norms(ord=1)
     out, _ = jax.jit(tx.update)(updates, tx.init(updates))
@@ -286,7 +290,7 @@ def test_record_norms_changes_nothing_bitwise():
         {"a": {"w": "own", "b": "rest"}, "c": [{"w": "own"}]},
     ),
 ])  # fmt: skip
-def test_leaves_are_named_by_the_moments_of_the_optimizer(maker):
+def test_leaf_names_are_inferred_from_optimizer_moments(maker):
     params = {"a": {"w": jnp.ones(2), "b": jnp.ones(3)}, "c": [{"w": jnp.ones(4)}]}
     bad = {"a": {"w": jnp.ones(2), "b": jnp.ones(3)}, "c": [{"w": jnp.full(4, np.nan)}]}
     tx = maker(optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0)))
@@ -300,10 +304,10 @@ def test_leaves_are_named_by_the_moments_of_the_optimizer(maker):
     assert {"a/w/scale", "c/0/w/norm"} <= got.keys()
 
 
-def test_without_moments_the_parameters_are_needed_to_name_leaves():
+def test_naming_leaves_requires_parameters_if_there_are_no_moments():
     tx = optax.chain(optclip.clip_by_leaf_norm(1.0), optax.sgd(1e-3))
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
-    assert optclip.nonfinite_leaves(state) == []  # there is none to name
+    assert optclip.nonfinite_leaves(state) == []  # there are no leaves to name
     with pytest.raises(ValueError, match="`params` is needed to name leaves"):
         optclip.leaf_metrics(state)
     bad = jax.tree.map(lambda x: x * np.nan, GRADS)
@@ -313,7 +317,7 @@ def test_without_moments_the_parameters_are_needed_to_name_leaves():
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.sgd(1e-3)])
-def test_an_array_without_a_container_has_the_empty_path(optimizer):
+def test_bare_array_has_the_empty_path(optimizer):
     params = jnp.ones(3)
     tx = optax.chain(optclip.record_norms(), optclip.clip_by_leaf_norm(1.0), optimizer)
     _, state = tx.update(params * np.nan, tx.init(params), params)

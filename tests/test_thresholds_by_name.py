@@ -1,4 +1,4 @@
-"""Thresholds by label, path pattern or function: numbers, schedules and rules alike."""
+"""Thresholds by label, path pattern or function: numbers, schedules and rules."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def norms(tree):
 
 
 @pytest.mark.parametrize("order", [("encoder", "decoder"), ("decoder", "encoder")])
-def test_labels_get_their_own_threshold_in_whatever_order_they_are_written(order):
+def test_labels_get_their_threshold_regardless_of_order(order):
     table = {name: TABLE[name] for name in order}
     updates, _ = out(optclip.clip_by_rule(table, scope=BY_MODULE))
     np.testing.assert_allclose(norms(updates)["encoder"], 5.0, rtol=1e-6)
@@ -45,13 +45,13 @@ def test_labels_get_their_own_threshold_in_whatever_order_they_are_written(order
     "value", [[1.0, 5.0], np.array([1.0, 5.0])], ids=["list", "np"]
 )
 @pytest.mark.parametrize("make", [optclip.clip_by_rule, optclip.soft_clip])
-def test_an_array_of_thresholds_is_refused_in_label_scope(make, value):
+def test_array_of_thresholds_raises_an_error_in_label_scope(make, value):
     tx = make(jnp.asarray(value), scope=BY_MODULE)
     with pytest.raises(ValueError, match=r"Give a map, as \{"):
         out(tx)
 
 
-def test_a_schedule_of_arrays_is_refused_in_label_scope():
+def test_array_valued_schedule_raises_an_error_in_label_scope():
     tx = optclip.clip_by_rule(
         lambda step: jnp.array([1.0, 5.0]) * (step + 1), scope=BY_MODULE
     )
@@ -59,7 +59,7 @@ def test_a_schedule_of_arrays_is_refused_in_label_scope():
         out(tx)
 
 
-def test_leaves_are_found_by_pattern_and_the_first_that_is_found_counts():
+def test_leaves_use_the_first_matching_pattern():
     table = {"encoder/kernel": 0.5, "kernel": 2.0, "": 1.0}
     updates, _ = out(optclip.clip_by_leaf_norm(table))
     found = {
@@ -85,14 +85,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_module_is_clipped_as_by_its_number_alone(name):
+def test_each_module_is_clipped_as_if_by_a_constant_threshold(name):
     updates, _ = out(METHODS[name](TABLE))
     for module, threshold in TABLE.items():
         alone, _ = out(METHODS[name](threshold), {module: GRADS[module]})
         chex.assert_trees_all_close(updates[module], alone[module], rtol=1e-6)
 
 
-def test_schedules_and_rules_are_values_too():
+def test_schedules_and_rules_are_accepted_as_values():
     table = {
         "encoder": optax.linear_schedule(4.0, 0.0, 4),
         "decoder": rules.previous_norm(1.5),
@@ -110,11 +110,11 @@ def test_schedules_and_rules_are_values_too():
         encoder.append(norms(updates)["encoder"])
         decoder.append(norms(updates)["decoder"])
     np.testing.assert_allclose(encoder, [4.0, 3.0, 2.0], rtol=1e-6)
-    # Norms 10, 20, 40; each is at most 1.5 times the clipped one before it.
+    # Norms are 10, 20, 40; each is bounded by 1.5 times the last clipped one.
     np.testing.assert_allclose(decoder, [10.0, 15.0, 22.5], rtol=1e-6)
 
 
-def test_a_function_of_the_name_is_a_table():
+def test_function_of_the_leaf_name_is_accepted():
     rule = rules.by_name(lambda label: {"encoder": 5.0, "decoder": 1.0}[label])
     updates, _ = out(optclip.clip_by_rule(rule, scope=BY_MODULE))
     np.testing.assert_allclose(norms(updates)["decoder"], 1.0, rtol=1e-6)
@@ -126,7 +126,7 @@ def test_labels_need_not_be_strings():
     np.testing.assert_allclose(norms(out(tx)[0])["encoder"], 5.0, rtol=1e-6)
 
 
-def test_units_and_layers_of_leaves_of_one_shape_keep_their_own_thresholds():
+def test_units_and_layers_of_equal_shape_keep_separate_thresholds():
     grads = {k: jnp.full((3, 2), 6.0) for k in "abc"}
     tx = optclip.clip_by_unit_norm({"a": 1.0, "b": 2.0, "c": jnp.inf})
     updates, _ = out(tx, grads)
@@ -136,7 +136,7 @@ def test_units_and_layers_of_leaves_of_one_shape_keep_their_own_thresholds():
     chex.assert_trees_all_equal(updates["c"], grads["c"])
 
 
-def test_infinity_leaves_a_group_unclipped_bitwise():
+def test_infinite_threshold_leaves_a_group_bitwise_unchanged():
     updates, _ = out(
         optclip.clip_by_rule({"encoder": jnp.inf, "decoder": 1.0}, scope=BY_MODULE)
     )
@@ -186,7 +186,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("act", "message"), ERRORS, ids=[m for _, m in ERRORS])
-def test_misuse_says_what_to_do(act, message):
+def test_misuse_raises_actionable_errors(act, message):
     with pytest.raises((ValueError, TypeError), match=message):
         act()
 
@@ -197,20 +197,20 @@ TWO = {"encoder": {"w": jnp.ones((2, 3))}, "decoder": {"b": jnp.ones(2)}}
 
 
 @pytest.mark.parametrize("scope", [*BY_LEAF, BY_TOP], ids=lambda scope: scope.name)
-def test_a_key_that_no_group_uses_is_refused(scope):
+def test_unused_key_raises_an_error(scope):
     for table, key in (
         ({"encoder": 1.0, "decodr": 2.0, "": 3.0}, "decodr"),
         ({"encoder": 1.0, "decoder": 1.0, "haed": 2.0}, "haed"),
     ):
         with pytest.raises(ValueError, match=f"the key '{key}' belongs to no group"):
             optclip.clip_by_rule(table, scope=scope).init(TWO)
-    # A default need not be used.
+    # A default may be unused.
     optclip.clip_by_rule({"encoder": 1.0, "decoder": 2.0, "": 3.0}, scope=scope).init(
         TWO
     )
 
 
 @pytest.mark.parametrize("scope", BY_LEAF, ids=lambda scope: scope.name)
-def test_a_key_behind_one_that_matches_everything_is_refused(scope):
+def test_unreachable_key_raises_an_error(scope):
     with pytest.raises(ValueError, match="put it before a key that matches more"):
         optclip.clip_by_rule({"": 3.0, "encoder": 1.0}, scope=scope).init(TWO)

@@ -1,8 +1,8 @@
 """Runs the notebooks and stores their outputs, with reproducible bytes.
 
 The source of `notebooks/NN_name.ipynb` is `notebooks/NN_name.py` (jupytext's percent
-format). With --check nothing is written: each source is run, and it is an error if that
-fails or if the cells of the notebook differ from its source.
+format). With --check nothing is written: each source is run, and the check fails if
+that run fails or if the cells of the notebook differ from its source.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def run(notebook):
         timeout=SECONDS_A_CELL,
         kernel_name="python3",
         record_timing=False,
-        coalesce_streams=True,  # or the prints of a cell are sometimes split
+        coalesce_streams=True,  # otherwise the output of a cell is sometimes split
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="run, but write nothing")
     options = parser.parse_args()
 
-    # The same pictures and numbers on every machine.
+    # These settings give the same pictures and numbers on every machine.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 

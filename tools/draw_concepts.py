@@ -12,7 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "concepts"
-# Okabe and Ito's colors, and light shades of them to write on.
+# Okabe and Ito's colors, and light shades of them as text backgrounds.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#555555"
 PALE = {BLUE: "#DCEBF5", ORANGE: "#FBE6DA", GREEN: "#DDF2EB", GRAY: "#EEEEEE"}
 DPI = 150
@@ -56,7 +56,7 @@ def arrow(axes, start, end, words="", beside=(0, 0.14), color=GRAY):
 
 
 def pipeline():
-    """The path of one update through clipping."""
+    """Draws the path of one update through clipping."""
     figure, axes = canvas(10, 3.9)
     top, low, width, height = 2.75, 0.75, 1.75, 0.95
     parts = [
@@ -114,7 +114,7 @@ QUESTIONS = [
 
 
 def choosing():
-    """Questions from top to bottom; the first yes decides."""
+    """Draws the decision chart: questions from top to bottom; the first yes decides."""
     step, left, right = 0.92, 2.65, 7.75
     height = step * (len(QUESTIONS) + 1) + 0.1
     figure, axes = canvas(10, height)
@@ -143,7 +143,7 @@ def choosing():
 
 
 def save(figure, name):
-    """Saves the figure with a small palette, which makes the file small."""
+    """Saves the figure with a small palette, which reduces the file size."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -20,7 +20,7 @@ from PIL import Image
 import optclip
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "diagnosis"
-# Okabe and Ito's colors, distinguishable with every kind of color vision.
+# Okabe and Ito's colors, which are distinguishable with all kinds of color vision.
 GOOD = {"color": "#0072B2", "linestyle": "--"}
 BAD = {"color": "#D55E00", "linestyle": "-"}
 THIRD = {"color": "#009E73", "linestyle": ":"}

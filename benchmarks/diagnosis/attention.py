@@ -15,8 +15,8 @@ def _attend(p, x, mask_value):
     query, key, value = jnp.split(apply_dense(p["mix"], x), 3, -1)
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(x.shape[-1]).astype(x.dtype)
     seen = jnp.tril(jnp.ones(scores.shape[-2:], x.dtype))
-    # A common way to write it: in float16 the number becomes infinite, and 0 * inf is
-    # NaN.
+    # A common implementation: in float16 the mask value becomes infinite, and 0 * inf
+    # is NaN.
     scores = scores + (1 - seen) * jnp.array(mask_value, x.dtype)
     return apply_dense(p["out"], jax.nn.softmax(scores) @ value)
 

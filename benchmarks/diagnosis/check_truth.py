@@ -3,8 +3,8 @@
 A fault is real if the model without the fault trains, and training with the fault
 fails: the loss is not finite, ends above its initial value, or ends twice as high as,
 or 0.5 nat above, that of the same model without the fault. If the fault is a vanishing
-signal, training must hardly move. A healthy model must train; if it is examined after
-some steps, its loss must not rise by more than a twentieth.
+signal, training must make almost no progress. A healthy model must train; if it is
+examined after some steps, its loss must not rise by more than a twentieth.
 
 Usage: python -m benchmarks.diagnosis.check_truth [--split tune]
        [--only NAME_OR_CAUSE] [--seeds 1] [--rates] [--variants]
@@ -24,7 +24,7 @@ STEPS = 200
 
 
 def outcome(problem):
-    """Returns the typical loss before and after training; whether all was finite."""
+    """Returns (typical loss before, typical loss after, whether all was finite)."""
     params, _, _, finite = train(problem, STEPS)
     return typical_loss(problem), typical_loss(problem, params), finite
 
@@ -54,7 +54,7 @@ def failed(got, sound, share):
 
 
 def share_of(problem, sound):
-    """Returns how many times larger the one's loss is on the other's parameters."""
+    """Returns the ratio of the losses of both problems on the sound parameters."""
     if structure(problem) != structure(sound):
         return 1.0
     ratio = typical_loss(problem, sound.params) / typical_loss(sound)
@@ -66,7 +66,7 @@ def structure(problem):
 
 
 def truth(scenario, seed):
-    """Returns whether the scenario is as claimed, and the numbers."""
+    """Returns whether the scenario has the claimed fault, and the losses."""
     problem = scenario.make(seed)
     got = outcome(problem)
     sound_problem = scenario.sound(seed)
@@ -83,7 +83,7 @@ def truth(scenario, seed):
 
 
 def largest_rate(key, at_rate):
-    """Returns the largest rate at which training ends about as well as it can."""
+    """Returns the largest rate whose final loss is close to the best one."""
     ends = {}
     for power in range(-10, 8):
         ends[2.0**power] = got = outcome(at_rate(key, 2.0**power)(0))
@@ -97,7 +97,7 @@ def largest_rate(key, at_rate):
 
 
 def variants(chosen, seed=0):
-    """Prints whether the model trains with each remedy that changes the program."""
+    """Prints whether the model trains after each remedy that changes the program."""
     for scenario in chosen:
         for name, make in scenario.variants.items():
             got = outcome(make(seed))

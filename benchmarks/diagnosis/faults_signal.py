@@ -1,4 +1,4 @@
-"""Faults of the signal: initialization, depth, recurrence, activation, vanishing."""
+"""Signal faults: initialization, depth, recurrence, activation, vanishing."""
 
 import optax
 
@@ -86,7 +86,7 @@ def initialization():
 
 
 def depth():
-    """Layers without normalization; with it and residual connections they train."""
+    """Layers that only train with normalization and residual connections."""
     good = dict(norm=True, residual=True)
     bare = dict(norm=False, residual=False)
     yield fault(

@@ -1,4 +1,4 @@
-"""Faults of the training: learning rate, batches, dtype, and a loss that sums."""
+"""Training faults: learning rate, batches, dtype, and a summed loss."""
 
 import functools
 

@@ -43,7 +43,7 @@ def reconstruction(forward, reduce=jnp.mean):
 
 
 def policy_gradient(forward):
-    """Policy gradient: minus the advantage times the log-probability of the action."""
+    """Policy gradient: the negative advantage times the action's log-probability."""
 
     def loss_fn(params, batch):
         log = jax.nn.log_softmax(forward(params, batch["seen"]))

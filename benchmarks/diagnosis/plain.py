@@ -1,9 +1,8 @@
 """Networks in plain JAX: each takes a key and knobs; returns parameters and forward.
 
-The knobs that all networks support where they make sense: ``gain`` multiplies the
-default weights, ``act`` names the activation, ``norm`` normalizes each layer,
-``residual`` adds a layer's input to its output, ``dtype`` is the dtype of the
-computation.
+All networks support these knobs where they apply: ``gain`` multiplies the default
+weights, ``act`` names the activation, ``norm`` normalizes each layer, ``residual`` adds
+a layer's input to its output, ``dtype`` is the dtype of the computation.
 """
 
 import jax
@@ -70,7 +69,7 @@ def mlp(key, *, inputs=64, width=32, depth=8, outputs=10, act="relu", gain=1.0,
 
 def stacked(key, *, inputs=64, width=32, depth=40, outputs=10, act="relu", gain=1.0,
             norm=False, residual=False):  # fmt: skip
-    """The same with layers stacked in one array, run by `jax.lax.scan`."""
+    """An MLP whose layers are stacked in one array and run by `jax.lax.scan`."""
     first, middle, last = jax.random.split(key, 3)
     scale = gain * usual(act)
     kernels = jax.random.normal(middle, (depth, width, width)) * scale / np.sqrt(width)

@@ -35,16 +35,16 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A model whose cause of trouble is known.
+    """A model with a known cause of instability.
 
     Attributes:
         name: Its name in the tables.
         cause: A key of `optclip.diagnosis.findings.CAUSES`, or "healthy".
         make: Returns the problem for a seed.
-        sound: The same without the fault; for a healthy one, the same at the start.
-        also: Further causes that are true as well.
+        sound: The same without the fault; for a healthy model, before training.
+        also: Further causes that also apply.
         held_out: Whether it is held out until the final evaluation.
-        variants: The problem with a remedy built in that changes the program.
+        variants: The problem with each remedy that changes the program, by name.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Recipe:
         optimizer: The optimizer.
         loss: Takes ``forward``; returns ``loss_fn(params, batch)``.
         knobs: The network's keyword arguments.
-        spoil_params: What happens to the parameters, and to the batches, at the end.
-        spoil_batches: See above.
-        before: The recipe that was followed for the first ``steps`` steps.
-        steps: See above.
+        spoil_params: Changes the parameters last.
+        spoil_batches: Changes the batches last.
+        before: The recipe of the first ``steps`` steps.
+        steps: How many steps ``before`` is followed.
     """
 
     net: Callable
@@ -98,7 +98,7 @@ class Recipe:
         )
 
     def but(self, **changes: Any) -> "Recipe":
-        """Returns the recipe with other fields; ``knobs`` are added to its own."""
+        """Returns the recipe with other fields; ``knobs`` extend the existing ones."""
         knobs = {**self.knobs, **changes.pop("knobs", {})}
         return dataclasses.replace(self, knobs=knobs, **changes)
 
@@ -114,7 +114,7 @@ def _trained(recipe, steps, seed):
 
 
 def train(problem, steps):
-    """Trains; returns parameters, state, the losses, and whether all was finite."""
+    """Trains, and returns parameters, state, losses, and whether all was finite."""
     params, state = problem.params, problem.opt_state
     if state is None:
         state = problem.optimizer.init(params)
@@ -161,7 +161,7 @@ def fault(name, cause, recipe, *, remedies=(), mid=0, also=(), held_out=False, *
         cause: Its cause.
         recipe: The recipe that trains.
         remedies: The keys of `VARIANTS` that make sense for it.
-        mid: After how many good steps the fault begins; 0 for at once.
+        mid: After how many good steps the fault begins; 0 for the start.
         also: Further causes.
         held_out: Whether it is held out.
         **how: Fields of the recipe that make the fault.

@@ -65,7 +65,7 @@ def elman(key, *, width=32, channels=4, cell="tanh", growth=1.0, unroll=False,
 
 
 def diagonal(key, *, width=32, channels=4, growth=1.0, cell="", norm=False):
-    """A state-space model: each unit is multiplied by its own number at each step."""
+    """A state-space model: each step multiplies each unit by a separate factor."""
     if cell == "gru":
         return elman(key, width=width, channels=channels, cell="gru")
     keys = jax.random.split(key, 3)
@@ -89,7 +89,7 @@ def diagonal(key, *, width=32, channels=4, growth=1.0, cell="", norm=False):
 
 
 def haiku_rnn(key, *, width=32, cell="vanilla", growth=1.0, length=100, norm=False):
-    """Haiku's cells; time is the first axis. Vanilla means relu here."""
+    """Haiku's cells; time is the first axis. The vanilla cell uses relu."""
     del norm
 
     def body(x):

@@ -30,9 +30,8 @@ class Result:
     Attributes:
         scenario: The scenario.
         seed: The seed.
-        said: The causes in the order of the findings; "healthy" if there are none.
-        said: The causes that were found, in the order of the findings; "healthy" if
-            there are none.
+        said: The diagnosed causes in the order of the findings; "healthy" if none.
+        seconds: How long the diagnosis took.
         action: What the first remedy did, or "".
         helped: Whether the model trains after it; None for a healthy one.
         helped_all: Whether it trains after the first action of every finding.
@@ -52,7 +51,7 @@ class Result:
 
 
 def follow(scenario, problem, findings, seed):
-    """Returns what the first remedy did, whether it helped, and whether all do."""
+    """Returns what the first remedy did, whether it helped, and whether all helped."""
     if not findings:
         return "", False, False
     action, after = first_applicable(findings[0].remedies, problem, scenario, seed)

@@ -84,7 +84,7 @@ def pairs(seed, size=64, people=40, things=30):
 
 
 def choices(seed, size=64):
-    """What a policy observed, did and earned; the observation tells the best action."""
+    """Observations, actions and rewards of a policy; the best action is observable."""
     rng = np.random.default_rng(seed)
     best = rng.normal(size=(16, 4))
     batches = []

@@ -64,7 +64,7 @@ def _unit(x):
 
 
 def margin(forward):
-    """The Siamese loss: pairs of one class close, others at least two apart."""
+    """The Siamese loss: pairs of one class are close, others at least two apart."""
 
     def loss_fn(params, batch):
         (one, two), same = batch

@@ -205,7 +205,7 @@ class _WideDeep(nnx.Module):
 
 
 def wide_deep(key, *, width=24):
-    """Embedding tables, summed in a wide part and fed to a deep one, in NNX."""
+    """Embedding tables, summed in a wide part and passed to a deep one, in NNX."""
     graph, params = nnx.split(_WideDeep(width, nnx.Rngs(key)), nnx.Param)
     return params, lambda params, x: nnx.merge(graph, params)(x)
 

@@ -163,7 +163,7 @@ def vae(key, *, width=32, gain=1.0):
 
 
 def experts(key, *, inputs=20, width=24, count=4, outputs=8):
-    """Two of four experts for each example, weighted by a softmax over those two."""
+    """Two of four experts per example, weighted by a softmax over the two."""
     keys = jax.random.split(key, 5)
 
     def many(key, n_in, n_out, gain):

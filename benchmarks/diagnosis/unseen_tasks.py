@@ -71,7 +71,7 @@ def neighbors(seed, size=12, length=60):
 
 
 def rollouts(seed, size=12, length=50):
-    """How a damped, rotating system moves from an initial state under forces."""
+    """Trajectories of a damped, rotating system from an initial state under forces."""
     rng = np.random.default_rng(seed)
     turn = 0.95 * np.linalg.qr(rng.normal(size=(6, 6)))[0]
     push = rng.normal(size=(2, 6)) / 2
@@ -87,7 +87,7 @@ def rollouts(seed, size=12, length=50):
 
 
 def ring(seed, size=12, cells=16):
-    """Numbers on a ring, and their values after each has spread over five cells."""
+    """Numbers on a ring, and their values after each spread over five cells."""
 
     def draw(rng):
         x = rng.normal(size=(size, cells, 1))

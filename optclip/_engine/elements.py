@@ -1,4 +1,4 @@
-"""The pipeline for element scope: each entry is a group, and clipping is a clamp.
+"""The pipeline for element scope: each entry is a group, so clipping is a clamp.
 
 Arrays of norms and scales are never written to memory. For the telemetry, one pass over
 the updates finds the largest magnitude of each leaf. XLA fuses the clamp into the
@@ -62,12 +62,12 @@ def _clamp(
         return jnp.clip(x, low, high)
     threshold, target = (jnp.asarray(v).astype(magnitude.dtype) for v in limit[:2])
     if action is actions.rescale and limit.target is limit.threshold:
-        if not jnp.iscomplexobj(x):  # the code below gives the same with more work
+        if not jnp.iscomplexobj(x):  # the code below is equivalent but slower
             # XLA would turn two comparisons of ``x`` with its bounds into a minimum and
             # a maximum, which may flush subnormal numbers. So only |x| is compared.
             return jnp.where(jnp.abs(x) > target, jnp.where(x > 0, target, -target), x)
-    # A rule is given 0 in place of an infinite entry, so the target that it returns
-    # there need not be related to the threshold.
+    # Rules receive 0 in place of an infinite entry, so the target that they return for
+    # it may be unrelated to the threshold.
     infinite = jnp.isinf(magnitude)
     target = jnp.where(infinite, threshold, target)
     if action is actions.rescale:
@@ -88,9 +88,9 @@ def _largest_after(
     action: Callable,
     max_over_devices: Callable,
 ) -> jax.Array:
-    """Returns the largest magnitude after the clamp; ``top`` is the one before it.
+    """Returns the largest magnitude after the clamp, given ``top``, the largest before.
 
-    If all entries share one limit, it follows from ``top`` without another pass.
+    If all entries share one limit, it is computed from ``top`` without another pass.
     """
     if limit.low is not None or jnp.ndim(limit.threshold) or jnp.ndim(limit.target):
         return _largest(jnp.abs(y), max_over_devices).astype(top.dtype)
@@ -100,7 +100,7 @@ def _largest_after(
 
 
 def _largest(magnitude: jax.Array, max_over_devices: Callable) -> jax.Array:
-    """Returns the largest magnitude over all devices; NaN if any of them is NaN."""
+    """Returns the largest magnitude over all devices, or NaN if there is a NaN."""
     return largest_of(
         magnitude,
         add=lambda flags: max_over_devices(jnp.max(flags, initial=0)),
@@ -109,7 +109,7 @@ def _largest(magnitude: jax.Array, max_over_devices: Callable) -> jax.Array:
 
 
 def _exceeds(x: jax.Array, magnitude: jax.Array, limit: Limit) -> jax.Array:
-    """Returns which entries are outside their limits."""
+    """Returns a mask of the entries that are outside their limits."""
     if limit.low is None:
         return magnitude > limit.threshold
     return (x < limit.low) | (x > limit.target)
@@ -118,7 +118,7 @@ def _exceeds(x: jax.Array, magnitude: jax.Array, limit: Limit) -> jax.Array:
 def _smallest_factor(
     magnitude: jax.Array, y: jax.Array, exceeding: jax.Array, max_over_devices: Callable
 ) -> jax.Array:
-    """Returns the smallest |y| / |x| of the clipped entries; 1 if none is clipped."""
+    """Returns the smallest |y| / |x| of the clipped entries, or 1 if there are none."""
     usable = exceeding & (magnitude > 0) & jnp.isfinite(magnitude)
     share = jnp.abs(y) / jnp.where(usable, magnitude, 1.0)
     least = -max_over_devices(
@@ -136,8 +136,8 @@ def clamp_elements(call: Call, rule_state: tuple) -> Outcome:
         tops = call.measured.norm[0]
         tree_norm = jnp.max(jnp.where(jnp.isfinite(tops), tops, 0.0))
         skipped = call.bad & (policy == "skip")
-        # As in `scale_groups`: without this barrier, XLA for a CPU writes the values
-        # that measuring and clamping have in common to memory.
+        # As in `scale_groups`, without this barrier XLA on a CPU would write the values
+        # shared by measuring and clamping to memory.
         leaves, tops = sharding.kept_apart_on_cpu((leaves, tops))
     new, new_state, recorded = [], [], []
     for i, x in enumerate(leaves):
@@ -194,7 +194,7 @@ def _leaf_statistics(
     threshold: Any = jnp.asarray(limit.threshold).astype(top.dtype)
     low = jnp.min(threshold, initial=jnp.inf)
     if threshold.ndim == 0 and limit.low is None:
-        # A GPU's division is not correctly rounded: x / x may be below 1.
+        # Division on a GPU is not correctly rounded, so x / x may be below 1.
         usable = jnp.isfinite(top) & (top > 0) & (last != top)
         scale = jnp.where(usable, last / jnp.where(usable, top, 1.0), 1.0)
         return last, low, top > threshold, scale
@@ -207,7 +207,7 @@ def _leaf_statistics(
 
 
 def _statistics(leaves: list[tuple[jax.Array, ...]], tops: jax.Array) -> Statistics:
-    """Returns the statistics of the whole tree from those of each leaf."""
+    """Returns the statistics of the whole tree, given those of each leaf."""
     afters, thresholds, overs, scales = map(jnp.stack, zip(*leaves, strict=True))
     return Statistics(
         before=largest_of(tops),

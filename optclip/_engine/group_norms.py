@@ -1,6 +1,6 @@
 """Norms of groups, computed from sums of powers.
 
-Norms are float32, or float64 where a leaf is float64 or complex128.
+Norms are float32, or float64 if a leaf is float64 or complex128.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Measured(NamedTuple):
     """The norms of all groups: one array, or one per shape bucket of slices.
 
     Attributes:
-        norm: The norms. One that overflows its dtype is replaced by the largest finite
-            number; that of a group with a NaN or inf is NaN or inf.
+        norm: The norms. A norm that overflows its dtype is replaced by the largest
+            finite number. The norm of a group that contains NaN or inf is NaN or inf.
         reduced: The norms times 2**-64, which can't overflow.
-        kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
+        kinds: bool[leaves, 3]. Whether each leaf contains NaN, +inf, -inf.
     """
 
     norm: tuple[jax.Array, ...]
@@ -74,19 +74,19 @@ def _norm_of_norms(
     most: Callable[[jax.Array], jax.Array],
     back: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
-    """Returns the norm of ``norms``, without squaring large numbers.
+    """Returns the norm of ``norms`` without squaring large numbers.
 
-    The norms are divided by their maximum first. ``add`` and ``most`` are the sum and
-    the maximum over a group; ``back`` broadcasts a result to the members of its group.
+    The norms are first divided by their maximum. ``add`` and ``most`` compute the sum
+    and the maximum over a group; ``back`` broadcasts a result to the group's members.
     """
     if order == np.inf:
         return largest_of(norms, add, most)
-    # The derivative with respect to an infinite norm is NaN, and remains so when it is
+    # The derivative with respect to an infinite norm is NaN, and stays NaN even when
     # multiplied by 0.
     norms = jnp.where(norms < jnp.inf, norms, lax.stop_gradient(norms))
     top = most(lax.stop_gradient(norms))
-    # The squares of the finite norms must not overflow even if another norm is
-    # infinite: the derivative of the root is 0 there, and 0 times infinity is NaN.
+    # The squares of the finite norms must not overflow, even if another norm is
+    # infinite: the derivative of the root would be 0, and 0 times infinity is NaN.
     unit = usable_unit(jnp.minimum(top, jnp.finfo(top.dtype).max))
     ratio = norms / back(unit)
     powers = jnp.square(ratio) if order == 2.0 else ratio**order
@@ -94,7 +94,7 @@ def _norm_of_norms(
 
 
 def combine(norms: jax.Array, order: float) -> jax.Array:
-    """Returns the norm of all ``norms`` together."""
+    """Combines several norms into one: the norm of all their entries."""
     if norms.size == 1:
         return norms.reshape(())
     return _norm_of_norms(norms, order, jnp.sum, jnp.max)
@@ -109,7 +109,7 @@ def measure(
     for i, x in enumerate(leaves):
         if jnp.iscomplexobj(x) and plan.order == 2.0:
             re, im = x.real, x.imag
-            if plan.drop:  # drops both parts of an entry, also if one of them is finite
+            if plan.drop:  # drops both parts of an entry even if one is finite
                 fine_re, fine_im = jnp.isfinite(re), jnp.isfinite(im)
                 re, im = (
                     jnp.where(fine_im | ~fine_re, re, 0),
@@ -140,8 +140,8 @@ def _finalize(measured: Measured, cut: Cut) -> Measured:
         divided = jnp.where(overflowed, small / REDUCTION, norm / divisor)
         largest = jnp.finfo(norm.dtype).max
         too_large = overflowed & jnp.isinf(divided)
-        # One array behind one barrier: then XLA computes all that follows from it in
-        # one kernel on a GPU, and not in one kernel per scalar.
+        # With one array behind one barrier, XLA for a GPU computes all dependent values
+        # in one kernel, instead of one kernel per scalar.
         pair = jnp.stack([jnp.where(too_large, largest, divided), small])
         norm, small = sharding.kept_apart(pair)
         norms.append(norm)
@@ -161,8 +161,8 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
 def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the norm of each row of all leaves together, and the norm times 2**-64.
 
-    A row is an index along the first axis. A norm that overflows its dtype is replaced
-    by the largest finite number.
+    Rows are indexed by the first axis. A norm that overflows its dtype is replaced by
+    the largest finite number.
     """
     found = pytrees.leaves_of(tree)
     layout = Layout(tuple(tuple(range(1, x.ndim)) for x in found.leaves))
@@ -180,7 +180,7 @@ def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _over_devices(norm: jax.Array, order: float, names: tuple[str, ...]) -> jax.Array:
-    """Returns the norm of the vector that has one entry, ``norm``, per device."""
+    """Returns the norm of the vector of the values of ``norm`` on all devices."""
     if not names:
         return norm
     add, most = (functools.partial(f, axis_name=names) for f in (lax.psum, lax.pmax))
@@ -193,13 +193,13 @@ def _euclidean(
     """Returns the square root of the sum of squares of all ``norms``.
 
     All arrays need the same three sums, so XLA reduces each array in one kernel, and
-    the results of all devices in one all-reduce.
+    combines the results of all devices in one all-reduce.
     """
     limits, found = range_of(norms[0].dtype), []
     for norm, names in zip(norms, sharded_over, strict=True):
-        # The array isn't flattened: JAX can't flatten one that is sharded over an axis
-        # in the middle. The selects also keep derivatives finite: that of the square of
-        # the largest number is infinite, and times 0 it is NaN.
+        # The array isn't flattened, since JAX can't flatten an array that is sharded
+        # over a middle axis. The selects also keep derivatives finite: the derivative
+        # of the square of the largest number is infinite, and 0 times it is NaN.
         norm = jnp.where(norm < jnp.inf, norm, lax.stop_gradient(norm))
         sums = [
             jnp.where(norm < limits.high**0.5, norm, jnp.inf),
@@ -211,13 +211,13 @@ def _euclidean(
     plain, down, up = functools.reduce(jnp.add, found)
     squares, unit = chosen({"plain": plain, "down": down, "up": up}, 2.0)
     norm = root(squares, 2.0) * unit
-    # If no group is infinite, an infinite result means that the result overflowed.
+    # If no group is infinite, an infinite result must be due to overflow.
     overflowed = jnp.isposinf(norm) & jnp.isfinite(down)
     return jnp.where(overflowed, jnp.finfo(norm.dtype).max, norm)
 
 
 def total(norms: Sequence[jax.Array], cut: Cut) -> jax.Array:
-    """Returns the norm of all groups together, at most the largest finite number."""
+    """Returns the norm of all groups together, capped at the largest finite number."""
     if cut.layout.scalar:
         return norms[0].reshape(())
     widest = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
@@ -239,7 +239,7 @@ def total(norms: Sequence[jax.Array], cut: Cut) -> jax.Array:
             part = _norm_of_norms(norm, order, jnp.sum, jnp.max)
         parts.append(_over_devices(part, order, names))
     norm = combine(jnp.stack(parts), order)
-    # If no group is infinite, an infinite result means that the result overflowed.
+    # If no group is infinite, an infinite result must be due to overflow.
     pairs = zip(norms, sharded_over, strict=True)
     finite = [sharding.on_all(jnp.all(n < jnp.inf), names) for n, names in pairs]
     overflowed = jnp.isposinf(norm) & jnp.all(jnp.stack(finite))
@@ -260,7 +260,7 @@ def plan_of(
     axis_name: Any,
     drop: bool = False,
 ) -> Plan:
-    """Returns the plan of what to measure, and of how norms are stored in arrays."""
+    """Returns the plan: what to measure, and how norms are stored in arrays."""
     names, sharded_over = sharding.axis_names(
         axis_name, updates, found, list(layout.axes), local=layout.groups is None
     )
@@ -269,7 +269,7 @@ def plan_of(
     if layout.groups is not None:
         return Plan(power, layout.axes, layout.groups, names, drop, roles=roles)
     placed = list(map(sharding.placement, found.leaves))
-    # Leaves of one global shape that are sharded differently have different local
+    # Leaves with the same global shape but different shardings have different local
     # shapes, so they go into different buckets.
     specs = sharding.leaf_specs(axis_name, updates, found)
     alike = (found.leaves, layout.axes, names, sharded_over, placed, specs)
@@ -278,7 +278,7 @@ def plan_of(
 
 
 def check_mesh(plan: Plan) -> None:
-    """Raises if the plan names a mesh axis that is not bound here."""
+    """Raises an error if the plan names a mesh axis that is not bound."""
     sharding.check_bound(
         {n for names in (*plan.names, *plan.sharded_over) for n in names}
     )
@@ -287,14 +287,14 @@ def check_mesh(plan: Plan) -> None:
 class Cut(NamedTuple):
     """How the leaves of a tree are split into groups and measured.
 
-    It depends on the types of the leaves only.
+    This depends only on the types of the leaves.
 
     Attributes:
-        order: The norm's order, or "rms".
+        order: The order of the norm, or "rms".
         layout: Which entries form a group.
         plan: What to measure.
         counts: The number of entries in each group, one array per array of norms;
-            empty if it is not known.
+            empty if unknown.
         shapes: The shapes of the arrays of norms.
     """
 
@@ -317,7 +317,7 @@ def cut_by(
     """Returns how the leaves are split into the groups of a layout and measured.
 
     The number of entries in a group is known only if the mesh axes are bound
-    (``mapped``). An ``update`` runs inside `jax.shard_map`, but an ``init`` may not.
+    (``mapped``). ``update`` runs inside `jax.shard_map`, but ``init`` may not.
     """
     plan, counts = plan_of(updates, found, layout, order=order, **how), ()
     if mapped:
@@ -342,12 +342,12 @@ def _shapes(layout: Layout, leaves: list, plan: Plan) -> tuple[tuple[int, ...], 
 
 
 def norms_of(leaves: Sequence[jax.Array], cut: Cut) -> Measured:
-    """Returns the norms of the groups that the leaves are split into."""
+    """Returns the norms of all groups."""
     return _finalize(measure(tuple(leaves), cut.plan, _platform_of(leaves)), cut)
 
 
 def _platform_of(leaves: Sequence[jax.Array]) -> str | None:
-    """Returns the platform of the leaves; None under `jax.jit`, which hides it."""
+    """Returns the platform of the leaves, or None if they are traced."""
     if any(isinstance(x, Tracer) for x in leaves):
         return None
     return next(iter(leaves[0].devices())).platform if leaves else None

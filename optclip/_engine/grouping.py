@@ -1,9 +1,9 @@
-"""Which entries of a tree share a norm, from shapes and paths alone.
+"""Determines which entries of a tree share a norm, from shapes and paths alone.
 
-There are two ways to group entries. In `WholeLeafGroups` a group is one or several
-whole leaves, and all norms are one vector. In `SliceGroups` each leaf is split into
-slices with a norm each, and the norms of all leaves of one shape are one array, with
-one row per leaf.
+There are two ways to group entries. In `WholeLeafGroups`, a group consists of one or
+more whole leaves, and all norms form one vector. In `SliceGroups`, each leaf is split
+into slices with one norm per slice, and the norms of all leaves of the same shape form
+one array, with one row per leaf.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Arrays = tuple[jax.Array, ...]
 
 
 class WholeLeafGroups(NamedTuple):
-    """Groups of whole leaves: all norms are one vector, with one entry per group.
+    """Groups of whole leaves: all norms form one vector, with one entry per group.
 
     Attributes:
-        group_of_leaf: The number of each leaf's group.
+        group_of_leaf: The index of each leaf's group.
     """
 
     group_of_leaf: tuple[int, ...]
@@ -51,7 +51,7 @@ class WholeLeafGroups(NamedTuple):
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """For each leaf, which array of norms it has a part of, and which row."""
+        """The index of the array of norms, and the row in it, for each leaf."""
         return [(0, group) for group in self.group_of_leaf]
 
     def collected(self, per_segment: list[jax.Array]) -> Arrays:
@@ -80,12 +80,12 @@ class WholeLeafGroups(NamedTuple):
         return (x[np.asarray(groups)],)
 
     def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
-        """Returns the number of entries in each group, given that of each leaf."""
+        """Returns the number of entries per group, given the number per leaf."""
         groups = np.asarray(self.group_of_leaf, int)
         return (np.bincount(groups, weights=per_leaf, minlength=1),)
 
     def reordered(self, order: list[int]) -> WholeLeafGroups:
-        """Returns the groups of the leaves in another order."""
+        """Returns the groups for the leaves in another order."""
         return WholeLeafGroups(tuple(self.group_of_leaf[i] for i in order))
 
 
@@ -93,7 +93,7 @@ class SliceGroups(NamedTuple):
     """Groups that are slices of leaves: one array of norms per shape bucket.
 
     Attributes:
-        buckets: The numbers of the leaves whose norms share an array: those with the
+        buckets: The indices of the leaves whose norms share an array: leaves with the
             same shape, axes and mesh axes.
     """
 
@@ -101,7 +101,7 @@ class SliceGroups(NamedTuple):
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """For each leaf, which array of norms it has a part of, and which row."""
+        """The index of the array of norms, and the row in it, for each leaf."""
         found = {
             i: (k, row)
             for k, bucket in enumerate(self.buckets)
@@ -114,12 +114,12 @@ class SliceGroups(NamedTuple):
         return tuple(per_segment)
 
     def reduced(self, per_leaf: Arrays, largest: bool = False) -> Arrays:
-        """Returns the values unchanged: no group spans several leaves."""
+        """Returns the values unchanged, since no group spans several leaves."""
         del largest
         return per_leaf
 
     def expanded(self, per_group: Arrays) -> Arrays:
-        """Returns the values unchanged: each slice is a group."""
+        """Returns the values unchanged, since each slice is a group."""
         return per_group
 
     def sizes(self, per_leaf: list[float]) -> tuple[np.ndarray, ...]:
@@ -127,7 +127,7 @@ class SliceGroups(NamedTuple):
         return tuple(np.asarray(per_leaf[bucket[0]]) for bucket in self.buckets)
 
     def reordered(self, order: list[int]) -> SliceGroups:
-        """Returns the groups of the leaves in another order."""
+        """Returns the groups for the leaves in another order."""
         place = {old: new for new, old in enumerate(order)}
         return SliceGroups(
             tuple(tuple(place[i] for i in bucket) for bucket in self.buckets)
@@ -141,11 +141,11 @@ class Layout(NamedTuple):
     """How a scope splits one particular tree into groups.
 
     Attributes:
-        axes: Per leaf, the axes that a group is summed over.
-        groups: The `WholeLeafGroups`, or None where leaves are split into slices.
+        axes: For each leaf, the axes that a group is summed over.
+        groups: The `WholeLeafGroups`, or None if leaves are split into slices.
         scalar: Whether there is only one group, whose norm is a scalar.
-        names: The names by which thresholds are looked up: the label or path of each
-            group, or the path of each leaf where leaves are split into slices.
+        names: The names used to look up thresholds: the label or path of each group, or
+            the path of each leaf if leaves are split into slices.
     """
 
     axes: tuple[Axes, ...]
@@ -155,7 +155,7 @@ class Layout(NamedTuple):
 
 
 def shape_buckets(leaves: Sequence[Any], *each: Sequence[Any]) -> SliceGroups:
-    """Returns the groups of leaves that agree in shape and in all of ``each``."""
+    """Returns the groups of leaves that have equal shapes and values of ``each``."""
     alike: dict[Any, list[int]] = {}
     for i, (x, *rest) in enumerate(zip(leaves, *each, strict=True)):
         alike.setdefault((tuple(x.shape), *rest), []).append(i)
@@ -163,16 +163,16 @@ def shape_buckets(leaves: Sequence[Any], *each: Sequence[Any]) -> SliceGroups:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Returns whether a pattern of a table is found in a name."""
+    """Returns whether a name contains a match for a pattern."""
     return re.search(pattern, name) is not None
 
 
 def lookup(table: Any, path: str, argument: str) -> Any:
     """Returns the value of ``path`` in ``table``.
 
-    A table is a value, a function of the path, or a map from regular expression to
-    value. In a map the first pattern that matches the path counts; if none does, the
-    value is None.
+    A table is a value, a function of the path, or a map from regular expressions to
+    values. In a map, the first pattern that matches the path is used. If no pattern
+    matches, the value is None.
     """
     if isinstance(table, Mapping):
         for pattern, value in table.items():
@@ -195,7 +195,7 @@ def lookup(table: Any, path: str, argument: str) -> Any:
 
 
 def check_found(table: Any, paths: list[str], argument: str) -> None:
-    """Raises if ``table`` is a map of patterns, none of which matches a leaf."""
+    """Raises an error if ``table`` is a map whose patterns match no leaf."""
     if not isinstance(table, Mapping) or not table or not paths:
         return
     found = dict.fromkeys(table, True)
@@ -217,15 +217,15 @@ def whole_leaf_layout(
     scalar: bool = False,
     names: Sequence[Any] = (),
 ) -> Layout:
-    """Returns the layout that puts whole leaves into groups."""
+    """Returns a layout whose groups consist of whole leaves."""
     axes = tuple(_all_axes(x) for x in leaves)
     return Layout(axes, WholeLeafGroups(tuple(groups)), scalar, tuple(names))
 
 
 def _default_unit_axes(path: str, x: Any) -> Axes:
-    """Returns the axes that one output unit sums over, for kernels stored input-first.
+    """Returns the default axes that an output unit sums over.
 
-    These are the defaults of Optax's AGC.
+    They assume that kernels store input axes first, and match Optax's AGC.
     """
     if x.ndim <= 1:
         return _all_axes(x)
@@ -240,7 +240,7 @@ def _default_unit_axes(path: str, x: Any) -> Axes:
 
 
 def unit_axes(axis: Any) -> Callable[[str, Any], Axes]:
-    """Returns the function from a leaf to the axes that one output unit sums over."""
+    """Returns a function that maps a leaf to the axes that an output unit sums over."""
 
     def axes_of(path: str, x: Any) -> Axes:
         wanted = lookup(axis, path, "axis")

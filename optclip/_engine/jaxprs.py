@@ -1,7 +1,7 @@
-"""Evaluation of jaxprs, the programs that JAX traces, one equation at a time.
+"""Evaluates jaxprs, the programs that JAX traces, one equation at a time.
 
-`jax.extend` is imported in the functions that use it, so that importing optclip does
-not import it.
+`jax.extend` is imported inside the functions that use it, so that importing optclip
+does not import it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_literal(atom: Any) -> bool:
 
 
 def closed(jaxpr: Any, consts: Any = ()) -> Any:
-    """Returns a `ClosedJaxpr`: some primitives hold a jaxpr without its constants."""
+    """Wraps a jaxpr without constants, as some primitives store, in a `ClosedJaxpr`."""
     if hasattr(jaxpr, "consts") and hasattr(jaxpr, "jaxpr"):
         return jaxpr
     from jax.extend import core

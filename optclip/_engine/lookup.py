@@ -1,4 +1,4 @@
-"""Looks up the states of optclip in an optimizer state, and the names of leaves."""
+"""Finds the states of optclip in an optimizer state, and the names of leaves."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = [
     "path_finder",
 ]
 
-# Maps the codes of leaves that a state stores to (index, path) of each of them.
+# Maps the leaf codes in a state to a list of (index, path), one per leaf.
 Paths = Callable[[Any], list[tuple[int, str]]]
 
 
 class Located(NamedTuple):
-    """A state, and where it was found.
+    """A state and its location.
 
     Attributes:
         state: The state, as plain arrays.
-        groups: The labels of the groups of `optax.partition` that contain it, from the
-            outermost to the innermost; () if there are none.
+        groups: The labels of the `optax.partition` groups that contain the state, from
+            the outermost to the innermost; () if there are none.
     """
 
     state: Any
@@ -42,7 +42,7 @@ class Located(NamedTuple):
 
 
 def _plain(leaf: Any) -> Any:
-    """Returns the array in a Flax NNX variable; returns other leaves unchanged."""
+    """Returns the array in a Flax NNX variable, and other leaves unchanged."""
     if isinstance(leaf, (jax.Array, np.ndarray)) or not hasattr(leaf, "get_value"):
         return leaf
     return leaf.get_value()
@@ -53,7 +53,7 @@ def _is_variable(node: Any) -> bool:
 
 
 def outside_jit(tree: Any, name: str) -> None:
-    """Raises inside jit, where the codes of paths can't be read."""
+    """Raises an error inside jit, where the codes of paths can't be read."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
         raise ValueError(
             f"`{name}` needs concrete values to look up the names of leaves, got "
@@ -109,7 +109,7 @@ def find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
 
 
 def contents_of(opt_state: Any) -> str:
-    """Describes what an optimizer state contains, for messages."""
+    """Describes the contents of an optimizer state, for error messages."""
     kinds: dict[str, None] = {}
 
     def visit(node):
@@ -122,7 +122,7 @@ def contents_of(opt_state: Any) -> str:
 
 
 def _names_of(tree: Any) -> dict[int, str]:
-    """Returns the map from the codes of leaves, as in a state, to their paths."""
+    """Returns a dict that maps the code of each leaf to its path."""
     paths = pytrees.leaves_of(tree).paths
     codes = path_codes(paths)
     return {int(c): p for c, p in zip(codes, paths, strict=False)}
@@ -142,7 +142,7 @@ def _subtrees(tree: Any, least: int) -> Iterator[Any]:
 def path_finder(opt_state: Any, params: Any) -> Paths:
     """Returns a function that finds the paths of the leaves that a state tracks.
 
-    Without ``params``, the paths are those of a part of ``opt_state`` that has the
+    If ``params`` is None, the paths are taken from a part of ``opt_state`` that has the
     structure of the parameters, such as the moments of Adam.
     """
     (empty,) = path_codes([]).tolist()

@@ -1,4 +1,4 @@
-"""Names of leaves, such as "encoder/0/kernel", and the codes that states store."""
+"""Names of leaves, such as "encoder/0/kernel", and their integer codes in states."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from optax import MaskedNode
 
 __all__ = ["leaf_names", "path_codes", "path_name"]
 
-# Flax wraps arrays in these classes or in subclasses of them. They are pytree nodes
-# with a field `value`, which is not part of a parameter's name.
+# Flax wraps arrays in these classes or their subclasses. They are pytree nodes with a
+# field `value`, which is not part of a parameter's name.
 _BOXES = {"Variable", "VariableState", "AxisMetadata"}
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_box_type(kind: type) -> bool:
-    # Compares modules and names, so that Flax need not be installed.
+    # Modules and names are compared, so that Flax need not be installed.
     return any(
         base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax"
         for base in kind.__mro__
@@ -48,8 +48,8 @@ def _is_hole(node: Any) -> bool:
 def _entries(tree: Any) -> list[tuple[tuple, Any]]:
     """Returns the (key path, leaf) of each leaf, without the field `value` of boxes.
 
-    Masked and absent leaves have entries too, so that a subset of the parameters has
-    the same names as in the whole tree.
+    Masked and absent leaves also have entries, so that the parameters in a subset of
+    the tree have the same names as in the whole tree.
     """
 
     def stop(node):
@@ -65,7 +65,7 @@ def _entries(tree: Any) -> list[tuple[tuple, Any]]:
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Returns the names, with a number added to each one that occurred before."""
+    """Returns the names, with a number appended to each repeated name."""
     used, out = set(), []
     for name in names:
         new, k = name, 1
@@ -77,13 +77,13 @@ def _numbered(names: list[str]) -> list[str]:
     return out
 
 
-# The code of a state without leaves. It is not 0, which is the checksum of the empty
-# name: that of an array without a container.
+# The code that a state without leaves stores. It is not 0, since 0 is the checksum of
+# the empty name, which is the name of an array without a container.
 NO_LEAF = -1
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """Returns the name of each leaf of ``tree``; all names are distinct.
+    """Returns a distinct name for each leaf of ``tree``.
 
     Leaves whose names would be the same, as in ``{"a/b": x, "a": {"b": y}}``, are named
     by their keys instead: "['a/b']" and "['a']['b']".
@@ -104,7 +104,7 @@ def _checksum(name: str) -> int:
 
 
 def path_codes(names: list[str]) -> np.ndarray:
-    """Returns one int32 per name, by which a state identifies the leaves it tracks.
+    """Returns one int32 per name, which identifies a leaf in a state.
 
     Codes are CRC-32 checksums. If two names have the same checksum, zero bytes are
     appended to the second name until its checksum is distinct.

@@ -1,21 +1,21 @@
 """Sums of powers over the leaves of a pytree, correct for entries of any magnitude.
 
-In float32, the square of a number overflows from 2**64 on and underflows below 2**-63.
-So there are three sums of squares: of the entries, of the entries scaled down, and of
-the entries scaled up. For each group the one that neither overflowed nor underflowed is
-used:
+In float32, the square of a number overflows above 2**64 and underflows below 2**-63. So
+there are three sums of squares: of the entries, of the entries scaled down, and of the
+entries scaled up. Each group uses a sum that neither overflowed nor underflowed:
 
-* On an accelerator all three are computed in one pass, without a condition. Arithmetic
-  is free there compared with reading memory, and a condition makes the host wait.
-* On a CPU only the first is computed. If it overflowed or underflowed, the entries are
-  scaled and summed in another pass. Arithmetic is the bottleneck on a CPU.
+* On an accelerator, all three sums are computed in one pass, without a conditional.
+  Arithmetic costs little compared with reading memory, and a conditional makes the host
+  wait.
+* On a CPU, only the first sum is computed. If it overflowed or underflowed, the entries
+  are scaled and summed in another pass, since arithmetic is the bottleneck on a CPU.
 
-On an accelerator the same sums detect non-finite entries. A NaN makes every sum of
+On an accelerator, the same sums detect non-finite entries. A NaN makes every sum of
 squares NaN. The sum of the entries scaled up is never used if an entry is infinite, so
-it is free to carry the sign of infinities.
+it can encode the signs of infinities instead.
 
-The first part of this module decides which leaves are reduced by one kernel, and in
-which order.
+The first part of this module decides which leaves are reduced by the same kernel, and
+in what order.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ __all__ = [
 
 # Leaves of at most SMALL_BYTES are stacked and reduced together if at least MANY_ALIKE
 # have the same type, so that a program with a thousand leaves compiles quickly. A stack
-# has at most MOST_SMALL leaves, since XLA compiles larger ones slowly. It has at most
-# ROOM_BYTES, or ROOM_SHARE of the bytes of all leaves if that is more.
+# has at most MOST_SMALL leaves, since XLA compiles larger stacks slowly. It takes up at
+# most ROOM_BYTES, or ROOM_SHARE of the bytes of all leaves if that is more.
 SMALL_BYTES, MANY_ALIKE, MOST_SMALL = 2**16, 8, 64
 ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
 # On a GPU, a stack of up to this many leaves is reduced by one kernel, instead of one
@@ -69,28 +69,28 @@ ROOM_BYTES, ROOM_SHARE = 2**20, 1 / 256
 # small leaves, such as 64 x 64, to memory, which moves more bytes but needs far fewer
 # kernels. It splits larger stacks into several kernels that read the leaves again.
 MOST_STACKED = 16
-# The most results that one kernel on a GPU can return. If there are more, XLA makes one
-# kernel per result.
+# The maximum number of results of one kernel on a GPU. If there are more, XLA generates
+# one kernel per result.
 MOST_RESULTS = 64
 
 
 class Plan(NamedTuple):
-    """What to measure; hashable, so that equal plans share one trace.
+    """A description of what to measure, hashable so that equal plans share one trace.
 
     Attributes:
-        order: The norm's order: a float of at least 1, or inf.
-        axes: Per leaf, the axes that a group is summed over; all of them for whole
-            leaves.
+        order: The order of the norm: a float that is at least 1, or inf.
+        axes: For each leaf, the axes that a group is summed over; all axes if groups
+            consist of whole leaves.
         groups: Which leaves, or slices of leaves, share a norm.
-        names: Per leaf, the mesh axes that its sums are reduced over.
+        names: For each leaf, the mesh axes that its sums are reduced over.
         drop: Whether non-finite entries are left out.
-        sharded_over: Per leaf, the mesh axes that its slices are sharded over; empty
-            for whole leaves.
-        roles: Per leaf, its path without numbers; empty if there are no paths. On a
-            GPU, only leaves with the same role are stacked. Under `jax.jit` the type of
-            a leaf does not show its sharding, and XLA would move leaves between devices
-            to stack them with leaves that are sharded differently. Leaves that have one
-            role in several layers typically have the same sharding.
+        sharded_over: For each leaf, the mesh axes that its slices are sharded over;
+            empty if groups consist of whole leaves.
+        roles: For each leaf, its path without numbers; empty if there are no paths. On
+            a GPU, only leaves with the same role are stacked. Under `jax.jit`, the type
+            of a leaf does not include its sharding, and XLA would move leaves between
+            devices to stack leaves that are sharded differently. Leaves with the same
+            role in different layers typically have the same sharding.
     """
 
     order: float
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
         return [sharded[bucket[0]] for bucket in self.groups.buckets]
 
     def trailing(self, leaves: Sequence[jax.Array]) -> bool:
-        """Returns whether groups are summed over last axes, so contiguous in memory."""
+        """Returns whether all groups are summed over the last axes, so contiguous."""
         pairs = zip(self.axes, leaves, strict=True)
         return all(
             tuple(sorted(axes)) == tuple(range(x.ndim - len(axes), x.ndim))
@@ -125,20 +125,20 @@ class Plan(NamedTuple):
 
     @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
-        """Per leaf, all mesh axes that it is sharded over."""
+        """For each leaf, all mesh axes that it is sharded over."""
         if not self.sharded_over:
             return self.names
         return tuple(n + a for n, a in zip(self.names, self.sharded_over, strict=True))
 
 
 def wide_dtype(x: jax.Array) -> Any:
-    """Returns the dtype that ``x`` is measured in: real, float32 or float64."""
+    """Returns the real dtype that ``x`` is measured in: float32 or float64."""
     info = jnp.finfo(x.dtype)
     return info.dtype if info.bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """Returns ``x`` in the dtype that products are taken in: float32 or wider."""
+    """Returns ``x`` in the dtype that products are computed in: float32 or wider."""
     return x if jnp.iscomplexobj(x) else x.astype(wide_dtype(x))
 
 
@@ -148,12 +148,12 @@ def spread(values: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
-    """Returns the slices of ``parts`` for each leaf; parts are laid out like norms."""
+    """Returns the slices of ``parts``, which are laid out like norms, for each leaf."""
     places = plan.groups.rows
 
     def looked_up(parts):
-        # XLA compiles a kernel for each constant index that it slices at. It can't see
-        # an index behind a barrier, so all leaves of one shape share a kernel.
+        # XLA compiles a kernel for each constant slice index. It can't see an index
+        # behind a barrier, so all leaves of the same shape share a kernel.
         at = lambda row: lax.optimization_barrier(np.int32(row))  # noqa: E731
         return [
             tuple(
@@ -165,9 +165,9 @@ def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
     def sliced(parts):
         if plan.in_slices:
             return [tuple(p[k][row] for p in parts) for k, row in places]
-        # XLA would merge everything that reads one array into kernels that are slow to
-        # compile. So one kernel copies out the values of each leaf. The maximum changes
-        # no value; without it, XLA would make one kernel per slice.
+        # XLA would merge all consumers of one array into kernels that are slow to
+        # compile, so one kernel copies out the values of each leaf. The maximum doesn't
+        # change any value, but without it XLA would generate one kernel per slice.
         (dtype,) = {p[0].dtype for p in parts if p[0].dtype != bool}
         table = jnp.stack([p[0].astype(dtype) for p in parts], axis=-1)
         each: list[jax.Array] = []
@@ -188,7 +188,7 @@ def unpool(parts: Sequence[Arrays], plan: Plan) -> list[tuple[jax.Array, ...]]:
 
 
 def _alike(leaves: Sequence[jax.Array], plan: Plan) -> list[list[int]]:
-    """Returns the numbers of the leaves, grouped by type and mesh axes."""
+    """Returns the indices of the leaves, grouped by type and mesh axes."""
     alike: dict[Any, dict[str, list[int]]] = {}
     for i, x in enumerate(leaves):
         by_role = alike.setdefault((plan.names[i], jax.typeof(x)), {})
@@ -202,14 +202,14 @@ def _role(i: int, plan: Plan) -> str:
 
 
 def bucket_order(leaves: Sequence[jax.Array], plan: Plan) -> list[int]:
-    """Returns the order in which `read` needs the leaves: it does not reorder them."""
+    """Returns the order of the leaves that `read` requires."""
     if isinstance(plan.groups, SliceGroups):
         return [i for bucket in plan.groups.buckets for i in bucket]
     return [i for at in _alike(leaves, plan) for i in at]
 
 
 def reordered(plan: Plan, order: list[int]) -> Plan:
-    """Returns the plan for the leaves in another order."""
+    """Returns the plan for the leaves in a different order."""
     take = lambda each: tuple(each[i] for i in order) if each else ()  # noqa: E731
     return plan._replace(
         axes=take(plan.axes),
@@ -224,9 +224,9 @@ class Form(NamedTuple):
     """How leaves are reduced on one kind of device.
 
     Attributes:
-        stack_all: Whether leaves of every size are stacked, or small ones only. On a
-            GPU, XLA fuses the stacking into sums over the last axes. For other sums,
-            and on other devices, it writes the stack to memory.
+        stack_all: Whether leaves of any size are stacked, or only small ones. On a GPU,
+            XLA fuses the stacking into sums over the last axes. For other sums, and on
+            other devices, it writes the stack to memory.
         one_pass: Whether several sums are computed in one pass. If not, stacks are
             written to memory, one after another into the same buffer.
     """
@@ -236,7 +236,7 @@ class Form(NamedTuple):
 
 
 CPU, GPU, TPU = Form(False, False), Form(True, True), Form(False, True)
-# On a GPU, for groups that are not contiguous in memory: each sum has its own pass.
+# Used on a GPU if groups are not contiguous in memory: each sum has its own pass.
 COLUMNS = Form(False, True)
 
 
@@ -257,8 +257,8 @@ class Segment(NamedTuple):
     """Leaves whose sums form one array.
 
     Attributes:
-        leaves: The numbers of the leaves.
-        chunks: The same numbers, in chunks that are stacked and reduced together.
+        leaves: The indices of the leaves.
+        chunks: The same indices, in chunks that are stacked and reduced together.
         names: The mesh axes that sums are reduced over.
     """
 
@@ -268,7 +268,7 @@ class Segment(NamedTuple):
 
 
 def segments(leaves: Sequence[jax.Array], plan: Plan, form: Form) -> list[Segment]:
-    """Returns the segments of the leaves, which must be in their `bucket_order`."""
+    """Returns the segments of the leaves, which must be in `bucket_order`."""
     sizes = [x.size * x.dtype.itemsize for x in leaves]
     room, found = max(ROOM_BYTES, ROOM_SHARE * sum(sizes)), []
     if isinstance(plan.groups, SliceGroups):
@@ -297,17 +297,17 @@ def read(
     most: Sequence[bool] | None = None,
     factors: Arrays | None = None,
 ) -> list[list[jax.Array]]:
-    """Returns the results of ``kernel`` on the leaves: per segment, one array per sum.
+    """Applies ``kernel`` to the leaves, and returns one array per segment and sum.
 
     Args:
-        leaves: The leaves, real, in their `bucket_order`.
+        leaves: The leaves, which must be real and in `bucket_order`.
         plan: What to measure.
         form: How leaves are reduced on this kind of device.
         kernel: A function of stacked leaves, the axes to reduce and a factor, which
             returns several sums.
-        most: For each sum, whether it is a maximum; devices are reduced accordingly.
-        factors: What the entries of each leaf are multiplied by, in arrays of the same
-            layout as the sums.
+        most: For each sum, whether it is a maximum, also over devices.
+        factors: The factors that the entries of each leaf are multiplied by, in arrays
+            of the same layout as the sums.
     """
     out, taken = [], {}
     for k, segment in enumerate(segments(leaves, plan, form)):
@@ -316,10 +316,10 @@ def read(
             xs, stacked = [leaves[i] for i in chunk], len(chunk) > 1
             in_turns = not form.one_pass and (stacked or plan.drop)
             if in_turns:
-                # ``one`` is always 1, but XLA can't know that: each chunk depends on
-                # the one before it, so that they reuse one buffer. Only chunks with the
-                # same mesh axes are chained, since the product varies over the mesh
-                # axes of both factors.
+                # ``one`` is always 1, but XLA can't know that. It makes each chunk
+                # depend on the previous one, so that they reuse one buffer. Only chunks
+                # with the same mesh axes are chained, since the product varies over the
+                # mesh axes of both factors.
                 along = sharding.varying(xs[0])
                 last = taken.get(along, jnp.zeros([], jnp.float32))
                 one = jnp.where(last < 0, 0, 1).astype(xs[0].dtype)
@@ -342,8 +342,8 @@ def _over_devices(
 ) -> list:
     """Returns the sums, or maxima, of all chunks, reduced over these mesh axes.
 
-    All sums share one concatenation and one collective: XLA merges small reductions
-    whose results are used by one operation.
+    All sums share one concatenation and one collective, since XLA merges small
+    reductions whose results are used by one operation.
     """
     columns: list[Any] = [None] * len(rows[0])
     maxima = [i for i, flag in enumerate(most or ()) if flag]
@@ -355,8 +355,8 @@ def _over_devices(
         table = each.reshape(len(at), len(each) // len(at), *each.shape[1:])
         table = reduce(table, names) if names else table
         if form.one_pass:
-            # Without the barrier, XLA computes a sum of these sums as one more sum over
-            # all entries.
+            # Without the barrier, XLA would compute a sum of these sums as another sum
+            # over all entries.
             table = lax.optimization_barrier(table)
         for i, column in zip(at, table, strict=True):
             columns[i] = column
@@ -379,10 +379,12 @@ class PowerSums(NamedTuple):
     """The sums of powers of all groups: one array, or one per shape bucket.
 
     Attributes:
-        sums: The sum of |x / unit|**p over each group; for order inf, the maximum.
-            Non-finite if and only if an entry of the group is, and is not dropped.
-        units: Powers of two; for an order other than 1, 2 and inf, any numbers.
-        kinds: bool[leaves, 3]. Whether each leaf holds NaN, +inf, -inf.
+        sums: The sum of |x / unit|**p over each group, or the maximum for order inf. It
+            is non-finite if and only if the group has a non-finite entry that is not
+            dropped.
+        units: The units of the groups: powers of two for orders 1, 2 and inf, and
+            arbitrary numbers for other orders.
+        kinds: bool[leaves, 3]. Whether each leaf contains NaN, +inf, -inf.
     """
 
     sums: Arrays
@@ -394,13 +396,13 @@ class Range(NamedTuple):
     """The range in which sums of squares of a dtype are accurate.
 
     Attributes:
-        high: A sum of at least this may have overflowed.
+        high: A sum that is at least this large may have overflowed.
         low: In a sum below this, significant squares may have underflowed.
         down: The factor for entries whose sum is too large. A sum of 2**32 squares of
-            the largest number, scaled by it, does not overflow.
+            the largest number, scaled by this factor, does not overflow.
         up: The factor for entries whose sum is too small.
         cap: The largest square of an entry, scaled by ``up``, if the sum is below
-            ``low``. A sum of 2**60 of these does not overflow.
+            ``low``. A sum of 2**60 such squares does not overflow.
     """
 
     high: float
@@ -425,10 +427,10 @@ def range_of(dtype: Any) -> Range:
 
 
 def _signs(x: jax.Array) -> jax.Array:
-    """Returns ``x`` with all entries but infinities replaced by 0.
+    """Returns ``x`` with all entries except infinities replaced by 0.
 
-    The sum of these is infinite if the infinities have one sign, and NaN if they have
-    both.
+    The sum of the result is infinite if all infinities have the same sign, and NaN if
+    both signs occur.
     """
     return jnp.where(jnp.abs(x) == jnp.inf, x, jnp.zeros_like(x))
 
@@ -438,8 +440,8 @@ def scaled(x: jax.Array, scale: float) -> jax.Array:
 
     XLA rewrites the square of a single number times a constant as the product of their
     squares, one of which overflows while the other underflows. A select between the
-    product and its square prevents that. The entries that it replaces by 0 are not
-    needed in the sum that this is for.
+    product and its square prevents this. The entries that it replaces by 0 do not
+    contribute to the sum that uses the result.
     """
     if x.size != 1:
         return x * scale
@@ -459,8 +461,8 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
     if name == "up":
         square = jnp.square(scaled(x, limits.up))
         fits = square < limits.cap if x.size != 1 else jnp.abs(x) < limits.small
-        # Squares that are too large are replaced by the entry scaled down: infinities
-        # keep their sign, and finite entries can't sum up to infinity.
+        # Squares that are too large are replaced by the entry scaled down, so that
+        # infinities keep their sign, and finite entries can't add up to infinity.
         large = jnp.zeros_like(x) if drop else jnp.where(x == x, x * limits.down, 0.0)
         return jnp.where(fits, square, large)
     if unit is not None:
@@ -473,7 +475,7 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
     if order == 1.0:
         return x
     if order == np.inf:
-        # NaN is replaced by infinity, since an all-reduce of maxima drops NaN.
+        # NaN is replaced by infinity, since a max all-reduce drops NaN.
         return jnp.where(jnp.isnan(x), jnp.inf, x)
     zero = x == 0  # keeps derivatives of x**p finite at 0 if p < 2
     return jnp.where(zero, 0.0, jnp.where(zero, 1.0, x) ** order)
@@ -483,7 +485,7 @@ def _term(x: jax.Array, unit: Any, name: str, order: float, drop: bool) -> jax.A
 def _sum_kernel(
     x: jax.Array, axes: tuple, factor: Any, names: tuple, how: tuple
 ) -> list:
-    """Returns the sums with these names over ``axes``; for order inf, the maximum."""
+    """Returns the named sums over ``axes``; "plain" is a maximum for order inf."""
     order, drop, dtype = how
     x, found = x.astype(dtype or wide_dtype(x)), []
     for name in names:
@@ -498,11 +500,11 @@ def _sum_kernel(
 def _names(order: float, drop: bool) -> tuple[str, ...]:
     """Returns the names of the sums that are needed.
 
-    Together they give the norm for entries of any magnitude, and show which kinds of
-    non-finite entries there are. "plain" is the sum of |x|**p; "down" and "up" are the
-    same sum of the entries scaled down and up. "up" also shows infinities and their
-    signs. If there is no "up", or infinities are dropped from it, "signs" shows them.
-    "nans" counts NaN if "plain" does not show them.
+    Together, the sums determine the norm for entries of any magnitude, and which kinds
+    of non-finite entries there are. "plain" is the sum of |x|**p; "down" and "up" are
+    the same sum over the entries scaled down and up. "up" also encodes infinities and
+    their signs. If there is no "up", or if infinities are dropped from it, "signs"
+    encodes them. "nans" counts NaNs if "plain" does not propagate them.
     """
     if order == 2.0:
         return ("plain", "down", "up", *(("signs", "nans") if drop else ()))
@@ -511,7 +513,7 @@ def _names(order: float, drop: bool) -> tuple[str, ...]:
 
 
 def _kernel(names: Sequence[str], leaves: Arrays, plan: Plan) -> Callable:
-    """Returns the kernel for `read` that computes the sums with these names."""
+    """Returns a kernel for `read` that computes the named sums."""
     dtype = None
     if not plan.in_slices:  # one vector of sums
         dtype = functools.reduce(jnp.promote_types, map(wide_dtype, leaves))
@@ -522,25 +524,25 @@ def _kernel(names: Sequence[str], leaves: Arrays, plan: Plan) -> Callable:
 def plain_sums(
     leaves: Arrays, plan: Plan, form: Form, factors: Arrays | None = None
 ) -> Arrays:
-    """Returns the sums over groups of |x * factor|**p, or maxima, without checks."""
+    """Returns the sums (or maxima) over groups of |x * factor|**p, without checks."""
     most = plan.order == np.inf
     if factors is not None:
-        # Without the barrier, XLA broadcasts the factor of a group to the shape of a
-        # leaf and writes that to memory.
+        # Without the barrier, XLA would broadcast the factor of a group to the shape of
+        # a leaf and write the result to memory.
         factors = sharding.kept_apart(plan.groups.expanded(factors))
     kernel = _kernel(["plain"], leaves, plan)
     found = read(leaves, plan, form, kernel, [most], factors)
-    # Without the barrier, XLA computes a sum of these sums as one more sum over all
+    # Without the barrier, XLA would compute a sum of these sums as another sum over all
     # entries.
     sums = sharding.kept_apart(plan.groups.collected([columns[0] for columns in found]))
     return plan.groups.reduced(sums, most)
 
 
 def _units(leaves: Arrays, plan: Plan, form: Form) -> Arrays | None:
-    """Returns units near the largest entry of each group, for orders that need one.
+    """Returns units near the largest entry of each group, or None if not needed.
 
-    |x|**p overflows and underflows sooner than the square if p is large, so entries are
-    divided by the unit of their group. Orders 1, 2 and inf don't need that.
+    If p is large, |x|**p overflows and underflows sooner than the square, so entries
+    are divided by the unit of their group. Orders 1, 2 and inf don't need units.
     """
     if plan.order in (1.0, 2.0, np.inf):
         return None
@@ -555,7 +557,7 @@ def _inverse(units: Arrays | None) -> Arrays | None:
 def _kinds(
     nan: jax.Array, signs: jax.Array, sharded_over: tuple[str, ...]
 ) -> jax.Array:
-    """Returns bool[rows, 3]: whether any group of a row holds NaN, +inf, -inf."""
+    """Returns bool[rows, 3]: whether any group in a row contains NaN, +inf, -inf."""
     both = signs != signs
     kinds = [nan, both | (signs == jnp.inf), both | (signs == -jnp.inf)]
     kinds = jnp.stack(kinds, axis=-1)
@@ -564,18 +566,18 @@ def _kinds(
 
 
 def _anywhere(flags: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Returns which flags are set on any device along these mesh axes."""
+    """Returns whether each flag is set on any device along the given mesh axes."""
     return lax.pmax(flags.astype(jnp.int32), names) > 0 if names else flags
 
 
 def _nan_and_signs(column: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns whether there is a NaN, and the sum that is non-finite for infinities."""
+    """Returns whether there is a NaN, and the sum that encodes infinities."""
     nan = column["nans"] > 0 if "nans" in column else column["plain"] != column["plain"]
     return nan, column["signs" if "signs" in column else "up"]
 
 
 def chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.Array]:
-    """Returns the accurate one of the sums of each group, and its unit."""
+    """Returns the most accurate sum for each group, and its unit."""
     total = plain = column["plain"]
     unit, limits = jnp.ones_like(plain), range_of(plain.dtype)
     if "down" in column:
@@ -590,7 +592,7 @@ def chosen(column: dict[str, jax.Array], order: float) -> tuple[jax.Array, jax.A
 
 
 def careful_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
-    """Returns the sums of powers, from one pass over the leaves without a condition."""
+    """Returns the sums of powers in one pass over the leaves, without a conditional."""
     units = _units(leaves, plan, form)
     names = _names(plan.order, plan.drop)
     maxima = [plan.order == np.inf and name == "plain" for name in names]
@@ -623,8 +625,8 @@ def _counts(x: jax.Array, axes: tuple[int, ...], factor: Any) -> list[jax.Array]
     del axes, factor
     kinds = (x != x, x == jnp.inf, x == -jnp.inf)
     kinds = tuple(kind.astype(jnp.float32) for kind in kinds)
-    # One reduction of three numbers: each of three reductions would write its mask to
-    # memory.
+    # The three counts share one reduction: with three reductions, each of them would
+    # write its mask to memory.
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
     zeros = (np.float32(0),) * 3
     counts = lax.reduce(kinds, zeros, add, tuple(range(1, x.ndim)))
@@ -632,7 +634,7 @@ def _counts(x: jax.Array, axes: tuple[int, ...], factor: Any) -> list[jax.Array]
 
 
 def _counted_kinds(leaves: Arrays, plan: Plan, form: Form) -> jax.Array:
-    """Returns bool[leaves, 3]: whether each leaf holds NaN, +inf, -inf."""
+    """Returns bool[leaves, 3]: whether each leaf contains NaN, +inf, -inf."""
     found = read(leaves, plan, form, _counts)
     kinds = [
         _anywhere(counts > 0, plan.per_array[k] if plan.in_slices else ())
@@ -642,7 +644,7 @@ def _counted_kinds(leaves: Arrays, plan: Plan, form: Form) -> jax.Array:
 
 
 def _nan_groups(leaves: Arrays, plan: Plan, form: Form) -> Arrays:
-    """Returns whether each group holds a NaN."""
+    """Returns whether each group contains a NaN."""
     kernel = _kernel(["nans"], leaves, plan)
     found = read(leaves, plan, form, kernel)
     counts = plan.groups.reduced(
@@ -654,10 +656,11 @@ def _nan_groups(leaves: Arrays, plan: Plan, form: Form) -> Arrays:
 def rescaled_sums(
     leaves: Arrays, sums: Arrays, units: Arrays, plan: Plan, form: Form
 ) -> PowerSums:
-    """Returns the sums of powers if plain sums are inaccurate, by scaling the entries.
+    """Returns the sums of powers of scaled entries, used if plain sums are inaccurate.
 
-    Each sum has its own pass over the leaves, behind its own barrier: on a CPU, XLA
-    would write values that several passes share, such as a widened leaf, to memory.
+    Each sum has its own pass over the leaves, behind its own barrier. Otherwise, XLA on
+    a CPU would write values shared by several passes, such as widened leaves, to
+    memory.
     """
     leaves = sharding.kept_apart(leaves)
     if plan.drop:
@@ -686,7 +689,7 @@ def _lost_below(x: jax.Array) -> float:
 
 
 def _fails(leaves: Arrays, sums: Arrays, plan: Plan) -> jax.Array:
-    """Returns whether a plain sum is inaccurate on any of the devices involved."""
+    """Returns whether a plain sum is inaccurate on any device."""
     high = [
         range_of(s.dtype).high if plan.order in (1.0, 2.0) else jnp.inf for s in sums
     ]
@@ -701,8 +704,8 @@ def _fails(leaves: Arrays, sums: Arrays, plan: Plan) -> jax.Array:
 
 
 def _lowest(leaves: Arrays, plan: Plan) -> list[float]:
-    """Returns, per array of sums, the sum below which squares may have underflowed."""
-    # These are Python floats, since JAX can't shard a constant array under `lax.cond`
+    """Returns the bound for each array of sums below which squares may underflow."""
+    # These are Python floats, since JAX can't shard a constant array in a `lax.cond`
     # that is vmapped over an explicitly sharded axis.
     lost = [_lost_below(x) if plan.order == 2.0 else 0.0 for x in leaves]
     pairs = zip(plan.groups.rows, lost, strict=True)
@@ -720,7 +723,7 @@ def _unreduced_axes(leaves: Arrays, plan: Plan) -> tuple[str, ...]:
 
 
 def quick_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
-    """Returns the plain sums of powers, or `rescaled_sums` if these are inaccurate."""
+    """Returns the plain sums of powers, or `rescaled_sums` if they are inaccurate."""
     units = _units(leaves, plan, form)
     detecting = plan._replace(drop=False)  # so that non-finite entries make sums fail
     sums = plain_sums(leaves, detecting, form, _inverse(units))
@@ -745,8 +748,8 @@ def quick_sums(leaves: Arrays, plan: Plan, form: Form) -> PowerSums:
 def power_sums(leaves: Arrays, plan: Plan, platform: str | None) -> PowerSums:
     """Returns, for each group of leaves, the sum of the p-th powers of its entries.
 
-    The norm is ``sum ** (1 / p) * unit``; with order inf, ``sum`` is the maximum. A sum
-    is non-finite only if a leaf is, and only the sums have derivatives. ``platform`` is
+    The norm is ``sum ** (1 / p) * unit``; for order inf, ``sum`` is the maximum. A sum
+    is non-finite only if a leaf is. Only the sums are differentiable. ``platform`` is
     the platform that this runs on, or None if it is not known until compilation.
     """
     rows = plan.trailing(leaves)
@@ -756,14 +759,14 @@ def power_sums(leaves: Arrays, plan: Plan, platform: str | None) -> PowerSums:
         "gpu": functools.partial(careful_sums, plan=plan, form=GPU),
     }
     if not rows:
-        # XLA computes at most two sums over columns in one pass. So the plain sum is
-        # computed alone, although the host has to wait for the condition.
+        # XLA computes at most two sums over columns in one pass, so the plain sum is
+        # computed alone, although the host has to wait for the conditional.
         forms["gpu"] = functools.partial(quick_sums, plan=plan, form=COLUMNS)
     if platform in forms:
         return forms[platform](leaves)
     gpu = forms.pop("gpu")  # for CUDA and ROCm
     if rows and segments(leaves, plan, GPU) == segments(leaves, plan, TPU):
-        del forms["tpu"]  # no leaves to stack: both forms are the same
+        del forms["tpu"]  # no leaves to stack, so both forms are the same
     return lax.platform_dependent(leaves, **forms, default=gpu)
 
 

@@ -22,8 +22,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-# The most results that one memory holds. A training step needs one or two; the limit
-# matters only in a program that goes through many trees.
+# The maximum number of results in one cache. A training step needs one or two, so the
+# limit matters only in programs that use many trees.
 MOST_MEMOIZED = 64
 
 
@@ -31,10 +31,10 @@ class Leaves(NamedTuple):
     """The leaves of a tree that hold real or complex numbers.
 
     Attributes:
-        leaves: These leaves, in the order of the tree.
+        leaves: The leaves, in the order of the tree.
         paths: Their paths, such as "encoder/0/kernel".
-        rebuild: Function of a list of new leaves that returns the tree with these in
-            place of the old ones.
+        rebuild: A function of a list of new leaves that returns the tree with the
+            leaves replaced.
         absent: The number of entries of the tree that are None.
         structure: The structure of the whole tree.
     """
@@ -47,14 +47,14 @@ class Leaves(NamedTuple):
 
     @property
     def kind(self) -> Any:
-        """The structure and types, which are static; None if leaves have no type."""
+        """The static structure and types, or None if leaves have no types."""
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in self.leaves):
             return None
         return self.structure, tuple(map(jax.typeof, self.leaves))
 
 
 def memoized(memory: dict[Any, T], key: Any, make: Callable[[], T]) -> T:
-    """Returns ``make()``, memoized by ``key``; the key None is not memoized."""
+    """Returns ``make()``, memoized by ``key`` unless ``key`` is None."""
     try:
         if key in memory:
             return memory[key]
@@ -79,7 +79,7 @@ def is_measured(leaf: Any) -> bool:
 def trained(tree: Any) -> Any:
     """Returns the trained parameters: the fast ones if ``tree`` is `LookaheadParams`.
 
-    `optax.lookahead` keeps two sets of parameters, and gradients are of the fast ones.
+    `optax.lookahead` keeps two sets of parameters; gradients belong to the fast ones.
     """
     return tree.fast if isinstance(tree, LookaheadParams) else tree
 
@@ -106,7 +106,7 @@ def leaves_of(tree: Any) -> Leaves:
     return Leaves(leaves, [names[i] for i in at], rebuild, absent, treedef)
 
 
-# The memory of `_names_and_holes`, by the structure of a tree.
+# The cache of `_names_and_holes`, keyed by the structure of the tree.
 _NAMES: dict = {}
 
 
@@ -125,7 +125,7 @@ def _is_hole(node: Any) -> bool:
 
 
 def matching(updates: Any, params: Any) -> list[jax.Array]:
-    """Returns the leaves of ``params`` for the measured leaves of ``updates``."""
+    """Returns the leaves of ``params`` that match measured leaves of ``updates``."""
     pairs = []
 
     def visit(update, param):

@@ -1,4 +1,4 @@
-"""The interface of a rule, and checks of what a rule returns."""
+"""The interface of rules, and validation of their results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Limit(NamedTuple):
 
     Attributes:
         threshold: A group is clipped if its norm is above this.
-        target: The norm that a clipped group is scaled to; in most rules it is the
-            threshold.
-        low: Element scope only: the smallest value allowed, if it is not ``-target``.
+        target: The norm that a clipped group is scaled to. In most rules, it is equal
+            to the threshold.
+        low: In element scope only: the smallest allowed value, if not ``-target``.
     """
 
     threshold: jax.Array
@@ -27,18 +27,18 @@ class Limit(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a rule may use in addition to the norms.
+    """Additional inputs that a rule may use.
 
     Attributes:
         step: int32 scalar. The number of updates before this one.
-        tree_norm: The norm of the whole tree, where non-finite norms count as 0.
-        params_norm: Function without arguments that returns the norms of the
-            parameters, one per group. Raises ValueError if ``params`` were not given to
-            ``update``.
-        across: Function that returns the elementwise maximum of an array over all
-            devices that the norms are sharded over. Only a rule for the element scope
-            that combines several entries needs it: in all other scopes, the norms that
-            a rule gets are complete on every device.
+        tree_norm: The norm of the whole tree, with non-finite norms treated as 0.
+        params_norm: A function without arguments that returns the norms of the
+            parameters, one per group. It raises a ValueError if ``params`` were not
+            passed to ``update``.
+        across: A function that returns the elementwise maximum of an array over all
+            devices that the norms are sharded over. Only rules that combine several
+            entries in element scope need it: in all other scopes, the norms passed to a
+            rule are complete on every device.
     """
 
     step: jax.Array
@@ -51,25 +51,25 @@ class Rule(NamedTuple):
     """A way to find thresholds: a pair of pure functions on one array of norms.
 
     ``update`` is called once per array of norms. This array is a scalar in tree scope
-    and a vector in leaf and label scope. In layer and unit scope there is one array per
-    shape of leaves, and in element scope one per leaf. A non-finite norm is passed as
+    and a vector in leaf and label scope. In layer and unit scope, there is one array
+    per leaf shape, and in element scope, one per leaf. A non-finite norm is passed as
     0, and the state of its group does not change.
 
     Attributes:
-        init: Function of the norms (zeros, of the right shape and dtype) that returns
+        init: A function of the norms (zeros of the right shape and dtype) that returns
             the state: a pytree of arrays whose shapes begin with the shape of the
             norms.
-        update: Function of (norm, state, context) that returns (`Limit`, new state).
+        update: A function of (norm, state, context) that returns (`Limit`, new state).
         name: The name of the rule in error messages.
         signed: Whether the rule also works for numbers that may be negative, such as
-            losses. `skip_steps` accepts no other rule for losses.
-        elements_only: Whether the rule works in element scope only.
-        needs_norms: Whether ``update`` uses the norms or ``context.tree_norm``, and not
-            only shapes, dtypes and the step. If it does not, a clip in element scope
-            that records nothing skips measuring.
-        for_groups: Only for a rule that differs by group, such as `by_name`: function
-            of the names of the groups (the label or path for each row of the norms)
-            that returns the rule for these rows. None for all other rules.
+            losses. `skip_steps` requires such a rule for losses.
+        elements_only: Whether the rule works only in element scope.
+        needs_norms: Whether ``update`` uses the norms or ``context.tree_norm``, instead
+            of only shapes, dtypes and the step. If not, a clip in element scope that
+            records nothing skips measuring.
+        for_groups: A function of the names of the groups (the label or path of each row
+            of the norms) that returns the rule for these rows, if the rule differs
+            between groups, as `by_name` does. None for all other rules.
     """
 
     init: Callable[[jax.Array], Any]
@@ -87,10 +87,10 @@ def keep_where(
     new: Any,
     max_over_devices: Callable[..., Any] = lambda x: x,
 ) -> Any:
-    """Returns a rule's new state, with the old state of the groups that are ``kept``.
+    """Returns a rule's new state, except that the groups in ``kept`` keep the old one.
 
-    An array that all groups share is kept if all groups are, on all devices.
-    ``max_over_devices`` is the `Context`'s ``across``.
+    An array that all groups share is kept if all groups on all devices are kept.
+    ``max_over_devices`` is ``across`` of the `Context`.
     """
 
     def choose(before, after):
@@ -123,10 +123,10 @@ def apply_rule(
 ) -> tuple[Limit, Any]:
     """Calls ``rule.update``, checks its result, and returns (limit, state).
 
-    A threshold or target that is negative or NaN counts as 0, so that clipping never
-    flips a sign. It may be negative only where the rule is applied to numbers other
-    than norms (``signed``). A limit may have a lower bound only in element scope
-    (``elements``).
+    A threshold or target that is negative or NaN is treated as 0, so that clipping
+    never flips a sign. Negative values are allowed only if the rule is applied to
+    numbers other than norms (``signed``). A limit may have a lower bound only in
+    element scope (``elements``).
     """
     result = rule.update(norm, state, context)
     pair = isinstance(result, tuple) and len(result) == 2

@@ -24,16 +24,16 @@ from optclip._engine.update import (
 
 __all__ = ["cast_output", "factors_of", "scale_groups"]
 
-# A group whose norm exceeds its limit by more than this factor is scaled in two steps.
-# The factor of a single step could be subnormal, and XLA flushes subnormal numbers to
-# zero. Beyond FAR * 2**64, the first factor is 2**-126, the smallest normal float32, so
-# that the second one is normal too.
+# A group whose norm exceeds its limit by more than this factor is scaled in two steps,
+# since the factor of a single step could be subnormal, and XLA flushes subnormal
+# numbers to zero. Beyond FAR * 2**64, the first factor is 2**-126, the smallest normal
+# float32, so that the second factor is also normal.
 FAR = 2.0**96
 SMALLEST = 2.0**-126
 # Above this fraction of the largest number, the scale of a norm is treated as constant
 # in derivatives.
 EDGE = 2.0**-16
-# Scales whose relative difference is at most this count as equal: it is much larger
+# Scales with at most this relative difference are treated as equal. It is much larger
 # than the rounding error of float32, which is 2**-24.
 TIE = 2.0**-16
 
@@ -43,7 +43,7 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
 
     A norm that overflows its dtype is replaced by the largest number; ``reduced``, the
     norm times 2**-64, is always accurate. The result of an action does not depend on
-    the unit of the norm and its limit, so both are passed in a unit in which they are
+    the unit of the norm and its limit, so both are passed in a unit that makes them
     normal numbers.
     """
     reduction = group_norms.REDUCTION
@@ -52,8 +52,8 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
     very_far = far & (reduced > FAR * bound)
     overflowed = norm >= jnp.finfo(norm.dtype).max
     unit = jnp.where(overflowed & ~far, reduction, 1.0)
-    # Scales the limit up, and not the norm down: some actions add an ``eps`` to the
-    # norm.
+    # The limit is scaled up, instead of scaling the norm down, because some actions add
+    # an ``eps`` to the norm.
     unit = jnp.where(very_far, reduction / SMALLEST, unit).astype(norm.dtype)
     passed_norm = jnp.where(far | overflowed, reduced, norm)
     passed_limit = Limit(limit.threshold * unit, limit.target * unit)
@@ -63,22 +63,22 @@ def factors_of(action: Any, norm: jax.Array, reduced: jax.Array, limit: Limit):
     edge = norm > jnp.finfo(norm.dtype).max * EDGE
     scale = jnp.where(edge, lax.stop_gradient(scale), scale)
     first = jnp.where(very_far, SMALLEST, jnp.where(far, reduction, 1.0))
-    # Where there is no threshold, as in the warm-up of most rules, groups are not
-    # changed, whatever the action.
+    # If there is no threshold, as during the warm-up of most rules, groups are not
+    # changed, regardless of the action.
     scale = jnp.where(limit.threshold == jnp.inf, 1.0, scale).astype(norm.dtype)
     first = jnp.where(scale != 1, first, 1.0)
     return scale, first.astype(norm.dtype)
 
 
 def _norm_after(norm, reduced, scale, first):
-    """Returns the norm of each group after scaling, at most the largest number.
+    """Returns the norm of each group after scaling, capped at the largest number.
 
-    It follows from the norm before scaling, without another pass over the updates.
+    It is computed from the norm before scaling, without another pass over the updates.
     """
     largest = jnp.finfo(norm.dtype).max
     from_reduced = jnp.minimum(reduced * scale / group_norms.REDUCTION, largest)
     plain = jnp.where(norm >= largest, from_reduced, norm * scale)
-    # Multiplied in this order, since ``first * scale`` may be subnormal.
+    # The order of the products matters, since ``first * scale`` may be subnormal.
     return jnp.where(
         first == 1, plain, reduced * (first / group_norms.REDUCTION) * scale
     )
@@ -98,13 +98,13 @@ def _for_leaves(parts: Sequence[tuple], call: Call) -> list[tuple[jax.Array, ...
 
 @functools.partial(jax.jit, static_argnames=("policy",))
 def _scaled(x, scale, first, zeroed=None, *, policy):
-    """Returns one leaf times its factors, in float32 or wider and not yet rounded."""
+    """Returns one leaf times its factors, in float32 or wider, not yet rounded."""
     y = widen(x)
     real = jnp.finfo(y.dtype).dtype
     if policy == "drop":
         y = jnp.where(jnp.isfinite(y), y, jnp.zeros_like(y))
     scale = jnp.minimum(scale, jnp.finfo(real).max)  # the scale's dtype may be wider
-    # Where the scale is 1, the leaf is selected and not multiplied, since a product
+    # If the scale is 1, the leaf is selected instead of multiplied, since a product
     # would flush subnormal numbers.
     product = (y * first.astype(real)) * scale.astype(real)
     y = jnp.where(scale == 1, y, product)
@@ -127,11 +127,12 @@ class _Scaling(NamedTuple):
     """How the groups of one array of norms are scaled.
 
     Attributes:
-        limit: Their thresholds and targets.
-        scale: The second factor; 1 where the norm is non-finite.
+        limit: The thresholds and targets of the groups.
+        scale: The second factor; 1 if the norm is non-finite.
         first: The first factor, as in `factors_of`.
-        zeroed: Whether each group is set to zero; None if ``nonfinite`` never does so.
-        norm_after: Their norms after scaling.
+        zeroed: Whether each group is set to zero; None if the ``nonfinite`` policy
+            never does so.
+        norm_after: The norms of the groups after scaling.
     """
 
     limit: Limit
@@ -178,9 +179,9 @@ def scale_groups(call: Call, rule_state: tuple) -> Outcome:
 
     columns = zip(*((r.scale, r.first, r.zeroed) for r in results), strict=True)
     parts = [column for column in columns if column[0] is not None]
-    # Without the barrier, XLA for a CPU shares one widened copy of the leaves between
-    # measuring and scaling, and writes it to memory. With it, XLA fuses the scaling
-    # into the optimizer update.
+    # Without the barrier, XLA on a CPU would share one widened copy of the leaves
+    # between measuring and scaling, and write it to memory. With the barrier, XLA fuses
+    # the scaling into the optimizer update.
     leaves, parts = sharding.kept_apart_on_cpu((list(leaves), parts))
     factors = _for_leaves(parts, call)
     new = [
@@ -218,14 +219,14 @@ def _summary(norms: list, limits: list, scales: list, plan: Plan, action: Any) -
         return lax.pmin(low, names) if names else low
 
     smallest = jnp.min(jnp.stack([least(s, a) for _, _, s, a in every]))
-    # Several groups may have the smallest scale, as in a warm-up. Rounding decides
-    # which of them is the smallest, and differs between machines. So the smallest of
-    # their thresholds is taken.
+    # Several groups may share the smallest scale, as during warm-up. Rounding, which
+    # differs between machines, would decide which of them is the smallest, so the
+    # smallest of their thresholds is used.
     last = smallest + TIE * smallest
     thresholds = [
         least(jnp.where(s <= last, li.threshold, jnp.inf), a) for _, li, s, a in every
     ]
-    # `rescale` with an ``eps`` also clips norms just below the threshold.
+    # With an ``eps``, `rescale` also clips norms just below the threshold.
     padded = getattr(action, "func", None) is actions.rescale
     over, count = 0.0, 0
     for norm, limit, scale, names in every:

@@ -1,4 +1,4 @@
-"""Mesh axes that leaves are sharded over, collectives over them, and placement."""
+"""Mesh axes and placement of leaves, collectives over mesh axes, and barriers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def zeros_of(tree: Any) -> Any:
-    """Returns float32 or complex64 zeros for measured leaves, and None for others."""
+    """Returns float32 or complex64 zeros for measured leaves, and None for the rest."""
 
     def zeros(x):
         if not is_measured(x):
@@ -54,7 +54,7 @@ def varying(x: jax.Array) -> tuple[str, ...]:
 
 
 def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
-    """Returns ``tree`` with arrays whose types vary over these mesh axes."""
+    """Makes the types of all arrays in ``tree`` vary over the given mesh axes."""
 
     def spread(x):
         missing = tuple(n for n in names if n not in varying(x))
@@ -68,7 +68,7 @@ def spread_over(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def placement(x: Any) -> tuple:
-    """Returns the sharding in the type of ``x``; () unless an axis is explicit."""
+    """Returns the sharding in the type of ``x``, or () if no axis is explicit."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return ()
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
@@ -77,7 +77,7 @@ def placement(x: Any) -> tuple:
 
 
 def sharded_like(tree: Any, x: Any) -> Any:
-    """Returns ``tree`` with all arrays of the shape of ``x`` sharded like ``x``."""
+    """Shards all arrays in ``tree`` that have the shape of ``x`` like ``x``."""
     if not placement(x):
         return tree
     return jax.tree.map(
@@ -93,7 +93,7 @@ def _flat(entries: Any) -> tuple[str, ...]:
 
 
 def _spec_names(spec: Any, axes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """Returns the mesh axes to sum a leaf over, and those that shard its groups."""
+    """Returns the mesh axes to sum a leaf over, and the axes that shard its groups."""
     if not _is_names(spec):
         raise ValueError(
             '`axis_name` must be the name of a mesh axis or several, "auto", or a tree '
@@ -120,9 +120,9 @@ def _is_names(node: Any) -> bool:
 
 
 def _manual_axes() -> tuple[set[str], set[str]]:
-    """Returns the manual mesh axes that array types show, and those they do not show.
+    """Returns the manual mesh axes that array types include, and all other ones.
 
-    Types show no mesh axes in `jax.pmap`, and in `jax.shard_map` with
+    Types do not include mesh axes in `jax.pmap`, or in `jax.shard_map` with
     ``check_vma=False``.
     """
     bound = set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -131,7 +131,7 @@ def _manual_axes() -> tuple[set[str], set[str]]:
 
 
 def check_bound(names: Iterable[str]) -> None:
-    """Raises unless these are bound mesh axes."""
+    """Raises an error unless all names are bound mesh axes."""
     for name in names:
         try:
             lax.axis_index(name)
@@ -163,7 +163,7 @@ def _for_each_leaf(axis_name: Any, tree: Any, count: int) -> list[Any]:
 
 
 def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
-    """Returns the PartitionSpec of each leaf; () if only names are given."""
+    """Returns the PartitionSpec of each leaf, or () if only names are given."""
     each = _for_each_leaf(axis_name, tree, len(found.leaves))
     return tuple(tuple(spec) if _is_spec(spec) else () for spec in each)
 
@@ -171,7 +171,7 @@ def leaf_specs(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple, ...]:
 def axis_names(
     axis_name: Any, tree: Any, found: Leaves, axes: list[tuple[int, ...]], local: bool
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Returns, per leaf, the mesh axes to sum over, and those that shard its groups.
+    """Returns the mesh axes to sum each leaf over, and the axes that shard its groups.
 
     If leaves are split into slices (``local``), the groups of a leaf can be sharded.
     """
@@ -198,7 +198,7 @@ def axis_names(
     wanted = _for_each_leaf(axis_name, tree, count)
     pairs = [_spec_names(s, a) for s, a in zip(wanted, axes, strict=True)]
     sums, groups = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-    if not local:  # a leaf whose type says that it is replicated is counted once
+    if not local:  # a leaf that is replicated according to its type is counted once
         in_types = _manual_axes()[0]
         sums = tuple(
             tuple(n for n in names if n not in in_types or n in varying(x))
@@ -214,12 +214,12 @@ def leaf_axes(axis_name: Any, tree: Any, found: Leaves) -> tuple[tuple[str, ...]
 
 
 def most(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Returns the elementwise maximum over the devices along these mesh axes."""
+    """Returns the elementwise maximum over the devices along the given mesh axes."""
     return lax.pmax(x, names) if names else x
 
 
 def on_all(flag: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Returns whether a flag is set on all devices along these mesh axes."""
+    """Returns whether a flag is set on all devices along the given mesh axes."""
     return most((~flag).astype(jnp.int32), names) == 0
 
 
@@ -238,7 +238,7 @@ def _barrier_jvp(primals: tuple, tangents: tuple) -> tuple:
 def kept_apart(tree: Any) -> Any:
     """Returns ``tree`` behind a barrier, across which XLA neither fuses nor shares."""
     flat, treedef = jax.tree.flatten(tree)
-    # Arrays that vary over different mesh axes get different barriers: before JAX 0.12,
+    # Arrays that vary over different mesh axes get separate barriers: before JAX 0.12,
     # every output of a barrier varies over the mesh axes of all its inputs.
     along = list(map(varying, flat))
     for names in sorted(set(along)):
@@ -250,11 +250,11 @@ def kept_apart(tree: Any) -> Any:
 
 
 def kept_apart_on_cpu(tree: Any) -> Any:
-    """Returns ``tree`` behind a barrier on a CPU, and as it is on other devices.
+    """Returns ``tree`` behind a barrier on a CPU, and unchanged on other devices.
 
-    A GPU or TPU computes a cheap value that two kernels need, such as a gradient that
-    a backward pass converts from bfloat16, in both of them. Behind a barrier, XLA
-    would write it to memory.
+    On a GPU or TPU, two kernels that need the same cheap value, such as a gradient that
+    a backward pass converts from bfloat16, both compute it. Behind a barrier, XLA would
+    write the value to memory.
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
         return tree
@@ -264,7 +264,7 @@ def kept_apart_on_cpu(tree: Any) -> Any:
 def in_one_array(values: Sequence[jax.Array]) -> list[jax.Array]:
     """Returns the scalars ``values``, read from one array behind a barrier.
 
-    On a GPU, XLA then computes all that follows from them in one kernel, and not in one
+    On a GPU, XLA then computes all dependent values in one kernel, instead of one
     kernel per scalar. There is one array per dtype and set of mesh axes.
     """
     values = list(values)

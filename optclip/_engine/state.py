@@ -35,14 +35,14 @@ class NonfiniteStats(NamedTuple):
     """The non-finite entries that a transformation has encountered.
 
     Attributes:
-        nonfinite_steps: int32 scalar. The number of updates with a NaN or inf; 0 at
-            first.
+        nonfinite_steps: int32 scalar. The number of updates with a NaN or inf;
+            initially 0.
         last_nonfinite_step: int32 scalar. The number of the last such update, counted
             from 0; -1 if there was none.
-        nonfinite_kinds: int32[leaves, 3]. Whether (1 or 0) each leaf held NaN, +inf,
-            -inf at that update; 0 at first.
-        leaf_code: int32[leaves]. A code of each leaf's path, by which
-            `nonfinite_leaves` and `leaf_metrics` find its name.
+        nonfinite_kinds: int32[leaves, 3]. Whether (1 or 0) each leaf contained NaN,
+            +inf, -inf at that update; initially 0.
+        leaf_code: int32[leaves]. A code of each leaf's path, which `nonfinite_leaves`
+            and `leaf_metrics` use to find its name.
     """
 
     nonfinite_steps: jax.Array
@@ -56,15 +56,15 @@ class GroupStats(NamedTuple):
 
     If groups consist of whole leaves, the first three fields are float32 vectors with
     one entry per group. If leaves are split into layers, these fields are tuples of
-    float32 arrays, one per shape of leaves, with one row per leaf of that shape.
+    float32 arrays, one per leaf shape, with one row per leaf of that shape.
 
     Attributes:
-        group_norm: The norms before clipping; 0 at first.
-        group_threshold: The thresholds; 0 at first. The largest float32 stands for no
-            threshold.
-        group_scale: The factors that groups were multiplied by; 1 at first.
-        group_of_leaf: int32[leaves]. The number of the group, or of the array, that
-            each leaf belongs to.
+        group_norm: The norms before clipping; initially 0.
+        group_threshold: The thresholds; initially 0. The largest float32 means that
+            there is no threshold.
+        group_scale: The factors that groups were multiplied by; initially 1.
+        group_of_leaf: int32[leaves]. The index of the group, or of the array, that each
+            leaf belongs to.
     """
 
     group_norm: Any
@@ -81,16 +81,16 @@ class ClipState(NamedTuple):
 
     Attributes:
         rule_state: The state of the rule, a tuple with one entry per array of norms.
-            NaN and inf in the gradients never enter it.
-        norm_before: float32 scalar. The norm of the whole tree before clipping; 0 at
-            first, and non-finite if the updates are. In element scope, the largest
-            magnitude.
+            It is never affected by NaN or inf in the gradients.
+        norm_before: float32 scalar. The norm of the whole tree before clipping, or the
+            largest magnitude in element scope; initially 0, and non-finite if the
+            updates are.
         norm_after: float32 scalar. The same norm after clipping.
-        threshold: float32 scalar. The threshold of the group with the smallest scale;
-            the smallest threshold if several groups have that scale. 0 at first. The
-            largest float32 stands for no threshold, as in a warm-up.
-        scale: float32 scalar. The smallest factor that a group was multiplied by; 1 at
-            first.
+        threshold: float32 scalar. The threshold of the group with the smallest scale,
+            or the smallest threshold if several groups have that scale; initially 0.
+            The largest float32 means that there is no threshold, as during warm-up.
+        scale: float32 scalar. The smallest factor that a group was multiplied by;
+            initially 1.
         clipped: float32 scalar. The fraction of groups whose norm was above the
             threshold, or just below it and scaled down because of an ``eps``. In
             element scope, the fraction of leaves with such an entry.
@@ -98,10 +98,10 @@ class ClipState(NamedTuple):
             2**31 - 1.
         clipped_steps: int32 scalar. The number of updates in which a group was above
             its threshold; stops when ``steps`` does.
-        nonfinite: A `NonfiniteStats`: the non-finite entries.
+        nonfinite: The `NonfiniteStats` of the updates.
         groups: A `GroupStats` in leaf, label and layer scope; () in unit and element
-            scope, whose groups are too many to store; None in tree scope, which has
-            one group.
+            scope, which have too many groups to store; None in tree scope, which has
+            only one group.
     """
 
     rule_state: tuple
@@ -117,7 +117,7 @@ class ClipState(NamedTuple):
 
 
 class UnrecordedState(NamedTuple):
-    """State of a clip that keeps no statistics: ``record=False``.
+    """State of a clip with ``record=False``, which keeps no statistics.
 
     Attributes:
         rule_state: As in `ClipState`.
@@ -129,22 +129,22 @@ class UnrecordedState(NamedTuple):
 
 
 def scalar(value: float | int, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns a new scalar array: fields of a donated state can't share a buffer."""
+    """Returns a new scalar, since fields of a donated state can't share buffers."""
     return jnp.array(value, dtype)
 
 
 def tree_copy(tree: Any) -> Any:
-    """Returns a tree of new arrays: fields of a donated state can't share a buffer."""
+    """Copies all arrays, since fields of a donated state can't share buffers."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def tree_where(flag: jax.Array, if_set: Any, otherwise: Any) -> Any:
-    """Returns ``if_set`` where ``flag`` is set, else ``otherwise``, leaf by leaf."""
+    """Returns ``if_set`` if ``flag`` is set, else ``otherwise``, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_set, otherwise)
 
 
 def to_finite_f32(tree: Any) -> Any:
-    """Returns statistics as new float32 arrays, where finite values stay finite."""
+    """Returns statistics as new float32 arrays, keeping finite values finite."""
     largest = float(jnp.finfo(jnp.float32).max)
 
     def convert(x):
@@ -157,8 +157,8 @@ def to_finite_f32(tree: Any) -> Any:
 def finite_threshold(tree: Any) -> Any:
     """Returns thresholds as new float32 arrays, with inf as the largest float32.
 
-    Before there is a threshold, rules return inf. JSON has no inf, and an inf in a
-    state should always mean that the updates were non-finite.
+    Rules return inf until there is a threshold. JSON does not support inf, and an inf
+    in a state should always mean that the updates were non-finite.
     """
     largest = float(jnp.finfo(jnp.float32).max)
     return jax.tree.map(
@@ -178,7 +178,7 @@ def init_nonfinite(paths: Sequence[str]) -> NonfiniteStats:
 
 
 def init_clip_state(paths: Sequence[str]) -> ClipState:
-    """Returns the `ClipState` of a transformation without a rule or groups."""
+    """Returns the initial `ClipState` of a transformation without a rule or groups."""
     return ClipState(
         (),
         scalar(0.0),
@@ -194,10 +194,10 @@ def init_clip_state(paths: Sequence[str]) -> ClipState:
 
 
 def row_numbers(stats: NonfiniteStats, paths: Sequence[str]) -> jax.Array:
-    """Returns the row of each leaf in the state, or the number of rows if it has none.
+    """Returns the row of each leaf in the state, or the row count if it has no row.
 
-    Leaves that `init` saw may be None in the updates, so the rows of the others are
-    found by the codes of their paths.
+    Leaves that were passed to `init` may be None in the updates, so rows are found by
+    the codes of the leaves' paths.
     """
     codes = jnp.asarray(stats.leaf_code)
     wanted = jnp.asarray(path_codes(list(paths)))
@@ -210,7 +210,7 @@ def row_numbers(stats: NonfiniteStats, paths: Sequence[str]) -> jax.Array:
 def per_leaf(
     values: jax.Array, like: jax.Array, stats: NonfiniteStats, paths: Sequence[str]
 ) -> jax.Array:
-    """Converts rows for the leaves of the updates to rows for those that `init` saw."""
+    """Expands rows for the leaves of the updates to rows for the leaves in `init`."""
     if values.shape == like.shape:
         return values
     rows = row_numbers(stats, paths)
@@ -220,9 +220,9 @@ def per_leaf(
 def count_event(
     steps: jax.Array, events: jax.Array, happened: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the counts of steps and of events after one more step.
+    """Returns the counts of steps and events after one more step.
 
-    Both stop at the largest int32, so that their quotient remains a fraction.
+    Both counts stop together at the largest int32, so their ratio never exceeds 1.
     """
     counting = steps < LAST_COUNT
     return (
@@ -238,7 +238,7 @@ def record_nonfinite(
     step: jax.Array,
     paths: Sequence[str],
 ) -> NonfiniteStats:
-    """Returns the statistics after an update with these non-finite entries."""
+    """Returns the statistics after an update with the given non-finite entries."""
     kinds = per_leaf(kinds.astype(jnp.int32), stats.nonfinite_kinds, stats, paths)
     return NonfiniteStats(
         nonfinite_steps=jnp.where(
@@ -250,8 +250,8 @@ def record_nonfinite(
     )
 
 
-# The fields with one row per leaf that `init` saw. If only these depend on the number
-# of leaves, the updates may have fewer leaves.
+# The fields with one row per leaf that was passed to `init`. If no other field depends
+# on the number of leaves, the updates may have fewer leaves.
 _ROWS = {"nonfinite/leaf_code", "nonfinite/nonfinite_kinds", "leaf_norm"}
 
 
@@ -266,7 +266,7 @@ def _without_empty_fields(state: Any) -> Any:
 
 
 def _has_more_rows(state: Any, wanted: Any, absent: int) -> bool:
-    """Returns whether a state fits, except for rows of leaves that are None now."""
+    """Returns whether a state fits, except for rows of leaves that are now None."""
     got, expected = _shapes(state), _shapes(wanted)
     differ = {p for p in expected if got.get(p) != expected[p]}
     return (
@@ -286,7 +286,7 @@ _LEFT_OUT = (
 
 
 def _difference(state: Any, wanted: Any) -> str:
-    """Describes the first difference between a state and the wanted one; "" if none."""
+    """Describes the first difference from the expected state, or "" if none."""
     got, expected = _shapes(state), _shapes(wanted)
     if got == expected:
         alike = jax.tree.structure(state) == jax.tree.structure(wanted)
@@ -315,7 +315,7 @@ def _difference(state: Any, wanted: Any) -> str:
 
 
 def kind_of(found: Any, state: Any) -> Any:
-    """Returns the types of updates and the layout of a state; None without types."""
+    """Returns the types of updates and the layout of a state, or None if untyped."""
     leaves, structure = jax.tree.flatten(state)
     shapes = tuple(getattr(x, "shape", None) for x in leaves)
     return found.kind and (found.kind, structure, shapes)
@@ -324,11 +324,11 @@ def kind_of(found: Any, state: Any) -> Any:
 def validate_state(
     state: Any, init: Callable[[], Any], foreign: Sequence[str] = (), absent: int = 0
 ) -> Any:
-    """Returns ``state`` after checking that it is laid out like the result of ``init``.
+    """Returns ``state`` after checking that its layout matches the result of ``init``.
 
-    Compares types, structure and shapes, but not the fields ``foreign``. This costs a
-    compiled step nothing, and batched, sharded and NumPy arrays are accepted. So is a
-    state with rows of telemetry for up to ``absent`` more leaves.
+    The types, structure and shapes are compared, except in the fields ``foreign``. This
+    adds no cost to a compiled step. Batched, sharded and NumPy arrays are accepted, and
+    so is a state with rows of telemetry for up to ``absent`` more leaves.
     """
     wanted = jax.eval_shape(init)
     kind = type(wanted)

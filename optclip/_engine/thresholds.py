@@ -1,4 +1,4 @@
-"""Thresholds given by the user: a number, an array, a schedule, or a map by name."""
+"""Rules for thresholds given as a number, an array, a schedule or a map by name."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def limit_at(threshold: jax.typing.ArrayLike, norm: jax.Array) -> Limit:
 
 
 def constant(value: jax.typing.ArrayLike) -> Rule:
-    """Returns the rule whose threshold is always ``value``.
+    """Returns a rule whose threshold is always ``value``.
 
     Args:
         value: The threshold, in the units of the norm: a non-negative number, or an
-            array that broadcasts against the norms (in leaf scope, one per leaf). 0
-            clips everything to zero; inf clips nothing. The entries of a JAX array are
-            not checked: those that are negative or NaN count as 0.
+            array that broadcasts against the norms (in leaf scope, one entry per leaf).
+            0 clips everything to zero; inf clips nothing. The entries of a JAX array
+            are not checked; negative or NaN entries are treated as 0.
 
     Returns:
         A stateless rule.
@@ -65,14 +65,14 @@ def constant(value: jax.typing.ArrayLike) -> Rule:
 
 
 def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
-    """Returns the rule whose threshold is ``fn(step)``, for any Optax schedule ``fn``.
+    """Returns a rule whose threshold is ``fn(step)``, for any Optax schedule ``fn``.
 
     Args:
         fn: A function from the number of updates so far (int32, 0 at the first update)
-            to the threshold. Values that are negative or NaN count as 0.
+            to the threshold. Negative or NaN values are treated as 0.
 
     Returns:
-        A stateless rule: the clip counts the steps.
+        A stateless rule; the clip counts the steps.
 
     Raises:
         TypeError: If ``fn`` is not callable.
@@ -99,18 +99,18 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
 
 
 def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
-    """Returns the rule that clips each entry between ``low`` and ``high``.
+    """Returns a rule that clips each entry to between ``low`` and ``high``.
 
     Args:
-        low: The smallest value allowed.
-        high: The largest value allowed.
+        low: The smallest allowed value.
+        high: The largest allowed value.
 
     Returns:
         A stateless rule, for `scopes.element` and real leaves only.
 
     Raises:
-        ValueError: If ``low`` is above ``high``, or one of them is NaN.
-        TypeError: If one of them is not a number.
+        ValueError: If ``low`` is above ``high``, or either is NaN.
+        TypeError: If either is not a number.
     """
     validation.ordered(low=low, high=high)
 
@@ -123,11 +123,11 @@ def interval(low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> Rule:
 
 
 def fixed(value: Any, name: str = "value") -> Rule:
-    """Returns the rule of a threshold, given as a number, a schedule or a map.
+    """Returns the rule for a threshold given as a number, a schedule or a map.
 
     Args:
-        value: A number or array, as for `constant`; a function, as for `schedule`; or a
-            map, as for `by_name`.
+        value: A number or array, as in `constant`; a function, as in `schedule`; or a
+            map, as in `by_name`.
         name: The name of the value in error messages.
 
     Returns:
@@ -151,7 +151,7 @@ def fixed(value: Any, name: str = "value") -> Rule:
 
 
 def as_rule(value: Any, name: str) -> Rule:
-    """Returns ``value`` if it is a rule, else the rule whose threshold it is."""
+    """Returns ``value`` if it is a rule, else a rule with ``value`` as threshold."""
     if isinstance(value, Rule):
         return value
     if isinstance(value, tuple):
@@ -164,12 +164,12 @@ def as_rule(value: Any, name: str) -> Rule:
 
 
 def _rule_of(name: Any, value: Any) -> Rule:
-    """Returns the rule of the threshold that a table has for ``name``."""
+    """Returns the rule for ``value``, the entry of a table for ``name``."""
     return as_rule(value, f"table[{name!r}]")
 
 
 def _threshold_of(table: Any, name: Any) -> Any:
-    """Returns the threshold of a group in a table: by its label, else by a pattern."""
+    """Looks up the threshold of a group in a table, by label and then by pattern."""
     if not isinstance(table, Mapping):
         return table(name)
     if name in table:
@@ -178,7 +178,7 @@ def _threshold_of(table: Any, name: Any) -> Any:
 
 
 def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
-    """Returns the rule of the groups with these names, one per row of the norms."""
+    """Returns the rule for groups with the given names, one per row of the norms."""
     values = [_threshold_of(table, name) for name in names]
     missing = [name for name, v in zip(names, values, strict=True) if v is None]
     if missing:
@@ -205,7 +205,7 @@ def _for_groups(table: Any, names: Sequence[Any]) -> Rule:
 
 
 def _selected(each: list[Rule], which: np.ndarray) -> Rule:
-    """Returns the rule that applies rule number ``which[i]`` to row i of the norms."""
+    """Returns a rule that applies rule number ``which[i]`` to row i of the norms."""
 
     def init(norm):
         return tuple(rule.init(norm) for rule in each)
@@ -232,9 +232,9 @@ def _selected(each: list[Rule], which: np.ndarray) -> Rule:
 
 
 class _ByName:
-    """What `Rule.for_groups` is for `by_name`.
+    """The `Rule.for_groups` function of `by_name`.
 
-    It is called with the names of groups, and returns their rule.
+    It maps the names of groups to their rule.
     """
 
     def __init__(self, table: Any):
@@ -244,11 +244,11 @@ class _ByName:
         return _for_groups(self.table, names)
 
     def check_keys(self, names: Sequence[Any]) -> None:
-        """Raises if a key gives no group its threshold, which is probably a typo."""
+        """Raises an error if a key is not used by any group, which is likely a typo."""
         table = self.table
         if not isinstance(table, Mapping) or not names:
             return
-        # A key that matches every name is a default, which need not be used.
+        # A key that matches every name is a default, which may be unused.
         wide = {k for k in table if isinstance(k, str) and grouping.matches(k, "")}
         keys = {k: k for k in table}
         used = {_threshold_of(keys, name) for name in names}
@@ -263,10 +263,10 @@ class _ByName:
 
 
 def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
-    """Returns the rule that gives each group the threshold of its label or path.
+    """Returns a rule that gives each group the threshold for its label or path.
 
-    `optclip.clip_by_rule` and clips with a fixed threshold use this rule if they are
-    given a map, as in ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
+    `optclip.clip_by_rule` and clips with a fixed threshold use this rule if the
+    threshold is a map, as in ``clip_by_leaf_norm({"embedding": 0.1, "": 1.0})``.
 
     | scope                   | the key of a group                                    |
     | ----------------------- | ----------------------------------------------------- |
@@ -275,22 +275,22 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
     | element                 | a pattern that matches the path of its leaf           |
     | tree                    | an error: there is only one group                     |
 
-    A key that equals the name of the group is used first. If there is none, the first
-    key that matches as a regular expression (with `re.search`) is used; ``""`` matches
-    every name. A key that is used for no group is an error, unless it matches every
-    name. `optclip.leaf_metrics` shows the threshold that each leaf got.
+    A key that equals the name of the group takes precedence. If there is none, the
+    first key that matches as a regular expression (with `re.search`) is used; ``""``
+    matches every name. A key that is not used for any group is an error, unless it
+    matches every name. `optclip.leaf_metrics` returns the threshold of each leaf.
 
     Args:
-        table: A map from label or pattern to a number, a schedule or a rule, or a
+        table: A map from labels or patterns to numbers, schedules or rules, or a
             function of the name that returns one of these.
 
     Returns:
-        A rule whose state holds the state of each rule in ``table`` for all groups.
+        A rule whose state contains the state of each rule in ``table`` for all groups.
 
     Raises:
         TypeError: If ``table`` is neither a map nor a function.
-        ValueError: If ``table`` is empty or holds a negative number. In ``init``, if a
-            group has no threshold, or a key is used for no group.
+        ValueError: If ``table`` is empty or contains a negative number. In ``init``, if
+            a group has no threshold, or a key is not used for any group.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -1,4 +1,4 @@
-"""Types of arguments that many functions share."""
+"""Types of arguments that are shared by many functions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax
 
 __all__ = ["Axis", "DType", "NonfinitePolicy", "Order", "RecordedNorm"]
 
-# What happens to a group that holds a NaN or an infinity.
+# What happens to a group that contains NaN or infinity.
 NonfinitePolicy: TypeAlias = Literal["propagate", "zero", "drop", "skip"]
-# The order of a norm: a number of at least 1, inf or "rms".
+# The order of a norm: a number that is at least 1, inf or "rms".
 Order: TypeAlias = float | Literal["rms"]
-# Which norm enters the history of a rule: the norm before clipping, or after it.
+# Which norm a rule adds to its history: the norm before or after clipping.
 RecordedNorm: TypeAlias = Literal["raw", "clipped"]
-# The dtype that updates are returned in, or None for the dtype that they have.
+# The dtype in which updates are returned, or None to keep their dtype.
 DType: TypeAlias = jax.typing.DTypeLike | None
-# The axes that a unit is summed over: of all leaves, by a function of the path, or by a
-# map from regular expression. None stands for the default axes.
+# The axes that a unit is summed over: the same for all leaves, a function of the path,
+# or a map from regular expressions. None means the default axes.
 Axes: TypeAlias = int | Sequence[int] | None
 Axis: TypeAlias = Axes | Callable[[str], Axes] | Mapping[str, Axes]

@@ -1,4 +1,4 @@
-"""What the two pipelines of the engine share: inputs, outputs and common steps."""
+"""Inputs, outputs and steps that the two pipelines of the engine share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POLICIES = get_args(NonfinitePolicy)
 
 
 class Options(NamedTuple):
-    """The options that a transformation was built with."""
+    """The options of a transformation."""
 
     rule: Rule
     scope: scopes.Scope
@@ -43,16 +43,16 @@ class Options(NamedTuple):
 
     @property
     def measures(self) -> bool:
-        """Whether updates measure norms."""
+        """Whether an update measures norms."""
         needed = self.record or self.rule.needs_norms or self.nonfinite == "skip"
         return needed or not self.scope.by_element
 
 
 class Call(NamedTuple):
-    """One update: its leaves, their norms, and what rules may use.
+    """One update: its leaves, their norms, and the inputs of rules.
 
-    ``bad`` is whether any entry is non-finite. ``measured`` and ``bad`` are None if
-    norms are not measured.
+    ``bad`` indicates whether any entry is non-finite. ``measured`` and ``bad`` are None
+    if norms are not measured.
     """
 
     options: Options
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The statistics of the whole tree that the state of a clip holds."""
+    """The statistics of the whole tree that are stored in the state of a clip."""
 
     before: jax.Array
     after: jax.Array
@@ -78,7 +78,7 @@ class Statistics(NamedTuple):
 class Outcome(NamedTuple):
     """The result of an update.
 
-    ``statistics`` is None if nothing is recorded. ``group_stats`` holds the norms,
+    ``statistics`` is None if nothing is recorded. ``group_stats`` contains the norms,
     thresholds and scales of all groups; it is None in element scope.
     """
 
@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
 def cut_of(
     options: Options, updates: Any, found: pytrees.Leaves, mapped: bool = True
 ) -> group_norms.Cut:
-    """Returns how these updates are split into groups and measured."""
+    """Returns how the updates are split into groups and measured."""
     updates = pytrees.trained(updates)
     layout = options.scope.layout(updates, found.paths, found.leaves)
     return group_norms.cut_by(
@@ -113,7 +113,7 @@ def measure_updates(
     params: Any,
     step: jax.Array,
 ) -> Call:
-    """Measures the updates once, and returns all that a pipeline needs."""
+    """Measures the updates, and returns the inputs of a pipeline."""
     measured = bad = None
     if options.measures:
         measured = group_norms.norms_of(found.leaves, cut)
@@ -133,14 +133,14 @@ def measure_updates(
 
 
 def _any_bad(measured: group_norms.Measured, cut: group_norms.Cut) -> Any:
-    """Returns whether any entry of any leaf, on any device, is non-finite."""
+    """Returns whether any entry of any leaf on any device is non-finite."""
     if cut.layout.groups is not None and not cut.plan.drop:
         return jnp.any(~jnp.isfinite(measured.norm[0]))
     return jnp.any(measured.kinds)
 
 
 def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
-    """Returns the rule of each array of norms; in element scope, of each leaf."""
+    """Returns the rule for each array of norms, or for each leaf in element scope."""
     rule, layout = options.rule, cut.layout
     names, groups = layout.names, cut.plan.groups
     if rule.for_groups is None:
@@ -162,7 +162,7 @@ def rules_for(options: Options, cut: group_norms.Cut) -> tuple[Rule, ...]:
 
 
 def check_order(options: Options, limit: Limit) -> None:
-    """Raises for an array of thresholds in label scope, where groups have no order."""
+    """Raises an error for an array of thresholds in label scope, which is unordered."""
     fixed = options.rule.name in ("constant", "schedule")
     if options.scope.name == "label" and fixed and np.size(limit.threshold) > 1:
         raise ValueError(
@@ -187,7 +187,7 @@ def _once(function: Callable) -> Callable:
 
 
 def context_of(call: Call, index: int, tree_norm: jax.Array) -> Context:
-    """Returns the `Context` of the rule for the array of norms number ``index``."""
+    """Returns the `Context` of the rule for the array of norms at ``index``."""
 
     def params_norm():
         norm = call.params_norms()[index]

@@ -1,8 +1,8 @@
-"""Checks of hyperparameters, made once, when a transformation is built.
+"""Validates hyperparameters once, when a transformation is built.
 
-A hyperparameter may be a tracer, as under `optax.inject_hyperparams`, and a tracer has
-no truth value. So the values of Python and NumPy numbers are checked, and those of JAX
-arrays and tracers are not.
+A hyperparameter may be a tracer, as under `optax.inject_hyperparams`, and a tracer does
+not have a truth value. So only the values of Python and NumPy numbers are checked, not
+the values of JAX arrays and tracers.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def _require(rule: str, holds, named: dict[str, Any]) -> None:
 
 
 def positive(**named: Any) -> None:
-    """Raises for the first number that is not positive; NaN is not."""
+    """Raises an error if any number is not positive. NaN is rejected."""
     _require("> 0", lambda x: x > 0, named)
 
 
 def non_negative(**named: Any) -> None:
-    """Raises for the first number that is negative or NaN."""
+    """Raises an error if any number is negative or NaN."""
     _require(">= 0", lambda x: x >= 0, named)
 
 
 def threshold(**named: Any) -> None:
-    """Raises for the first threshold that is not a non-negative number."""
+    """Raises an error if any threshold is not a non-negative number."""
     for name, value in named.items():
         if value is None:
             raise TypeError(
@@ -72,27 +72,27 @@ def threshold(**named: Any) -> None:
 
 
 def fraction(**named: Any) -> None:
-    """Raises for the first number that is not between 0 and 1; NaN is not."""
+    """Raises an error if any number is not between 0 and 1. NaN is rejected."""
     _require("between 0 and 1", lambda x: (x >= 0) & (x <= 1), named)
 
 
 def decay(**named: Any) -> None:
-    """Raises for the first number that is not in [0, 1); NaN is not."""
+    """Raises an error if any number is not in [0, 1). NaN is rejected."""
     _require(">= 0 and < 1", lambda x: (x >= 0) & (x < 1), named)
 
 
 def percentile(**named: Any) -> None:
-    """Raises for the first number that is not between 0 and 100; NaN is not."""
+    """Raises an error if any number is not between 0 and 100. NaN is rejected."""
     _require("between 0 and 100", lambda x: (x >= 0) & (x <= 100), named)
 
 
 def not_nan(**named: Any) -> None:
-    """Raises for the first number that is NaN."""
+    """Raises an error if any number is NaN."""
     _require("other than NaN", lambda x: x == x, named)
 
 
 def size(name: str, value: Any, least: int = 1) -> int:
-    """Returns an int of at least ``least`` that determines the shape of the state."""
+    """Validates an int that determines the shape of the state, and returns it."""
     value = value.value if isinstance(value, Static) else value
     known = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if known and value >= least:
@@ -107,12 +107,12 @@ def size(name: str, value: Any, least: int = 1) -> int:
 
 
 def steps(**named: Any) -> None:
-    """Raises for the first number that is not a non-negative whole number."""
+    """Raises an error if any number is not a non-negative whole number."""
     _require("a whole number >= 0", lambda x: (x >= 0) & (x == np.floor(x)), named)
 
 
 def one_of(name: str, value: Any, allowed: tuple) -> None:
-    """Raises unless ``value`` is one of the ``allowed`` strings."""
+    """Raises an error unless ``value`` is one of the ``allowed`` strings."""
     if value not in allowed:
         options = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
@@ -121,7 +121,7 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 class Static:
     """A default number that must be static, since compilation depends on it.
 
-    `optax.inject_hyperparams` turns ints and floats into arrays, and leaves this alone.
+    `optax.inject_hyperparams` converts ints and floats to arrays, but not this class.
     """
 
     def __init__(self, value: int):
@@ -141,7 +141,7 @@ EUCLIDEAN: Any = Static(2)
 
 
 def order(value: Any) -> float | str:
-    """Returns a norm's order as a static value: a float of at least 1, inf or "rms"."""
+    """Returns the order of a norm as a static value: a float, inf or "rms"."""
     if isinstance(value, str) and value == "rms":
         return "rms"
     value = float(value) if isinstance(value, Static) else value
@@ -158,7 +158,7 @@ def order(value: Any) -> float | str:
 
 
 def ordered(*, low: Any, high: Any) -> None:
-    """Raises unless ``low`` is at most ``high``; JAX arrays are not checked."""
+    """Raises an error unless ``low <= high``. JAX arrays are not checked."""
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, (bool, str, bytes, type(None), complex)):
             raise TypeError(f"`{name}` must be a number, got {value!r}.")
@@ -177,7 +177,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def instance(name: str, value: Any, kind: type, described: str) -> None:
-    """Raises unless ``value`` is an instance of ``kind``."""
+    """Raises an error unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be a {kind.__name__} {described}, got {value!r}."
@@ -185,7 +185,7 @@ def instance(name: str, value: Any, kind: type, described: str) -> None:
 
 
 def floating(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a dtype of real floating-point numbers."""
+    """Raises an error unless ``value`` is a real floating-point dtype."""
     try:
         known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except TypeError:

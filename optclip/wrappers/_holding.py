@@ -53,7 +53,7 @@ def _traced(flag, optimizer, updates, state, params, extra) -> tuple[Any, Any]:
             alone = sum(other is var for other in after) == 1
             if alone and not is_literal(var) and var not in given:
                 selected[var] = before
-    values = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
     inputs = jax.tree.leaves((updates, state, params))
     values |= zip(jaxpr.invars, inputs, strict=True)
 

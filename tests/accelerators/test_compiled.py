@@ -1,6 +1,6 @@
-"""What a step costs on a GPU or TPU, by compiling for it: bytes, kernels, collectives.
+"""Costs of a step compiled for a GPU or TPU: bytes, kernels, collectives.
 
-`make test-accelerators` runs these. They need JAX's plugins, and no device.
+`make test-accelerators` runs these. They need JAX's plugins but no device.
 """
 
 import functools
@@ -34,7 +34,7 @@ def cost(name, target="H100", count=1):
 
 
 def added(name, target="H100"):
-    """Returns (passes over the gradients, kernels) beside AdamW's, and the program."""
+    """Returns (passes over the gradients, kernels) added to AdamW, and the program."""
     ours, bare = cost(name, target), cost("AdamW alone", target)
     return (ours.bytes - bare.bytes) / SIZE, ours.kernels - bare.kernels, ours
 
@@ -44,28 +44,28 @@ def added(name, target="H100"):
     [("clip_by_global_norm", 40), ("zclip", 40), ("quantile_clip", 40),
      ("clip_by_leaf_norm", 50)],
 )  # fmt: skip
-def test_a_clip_reads_the_gradients_once_more_on_a_gpu(name, kernels):
+def test_clip_adds_one_pass_over_the_gradients_on_gpu(name, kernels):
     passes, launched, program = added(f"optclip.{name}")
     assert passes <= 1.02
     assert launched <= kernels
     assert program.conditions == 0
 
 
-def test_a_clip_by_value_costs_nothing_on_a_gpu():
+def test_clip_by_value_costs_nothing_on_gpu():
     passes, launched, program = added("optclip.clip_by_value")
     assert passes <= 0.001
     assert launched <= 2
     assert program.conditions == 0
 
 
-def test_skipping_launches_no_more_than_optax_on_a_gpu():
+def test_skip_steps_launches_no_more_kernels_than_optax_on_gpu():
     passes, launched, program = added("optclip.skip_steps")
     assert passes <= 1.02
     assert launched <= added("optax.apply_if_finite")[1]
     assert program.conditions == 0
 
 
-def test_units_move_little_more_than_with_optax_on_a_gpu():
+def test_unit_clip_moves_few_more_bytes_than_optax_on_gpu():
     ours, optax = (added(f"{package}.adaptive_grad_clip")[0] for package in
                    ("optclip", "optax"))  # fmt: skip
     assert ours <= optax + 0.05
@@ -83,7 +83,7 @@ def training_cost(name):
 @pytest.mark.parametrize(
     "name", ["clip_by_global_norm", "clip_by_leaf_norm", "zclip", "skip_steps"]
 )
-def test_gradients_converted_by_a_backward_pass_are_not_written_for_a_clip(name):
+def test_clip_does_not_write_out_gradients_that_the_backward_pass_converts(name):
     ours, optax = map(training_cost, (f"optclip.{name}", "optax.clip_by_global_norm"))
     size = sum(x.nbytes for x in jax.tree.leaves(gpt.initial(MODEL)))
     assert ours.bytes - optax.bytes <= 0.1 * size
@@ -105,9 +105,9 @@ SCANNED = {
 
 
 @pytest.mark.parametrize("name", SCANNED)
-def test_a_scan_over_constant_gradients_compiles_for_a_gpu(name):
-    # XLA evaluates what depends on constants and the number of the step only, and
-    # fails if a barrier is part of it.
+def test_scan_over_constant_gradients_compiles_for_gpu(name):
+    # XLA evaluates computations that depend only on constants and the step number, and
+    # fails if they contain a barrier.
     tx = SCANNED[name]
     params = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
     grads = {k: np.stack([x, 2 * x, 3 * x]) for k, x in params.items()}
@@ -125,7 +125,7 @@ def test_a_scan_over_constant_gradients_compiles_for_a_gpu(name):
 
 
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
-def test_a_clip_moves_no_more_than_optax_on_a_tpu(name):
+def test_clip_moves_no_more_bytes_than_optax_on_tpu(name):
     ours = cost(f"optclip.{name}", "TPU v5e")
     optax = cost("optax.clip_by_global_norm", "TPU v5e")
     assert ours.bytes <= 1.01 * optax.bytes
@@ -134,16 +134,16 @@ def test_a_clip_moves_no_more_than_optax_on_a_tpu(name):
 
 @pytest.mark.parametrize("target", ["H100", "TPU v5e"])
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
-def test_eight_devices_exchange_one_array(name, target):
+def test_clip_on_eight_devices_exchanges_one_array(name, target):
     program = cost(f"optclip.{name}", target, 8)
     assert program.collectives == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("target", ["H100", "TPU v5e"])
-def test_units_on_eight_devices_exchange_six_arrays(target):
-    # The sums of gradients and parameters; whether they can be trusted (a GPU) and
-    # which entries are non-finite; the norms of all units; how many were clipped; the
-    # smallest scale, and the threshold that belongs to it.
+def test_unit_clip_on_eight_devices_exchanges_six_arrays(target):
+    # The six are: sums of gradients and parameters; flags for accurate sums (GPU) and
+    # for non-finite entries; norms of all units; number of clipped units; the smallest
+    # scale; the threshold that belongs to it.
     program = cost("optclip.adaptive_grad_clip", target, 8)
     assert set(program.collectives) == {"all-reduce"}
     assert program.collectives["all-reduce"] <= 6

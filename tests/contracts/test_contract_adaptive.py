@@ -52,7 +52,7 @@ def test_shapes_and_dtypes_of_updates_and_state_never_change(name, scope, dtype)
     assert len(places) == len(set(places)), "two fields share a buffer"
 
 
-# Each keeps its memory in another way; the rest share their rules' code.
+# Each of these stores its memory differently; the others share the code of a rule.
 QUICK = ("autoclip", "autoclip-all", "quantile_clip", "spam_clip", "stabilize",
          "u_clip", "zclip")  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_scan_and_vmap_agree_with_a_loop(name):
 @pytest.mark.parametrize(
     ("name", "scope"), [pair for pair in adaptive.PAIRS if pair[1] != "own"]
 )
-def test_every_scope_scans_vmaps_donates_and_survives_a_nan(name, scope):
+def test_every_scope_supports_scan_vmap_and_donation_and_survives_nan(name, scope):
     tx = adaptive.build(name, scope)
     grads = [adaptive.gradients(i, size=10.0 ** (i % 3)) for i in range(5)]
     grads.insert(3, poisoned(np.nan))
@@ -118,7 +118,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_wrappers_of_optax_keep_the_state_as_it_is(name, wrapper):
+def test_optax_wrappers_preserve_state_structure(name, wrapper):
     tx = WRAPPERS[wrapper](adaptive.build(name))
     state = tx.init(PARAMS)
     out, after = jax.eval_shape(tx.update, PARAMS, state, PARAMS)
@@ -133,7 +133,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_inject_hyperparams_takes_them_as_a_user_first_writes_it(name):
+def test_inject_hyperparams_works_without_static_args(name):
     needed = {"spectral_clip": {"max_sigma": 1.0}}.get(name, {})
     tx = optax.inject_hyperparams(getattr(optclip, name))(**needed)
     state = tx.init(PARAMS)
@@ -148,7 +148,7 @@ def poisoned(value):
 
 
 def memory(state):
-    """What a transformation remembers of the gradients, its figures left out."""
+    """Returns the memory of a transformation without its statistics."""
     return getattr(state, "rule_state", state)
 
 
@@ -161,7 +161,7 @@ def memory(state):
     ],
 )
 @pytest.mark.parametrize("name", POLICED)
-def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
+def test_nonfinite_gradients_do_not_affect_memory(name, policy):
     tx = adaptive.build(name, nonfinite=policy)
     step = jax.jit(tx.update)
     _, before = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
@@ -178,7 +178,7 @@ def test_non_finite_gradients_leave_no_trace_in_the_memory(name, policy):
 
 
 @pytest.mark.parametrize("name", ["u_clip", "scale_by_stable_adam", "stabilize"])
-def test_wrappers_keep_their_own_memory_finite(name):
+def test_memory_of_wrappers_stays_finite(name):
     tx = adaptive.build(name)
     step = jax.jit(tx.update)
     _, state = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
@@ -190,7 +190,7 @@ def test_wrappers_keep_their_own_memory_finite(name):
         chex.assert_tree_all_finite(kept)
 
 
-def test_stabilize_leaves_a_bad_step_out():
+def test_stabilize_skips_a_bad_step():
     tx = adaptive.build("stabilize")
     step = jax.jit(tx.update)
     _, before = step(adaptive.gradients(1), tx.init(PARAMS), PARAMS)
@@ -200,7 +200,7 @@ def test_stabilize_leaves_a_bad_step_out():
     assert int(optclip.metrics(after)["clip/nonfinite_steps"]) == 1
 
 
-def test_stabilize_hands_integer_leaves_on():
+def test_stabilize_passes_integer_leaves_through():
     tx = adaptive.build("stabilize")
     mixed = {"weight": jnp.ones(3), "count": jnp.arange(2)}
     out, _ = jax.jit(tx.update)(mixed, tx.init(mixed), mixed)
@@ -211,20 +211,20 @@ def test_stabilize_hands_integer_leaves_on():
 @pytest.mark.parametrize(
     "name", ["cap_update", "trust_ratio_clip", "stabilize", "scale_by_stable_adam"]
 )
-def test_missing_params_are_an_error_that_names_the_transformation(name):
+def test_missing_params_raise_an_error_naming_the_transformation(name):
     tx = adaptive.build(name)
     with pytest.raises(ValueError, match=f"`{name}`"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_zero_parameters_can_leave_zero():
+def test_zero_parameters_can_move_away_from_zero():
     for tx in (optclip.cap_update(), optclip.stabilize(optax.sgd(0.1))):
         zeros = jax.tree.map(jnp.zeros_like, PARAMS)
         out, _ = tx.update(adaptive.gradients(0), tx.init(zeros), zeros)
         assert float(optclip.norms.global_norm(out)) > 0
 
 
-def test_every_adaptive_transformation_is_here():
+def test_every_adaptive_transformation_is_covered():
     functions = {n for n in optclip.__all__ if inspect.isfunction(getattr(optclip, n))}
     fixed = {case.public for case in registry.CASES.values()}
     here = {n.split("-")[0] for n in NAMES}

@@ -1,4 +1,4 @@
-"""Contract 4: the derivative through a clip is finite everywhere, and right."""
+"""Contract 4: derivatives through a clip are finite everywhere and correct."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_derivatives_equal_finite_differences(name, x64):
         ]  # fmt: skip
         wanted = float(ends[0] - ends[1]) / (2 * step)
         got = sum(np.vdot(slope[k], way[k]) for k in way)
-        lost = 1e-8 * abs(float(ends[0])) / size  # to rounding, in the difference
+        lost = 1e-8 * abs(float(ends[0])) / size  # rounding error of the difference
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=lost)
 
 
@@ -62,7 +62,8 @@ def test_derivatives_are_finite_everywhere(name):
     zeros = jax.tree.map(np.zeros_like, ones)
     half = {"blocks": np.zeros_like(ones["blocks"]), "w": ones["w"]}
     points = [zeros, half, *(tree(s, np.float32) for s in (1e-30, 1.0, 1e30, 1e37))]
-    # At the first, the norm of one leaf is above the largest float32, the other below.
+    # At the first point, one leaf's norm is above the largest float32, the other's
+    # below.
     points += [jax.tree.map(lambda x, s=s: np.full_like(x, s), ones)
                for s in (1.3e38, 3e38)]  # fmt: skip
     for updates in points:
@@ -77,14 +78,14 @@ def test_derivatives_are_finite_everywhere(name):
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-leaf", "soft_clip", "clip_by_value"])
-def test_the_derivative_at_zero_is_that_of_the_identity(name):
+def test_derivative_at_zero_is_that_of_the_identity(name):
     ones = jax.tree.map(np.ones_like, tree(1.0, np.float32))
     zeros = jax.tree.map(np.zeros_like, ones)
     _, slope = derivative(name)(zeros, np.float32(1.0), ones, ones)
     np.testing.assert_array_equal(slope["w"], ones["w"])
 
 
-# Those with a memory, or with an optimizer inside: one update, from a warmed-up state.
+# Transformations with memory or an inner optimizer: one update from a warmed-up state.
 REMEMBERING = [n for n in every.EVERY if n not in registry.CASES]
 WAVE = jax.tree.map(
     lambda x: np.sin(1.0 + np.arange(x.size)).reshape(x.shape), every.numbers("float64")
@@ -95,7 +96,7 @@ WAY = jax.tree.map(
 
 
 def memory(state):
-    """Returns what shapes later updates; of a clip, not what it logs."""
+    """Returns the state that affects later updates, without a clip's statistics."""
 
     def kept(node):
         if hasattr(node, "norm_rule_state"):
@@ -111,7 +112,7 @@ def memory(state):
 
 @functools.cache
 def stepper(name, dtype):
-    """Returns (step, states): the derivative of an update, and where it is taken.
+    """Returns (step, states): the derivative of an update, and states to take it at.
 
     The step is a jitted (updates, state, share) -> ((value, new state), gradient): the
     value is a weighted sum of the updates, and ``share`` times that of the new memory.
@@ -202,7 +203,7 @@ def example_loss(params, x):
 
 
 def test_derivatives_through_per_example_clip(x64):
-    """With respect to the parameters: as a step of a meta-optimizer takes it."""
+    """Derivatives with respect to the parameters, as a meta-optimizer needs them."""
     del x64
     f = optclip.clipped_grad(example_loss, 1.0, microbatch_size=2)
 

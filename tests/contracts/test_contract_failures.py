@@ -1,4 +1,4 @@
-"""Non-finite gradients: each policy, each kind of badness, each transformation."""
+"""Non-finite gradients: every policy, kind of entry and transformation."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ from optclip import rules, scopes
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 POLICIES = ("propagate", "zero", "drop", "skip")
 CLIPS = [name for name in registry.DISTINCT if name != "record_norms"]
-# One of each scope, and the one action that lengthens; the others share their code.
+# One of each scope, and the one action that scales up; the others share their code.
 QUICK = {"clip", "clip-label", "clip_by_leaf_norm", "clip_per_layer", "clip_by_value",
          "adaptive_grad_clip", "normalize_by_norm"}  # fmt: skip
 QUICK_CLIPS = [
@@ -24,7 +24,7 @@ QUICK_CLIPS = [
 
 
 def poisoned(value):
-    """Returns a tree with one bad entry, in one group of every scope but the tree."""
+    """Returns a tree with one non-finite entry, so that most groups stay finite."""
     updates = registry.normal_tree("f32", 5.0)
     updates["blocks"][1, 2, 0] = value
     return updates
@@ -32,7 +32,7 @@ def poisoned(value):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", QUICK_CLIPS)
-def test_each_policy_does_what_its_row_of_the_table_says(name, policy):
+def test_each_nonfinite_policy_matches_the_oracle(name, policy):
     case, params = registry.CASES[name], registry.normal_tree("f32", seed=1)
     for kind, value in BAD.items():
         updates = poisoned(value)
@@ -58,7 +58,7 @@ def test_each_policy_does_what_its_row_of_the_table_says(name, policy):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_finite_updates_after_a_bad_step_are_clipped_as_ever(name):
+def test_finite_updates_after_a_bad_step_are_clipped_normally(name):
     make, params = registry.CASES[name].make, registry.normal_tree("f32", seed=1)
     state = make(1.0).init(params)
     step = registry.stepper(name)
@@ -72,7 +72,7 @@ def test_finite_updates_after_a_bad_step_are_clipped_as_ever(name):
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_record_norms_sees_non_finite_entries_and_passes_them_on(value):
+def test_record_norms_counts_nonfinite_entries_and_passes_them_through(value):
     out, state = registry.run("record_norms", poisoned(value))
     chex.assert_trees_all_equal(out, poisoned(value))
     assert int(state.nonfinite.nonfinite_kinds.sum()) == 1
@@ -92,7 +92,7 @@ def first_norm():
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
-def test_the_state_of_a_users_rule_is_not_poisoned(scope, policy):
+def test_state_of_a_user_defined_rule_stays_finite(scope, policy):
     tx = optclip.clip_by_rule(first_norm(), scope=scope, nonfinite=policy)
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
     step = jax.jit(tx.update)
@@ -106,13 +106,13 @@ def test_the_state_of_a_users_rule_is_not_poisoned(scope, policy):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_a_norm_that_overflows_is_not_called_an_infinite_gradient(name):
+def test_norm_overflow_is_not_counted_as_a_nonfinite_gradient(name):
     _, state = registry.run(name, registry.full_tree("f32", 3e38), 1.0)
     assert int(state.nonfinite.nonfinite_steps) == 0
     assert np.isfinite(state.norm_before)
 
 
-def test_float64_entries_beyond_float32_leave_finite_figures(x64):
+def test_float64_entries_beyond_float32_give_finite_statistics(x64):
     del x64
     for name in ("clip", "clip-leaf", "clip-element", "record_norms"):
         _, state = registry.run(name, registry.full_tree("f64", 1e200), 1.0)

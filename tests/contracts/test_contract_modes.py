@@ -1,13 +1,13 @@
-"""Contract 6: JAX's modes for finding faults find none in a jitted step or metrics.
+"""Contract 6: a jitted step and its metrics pass JAX's debugging modes.
 
 The modes are strict dtype promotion, no rank promotion, `jax.transfer_guard`,
-`jax.debug_nans`, `jax.debug_infs` and `jax.checking_leaks`. Promised in all of them:
-``init`` and ``update`` under `jax.jit`, at finite gradients of any size, and `metrics`,
-`leaf_metrics` and `nonfinite_leaves` of the state, outside of jit.
+`jax.debug_nans`, `jax.debug_infs` and `jax.checking_leaks`. In all of them these must
+work: ``init`` and ``update`` under `jax.jit`, for finite gradients of any size, and
+`metrics`, `leaf_metrics` and `nonfinite_leaves` of the state, outside of jit.
 
-Two modes are not for an ``update`` outside of jit. A transfer guard refuses each
-constant there, those of Optax's optimizers too. `jax.debug_infs` checks each operation,
-and an unknown threshold is infinite until it is stored.
+Two modes do not support an ``update`` outside of jit. A transfer guard rejects every
+constant there, including those of Optax's optimizers. `jax.debug_infs` checks each
+operation, and an unknown threshold is infinite until it is stored.
 """
 
 import contextlib
@@ -29,11 +29,10 @@ MODES = {
     "debug_infs": lambda: jax.debug_infs(True),
     "leaks": jax.checking_leaks,
 }
-# Leaks are looked for while tracing, which then takes twice as long.
+# Leak checking happens during tracing and doubles its time.
 AT_ONCE = [mode for mode in MODES if mode != "leaks"]
 EAGER = ("strict_promotion", "rank_promotion", "debug_nans")
-# Ordinary gradients, and what a rule meets at its worst: its first norm is ordinary,
-# unknown (zero), huge, or next to nothing.
+# Typical gradients, and the hardest starts for a rule: a zero, huge or tiny first norm.
 SIZES = (1.0, 1e30, 0.0, 1e-30, 1.0, 3e37)
 HARD_STARTS = ((0.0, 0.0, 1.0), (1e30, 1.0, 0.0), (1e-30, 1e30, 1.0))
 
@@ -47,13 +46,13 @@ def switched_on(*modes):
 
 
 def read(state, params):
-    """Returns all that is logged of a state; the names of leaves where it has them."""
+    """Returns all logged metrics of a state, including per-leaf ones if it has them."""
     logged = optclip.metrics(state)
     for reader in (optclip.leaf_metrics, optclip.nonfinite_leaves):
         try:
             found = reader(state, params)
         except ValueError as error:
-            if "`opt_state` " not in str(error):  # it is not that nothing is there
+            if "`opt_state` " not in str(error):  # other than "the state has none"
                 raise
             continue
         if reader is optclip.leaf_metrics:
@@ -76,14 +75,14 @@ def run(tx, modes, dtype, starts=(SIZES,), wrap=jax.jit):
 
 
 @pytest.mark.parametrize("name", every.DISTINCT)
-def test_a_jitted_step_and_its_metrics_pass_all_modes_at_once(name):
+def test_jitted_step_and_metrics_pass_all_modes_at_once(name):
     run(every.EVERY[name](), AT_ONCE, "mixed", (SIZES, *HARD_STARTS))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", AT_ONCE)
 @pytest.mark.parametrize("name", every.EVERY)
-def test_a_jitted_step_passes_each_mode(name, mode):
+def test_jitted_step_passes_each_mode(name, mode):
     run(every.EVERY[name](), [mode], "mixed", (SIZES, *HARD_STARTS))
 
 
@@ -103,11 +102,11 @@ def test_options_pass_all_modes_at_once(name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", EAGER)
 @pytest.mark.parametrize("name", every.EVERY)
-def test_a_step_outside_of_jit_passes(name, mode):
+def test_unjitted_step_passes_each_mode(name, mode):
     run(every.EVERY[name](), [mode], "mixed", wrap=lambda f: f)
 
 
-# Each is another part of the library, or holds a function that is called once.
+# Each covers a different part of the library, or holds a function that is called once.
 LEAKY = ("adaptive_grad_clip", "clip_by_value", "record_norms", "skip_steps",
          "stabilize",
          "scale_by_stable_adam", "spectral_clip-soft", "u_clip", "zclip")  # fmt: skip
@@ -120,7 +119,7 @@ LEAKY = ("adaptive_grad_clip", "clip_by_value", "record_norms", "skip_steps",
         for n in (*every.EVERY, *every.VARIANTS)
     ],
 )
-def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
+def test_no_leaked_tracers_and_no_implicit_dtype_promotion(name):
     params = every.numbers("mixed")
 
     def traced(params):
@@ -133,7 +132,7 @@ def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
         jax.eval_shape(traced, params)
 
 
-# With strict promotion, of the norms' float32, or what becomes that without float64.
+# Under strict promotion, arguments must be float32, or become so without float64.
 @pytest.mark.parametrize(
     "kind",
     [
@@ -143,7 +142,7 @@ def test_no_tracer_leaks_and_no_dtypes_are_mixed(name):
     ],
 )
 @pytest.mark.parametrize("name", every.NUMERIC)
-def test_arrays_in_place_of_numbers_are_not_mixed_with_other_dtypes(name, kind):
+def test_array_arguments_cause_no_implicit_dtype_promotion(name, kind):
     params = every.numbers("mixed")
     with switched_on("strict_promotion", "rank_promotion"):
         tx = every.with_numbers(name, kind)
@@ -182,11 +181,11 @@ def test_functions_pass_all_modes_at_once(name):
         with switched_on(*AT_ONCE):
             out = function(grads)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out))
-    with switched_on(*MODES):  # where leaks are looked for, no trace is kept
+    with switched_on(*MODES):  # leak checking keeps no trace
         jax.eval_shape(FUNCTIONS[name], first)
 
 
-def test_a_threshold_is_suggested_from_a_state_in_all_modes_at_once():
+def test_suggest_threshold_from_a_state_passes_all_modes_at_once():
     tx = optclip.autoclip(window=16)
     params = every.on_device("mixed")
     grads = [every.on_device("mixed", 1.0 + i / 16, seed=i) for i in range(16)]
@@ -201,9 +200,9 @@ def test_a_threshold_is_suggested_from_a_state_in_all_modes_at_once():
 
 @contextlib.contextmanager
 def explicit_fetches(monkeypatch):
-    """Lets nothing but `jax.device_get` fetch an array, as a guard does on a GPU.
+    """Allows only `jax.device_get` to fetch arrays, like a transfer guard on a GPU.
 
-    On a CPU, where fetching is free, JAX's guard lets everything pass.
+    On a CPU, JAX's guard allows every fetch because it is free.
     """
     inside, fetch = [], jax.device_get
 
@@ -235,7 +234,7 @@ READ = ("clip-leaf", "clip-layer", "record_norms", "skip_steps", "stabilize")
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_reads_a_state_fetches_it_explicitly(name, monkeypatch):
+def test_readers_fetch_the_state_explicitly(name, monkeypatch):
     tx, params = every.EVERY[name](), every.on_device("mixed")
     bad = params | {"kernel": params["kernel"] * jnp.nan}
     update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
@@ -258,6 +257,6 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("wrapper", CHAINS)
-def test_wrappers_of_optax_pass_under_a_transfer_guard(wrapper):
+def test_optax_wrappers_pass_under_a_transfer_guard(wrapper):
     tx = CHAINS[wrapper](optclip.clip_by_leaf_norm(1.0, nonfinite="skip"))
     run(tx, ["transfer_guard", "debug_nans", "debug_infs"], "mixed")

@@ -28,9 +28,9 @@ FULL = {"f32": 3e38, "bf16": 3e38, "f16": 6e4, "f8_e4m3fn": 448, "f8_e5m2": 5734
 
 
 def pair(name, dtype):
-    """Returns the parameters of a test; variants of a core case are slow ones.
+    """Returns the parameters of a test; variants of a core case are marked slow.
 
-    The quick dtypes have all the others between them: "mixed" holds f16 and c64.
+    The quick dtypes cover the others: "mixed" contains f16 and c64.
     """
     quick = name in registry.DISTINCT and dtype in ("f32", "bf16", "mixed", "f64")
     marks = () if quick else pytest.mark.slow
@@ -52,14 +52,14 @@ WIDE_PAIRS = [
 
 
 def beyond(updates, expected):
-    """Tells whether an entry of what is expected is too large for its dtype."""
+    """Returns whether an expected entry is too large for its dtype."""
     pairs = zip(jax.tree.leaves(updates), expected.leaves, strict=True)
     return any(np.max(np.abs(y)) > float(jnp.finfo(x.dtype).max) for x, y in pairs)
 
 
 @functools.cache
 def runs(name, dtype):
-    """Returns (updates, threshold, result, state, expected) of many updates."""
+    """Returns (updates, threshold, result, state, expected) for many updates."""
     case, params = registry.CASES[name], registry.normal_tree(dtype, seed=1)
     trees = [(s, registry.normal_tree(dtype, s)) for s in SIZES[dtype]]
     if dtype in FULL:
@@ -73,9 +73,9 @@ def runs(name, dtype):
                 continue
             expected = case.expect(updates, params, threshold)
             if name == "normalize_by_norm" and beyond(updates, expected):
-                continue  # the entries of this length are infinite in their dtype
+                continue  # entries of updates with this norm overflow their dtype
             if max(expected.thresholds.values()) > BIG and threshold < BIG and not wide:
-                continue  # a share of the parameters' norm that float32 can't say
+                continue  # a multiple of the parameter norm that overflows float32
             out, state = registry.run(name, updates, threshold, params)
             out, state = jax.device_get((out, state))
             done.append((updates, threshold, out, state, expected))
@@ -97,7 +97,7 @@ def check_products(name, dtype, work):
             oracle.assert_rounded_once(after, exact, work)
 
 
-def check_figures(name, dtype):
+def check_statistics(name, dtype):
     for _, _, _, state, expected in runs(name, dtype):
         if name == "record_norms":
             np.testing.assert_allclose(
@@ -110,7 +110,7 @@ def check_figures(name, dtype):
         np.testing.assert_allclose(
             state.norm_after, saturated(expected.after), rtol=4e-6, atol=1e-37
         )
-        # An `eps` scales down a norm just below its threshold as well.
+        # With `eps`, a norm just below its threshold is also scaled down.
         padded = "eps" in registry.CASES[name].settings
         over = [
             norm > expected.thresholds[g] or (padded and expected.scales[g] < 1)
@@ -126,14 +126,14 @@ def test_updates_are_the_exact_product_rounded_once(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), PAIRS)
-def test_figures_in_the_state_are_right_and_finite_entries_are_never_called_bad(
+def test_state_statistics_are_exact_and_finite_entries_never_count_as_nonfinite(
     name, dtype
 ):
-    check_figures(name, dtype)
+    check_statistics(name, dtype)
 
 
 @pytest.mark.parametrize(("name", "dtype"), PAIRS)
-def test_groups_within_their_threshold_are_bitwise_the_input(name, dtype):
+def test_groups_within_their_threshold_are_unchanged_bitwise(name, dtype):
     bound = registry.CASES[name].settings.get("action", "rescale")
     if bound not in ("rescale", "zero", "none"):
         pytest.skip("this action changes short groups too")
@@ -146,7 +146,7 @@ def test_groups_within_their_threshold_are_bitwise_the_input(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), PAIRS)
-def test_no_group_ends_above_its_threshold_by_more_than_four_ulp(name, dtype):
+def test_clipped_norms_exceed_the_threshold_by_at_most_four_ulp(name, dtype):
     case = registry.CASES[name]
     for updates, threshold, out, _, expected in runs(name, dtype):
         if name == "record_norms":
@@ -170,15 +170,15 @@ def test_float64_updates_are_exact_to_1e_12(name, dtype, x64):
 
 
 @pytest.mark.parametrize(("name", "dtype"), WIDE_PAIRS)
-def test_float64_figures_are_float32_and_finite(name, dtype, x64):
+def test_statistics_of_float64_updates_are_float32_and_finite(name, dtype, x64):
     del x64
-    check_figures(name, dtype)
+    check_statistics(name, dtype)
     for _, _, _, state, _ in runs(name, dtype):
         assert {x.dtype.name for x in jax.tree.leaves(state)} <= {"float32", "int32"}
 
 
 @pytest.mark.parametrize("name", registry.CLIPS)
-def test_zeros_stay_zeros_with_scale_one(name):
+def test_zero_updates_stay_zero_with_scale_one(name):
     for threshold in (0.0, 1.0, np.inf):
         if name == "torch" and threshold == 0:
             continue  # torch's formula: 0 / (0 + eps)
@@ -193,7 +193,7 @@ def test_zeros_stay_zeros_with_scale_one(name):
 
 
 @pytest.mark.parametrize("name", registry.CLIPS)
-def test_threshold_zero_gives_zeros_and_infinity_gives_the_input(name):
+def test_threshold_zero_gives_zeros_and_threshold_inf_gives_the_input(name):
     for size in (1e-30, 1.0, 1e30):
         updates = registry.normal_tree("f32", size)
         out, state = registry.run(name, updates, 0.0)
@@ -217,13 +217,13 @@ def test_subnormal_numbers_within_the_threshold_pass_bitwise(name):
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-leaf", "clip_by_value"])
-def test_a_negative_or_nan_threshold_on_device_counts_as_zero(name):
+def test_negative_or_nan_threshold_on_device_is_treated_as_zero(name):
     for threshold in (-1.0, np.nan):
         out, _ = registry.run(name, registry.normal_tree("f32"), threshold)
         chex.assert_trees_all_equal(out, registry.full_tree("f32", 0.0))
 
 
-def test_scales_that_differ_by_group_are_those_of_the_hand_computed_example():
+def test_per_leaf_scales_match_a_hand_computed_example():
     updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.6, 0.8])}
     tx = optclip.clip_by_leaf_norm(2.5)
     out, state = tx.update(updates, tx.init(updates))
@@ -232,7 +232,7 @@ def test_scales_that_differ_by_group_are_those_of_the_hand_computed_example():
     assert float(state.scale) == 0.5
 
 
-def test_the_oracle_agrees_that_a_wrong_scale_is_wrong():
+def test_oracle_rejects_a_wrong_scale():
     case, updates = registry.CASES["clip"], registry.normal_tree("bf16")
     exact = case.expect(updates, None, 1.0).leaves
     wrong = jax.tree.leaves(updates)[0] * np.float32(0.25)

@@ -1,4 +1,4 @@
-"""The same numbers on eight devices as on one, and one all-reduce for a global norm."""
+"""Eight devices give the same results as one; a global norm needs one all-reduce."""
 
 import re
 import warnings
@@ -65,7 +65,7 @@ QUICK = ("clip", "clip-unit", "clip-layer", "adaptive_grad_clip", "clip_by_value
     "name",
     [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES],
 )
-def test_automatic_sharding_gives_the_numbers_of_one_device(name):
+def test_automatic_sharding_matches_one_device(name):
     tx, updates = registry.CASES[name].make(1.0), gradients()
     state = tx.init(updates)
     sharded = placed(updates, mesh())
@@ -78,7 +78,7 @@ def entry(text):
 
 
 @pytest.mark.usefixtures("eight")
-def test_a_global_norm_costs_one_all_reduce():
+def test_global_norm_costs_one_all_reduce():
     tx, updates = optclip.clip_by_global_norm(1.0), placed(gradients(), mesh())
     compiled = jax.jit(tx.update).lower(updates, tx.init(updates)).compile()
     found = re.findall(r"= .* all-reduce(?:-start)?\(", entry(compiled.as_text()))
@@ -87,7 +87,7 @@ def test_a_global_norm_costs_one_all_reduce():
 
 @pytest.mark.usefixtures("eight")
 @pytest.mark.parametrize("name", ["clip", "clip-leaf", "clip-unit", "clip_by_value"])
-def test_explicit_sharding_gives_the_numbers_of_one_device(name):
+def test_explicit_sharding_matches_one_device(name):
     tx, updates = registry.CASES[name].make(1.0), gradients()
     where = mesh(jax.sharding.AxisType.Explicit)
     enter = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
@@ -99,7 +99,7 @@ def test_explicit_sharding_gives_the_numbers_of_one_device(name):
 
 
 @pytest.mark.usefixtures("eight")
-def test_explicit_leaves_of_one_shape_may_be_sharded_along_different_axes():
+def test_leaves_of_equal_shape_may_be_explicitly_sharded_over_different_axes():
     where = mesh(jax.sharding.AxisType.Explicit)
     rng = np.random.default_rng(0)
     updates = {k: rng.normal(size=(8, 8)).astype(np.float32) for k in "ab"}
@@ -168,7 +168,7 @@ def test_shard_map_sums_sharded_leaves_and_not_replicated_ones(name, how):
 
 @pytest.mark.usefixtures("eight")
 @pytest.mark.parametrize("name", ["clip-ord3", "clip-max", "clip-ord1", "clip-element"])
-def test_shard_map_works_in_every_order(name):
+def test_shard_map_supports_every_norm_order(name):
     make, updates = registry.CASES[name].make, gradients()
     got = mapped(make, SPECS, mesh(), updates)
     agree(_with_metrics(got), _with_metrics(alone(make(1.0), updates)))
@@ -178,20 +178,20 @@ def test_shard_map_works_in_every_order(name):
 @pytest.mark.parametrize("name", ["clip-unit", "clip-layer", "adaptive_grad_clip"])
 def test_shard_map_needs_specs_for_units_and_layers(name):
     make, updates = registry.CASES[name].make, gradients()
-    # Units of `blocks` lie along the axis that is sharded, so its figures do too.
+    # Units of `blocks` are sharded over a mesh axis, so their statistics are too.
     got = mapped(make, SPECS, mesh(), updates)
     agree(_with_metrics(got), _with_metrics(alone(make(1.0), updates)))
 
 
 @pytest.mark.usefixtures("eight")
-def test_automatic_axes_are_refused_where_they_can_not_be_known():
+def test_auto_axes_raise_an_error_where_they_cannot_be_inferred():
     make = registry.CASES["clip-unit"].make
     with pytest.raises(ValueError, match="tree of PartitionSpecs"):
         mapped(make, "auto", mesh(), gradients())
 
 
 @pytest.mark.usefixtures("eight")
-def test_bad_entries_on_one_device_are_known_on_all():
+def test_nonfinite_entries_on_one_device_are_counted_on_all():
     updates = gradients()
     updates["head"]["kernel"][3, 0] = np.nan
     for policy in ("zero", "drop", "skip"):
@@ -222,7 +222,7 @@ def test_pmap_sums_over_its_axis():
 
 
 @pytest.mark.usefixtures("eight")
-def test_a_whole_sharded_step_agrees_with_one_device():
+def test_complete_sharded_step_matches_one_device():
     tx = optax.chain(
         optclip.record_norms(), optclip.clip_by_leaf_norm(1.0), optax.adamw(1e-2)
     )

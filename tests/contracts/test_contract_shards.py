@@ -1,7 +1,7 @@
-"""NaN and inf on one shard of one leaf: many devices see what one device sees.
+"""NaN and inf on one shard of one leaf: many devices give the results of one.
 
-All transformations, policies, orders and kinds of non-finite entries, under `jax.jit`
-on sharded arrays and in `jax.shard_map`; counters of the state are compared as well.
+All transformations, policies, orders and kinds of non-finite entries are tested under
+`jax.jit` on sharded arrays and in `jax.shard_map`. State counters are compared, too.
 """
 
 import functools
@@ -20,7 +20,7 @@ from optclip import scopes
 
 SHAPES = {"bias": (16,), "blocks": (8, 8, 24), "kernel": (32, 40), "scale": ()}
 SPECS = {"bias": P("x"), "blocks": P(None, "x"), "kernel": P("x"), "scale": P()}
-# The bad entry lies on the second device; the last is bad on all of them.
+# Where the non-finite entries are: on device 1 of 4, and on device 2 of 8.
 PLACES = {"kernel": (9, 3), "blocks": (5, 2, 1)}
 KINDS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 POLICIES = ("propagate", "zero", "drop", "skip")
@@ -67,7 +67,8 @@ WITHOUT = {
         )
         for o in ORDERS
     },
-    # Adam's first updates are all of one size, whose float32 sum rounds to one side.
+    # Adam's first updates all have the same size, so the rounding of their float32 sum
+    # is biased; SGD avoids this.
     "stabilize": functools.partial(optclip.stabilize, optax.sgd(1e-2, 0.9)),
     "scale_by_stable_adam": functools.partial(
         optclip.scale_by_stable_adam, weight_decay=0.1
@@ -88,14 +89,14 @@ QUICK = {
 
 
 def cases():
-    """Each name once in the slow tests; all policies and modes in the exhaustive."""
+    """Yields each name once as slow, and all policies and modes as exhaustive."""
     pairs = [(n, p) for n in WITH_POLICY for p in POLICIES]
     pairs += [(n, None) for n in WITHOUT]
     pairs += [(n, p) for n in WHOLE for p in POLICIES]
     for k, (name, policy) in enumerate(pairs):
         for j, mode in enumerate(MODES):
             if name in WHOLE and mode == "shard_map":
-                continue  # needs whole matrices
+                continue  # needs unsharded matrices
             once = policy in (None, POLICIES[k // 4 % 4]) and (k + k // 4) % 2 == j
             quick = (name, policy, mode) in QUICK
             slow = pytest.mark.slow if once else pytest.mark.exhaustive
@@ -123,7 +124,7 @@ def with_bad(value, where):
 
 
 def runner(name, policy, mode, devices):
-    """Returns a function of gradients and params: a good, a bad and a good step."""
+    """Returns a function that runs a finite, a non-finite and a finite step."""
     if mode is None:
         tx = build(name, policy, None)
         step, place = jax.jit(tx.update), lambda x: x
@@ -159,7 +160,7 @@ def runner(name, policy, mode, devices):
 
 
 def assert_same(got, wanted, name, case):
-    """Compares each array with one of its unit: itself, or what it is the spread of."""
+    """Compares arrays relative to their largest entry, spreads relative to the mean."""
     flat, _ = jax.tree_util.tree_flatten_with_path(wanted)
     paths = [(jax.tree_util.keystr(path), x) for path, x in flat]
     by_path = dict(paths)
@@ -174,8 +175,8 @@ def assert_same(got, wanted, name, case):
         like = np.asarray(by_path.get(path.replace("spread_norm", "mean_norm"), b))
         like = np.abs(like, dtype=np.float64)
         unit = np.max(like, where=np.isfinite(like), initial=1e-30)
-        # Products of whole matrices, of which 16 in 1,536 entries differ by up to
-        # 2.2e-6 of the largest where the sums in them are split over devices.
+        # Matrix products: 16 of 1,536 entries differ by up to 2.2e-6 of the largest if
+        # their sums are split over devices.
         near = 5e-6 if name == "spectral_clip-hardcap" else 1e-6
         np.testing.assert_allclose(
             np.where(bad, 0, a) / unit,
@@ -187,7 +188,7 @@ def assert_same(got, wanted, name, case):
 
 
 @pytest.mark.parametrize(("name", "policy", "mode"), [*cases()])
-def test_one_shard_with_a_bad_entry_counts_on_all_devices(name, policy, mode):
+def test_nonfinite_entry_on_one_shard_is_counted_on_all_devices(name, policy, mode):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     counts = (8,) if (name, policy, mode) in QUICK else (4, 8)

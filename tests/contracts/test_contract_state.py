@@ -1,4 +1,4 @@
-"""The state: fixed shapes, own buffers, and the same results through every wrapper."""
+"""The state has fixed shapes and separate buffers, and works in every wrapper."""
 
 import inspect
 
@@ -29,7 +29,7 @@ NUMERIC = {
 
 @pytest.fixture(autouse=True)
 def fresh_trace_counter():
-    """Chex counts traces by the name of a function, over all tests."""
+    """Resets Chex's trace counts, which are keyed by function name over all tests."""
     chex.clear_trace_counter()
 
 
@@ -50,7 +50,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f8_e5m2", "mixed"])
 @pytest.mark.parametrize("name", registry.CORE)
-def test_shapes_and_dtypes_are_those_of_init(name, dtype):
+def test_shapes_and_dtypes_match_init(name, dtype):
     updates = registry.normal_tree(dtype)
     tx = registry.CASES[name].make(1.0)
     state = tx.init(updates)
@@ -70,7 +70,7 @@ def test_init_works_on_shapes_alone(name):
 
 
 @pytest.mark.parametrize("name", registry.DISTINCT)
-def test_one_donated_jitted_step_serves_all_and_scan_cond_and_vmap_agree(name):
+def test_donated_step_is_traced_once_and_agrees_under_every_transform(name):
     tx = registry.CASES[name].make(1.0)
     grads = [gradients(seed, size) for seed, size in enumerate((3.0, 1e-3, 1e25))]
 
@@ -124,7 +124,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", registry.CORE)
-def test_wrappers_keep_the_state_as_it_is(name, wrapper):
+def test_wrappers_preserve_state_structure(name, wrapper):
     tx = WRAPPERS[wrapper](registry.CASES[name].make(1.0))
     state = tx.init(PARAMS)
     out, after = jax.eval_shape(tx.update, PARAMS, state, PARAMS)
@@ -151,9 +151,9 @@ def _settings(name):
 
 
 @pytest.mark.parametrize("name", NUMERIC)
-def test_inject_hyperparams_moves_the_threshold_without_a_new_trace(name):
+def test_inject_hyperparams_changes_the_threshold_without_retracing(name):
     factory, argument = NUMERIC[name]
-    static = ("ord", "action")  # no numbers of a schedule, though they look so
+    static = ("ord", "action")  # not schedules, although they look like it
     static = [a for a in static if a in inspect.signature(factory).parameters]
     static += list(_settings(name))
     tx = optax.inject_hyperparams(factory, static_args=static)(
@@ -172,9 +172,9 @@ def test_inject_hyperparams_moves_the_threshold_without_a_new_trace(name):
 
 
 @pytest.mark.parametrize("name", NUMERIC)
-def test_inject_hyperparams_works_as_a_user_first_writes_it(name):
+def test_inject_hyperparams_works_with_minimal_static_args(name):
     factory, argument = NUMERIC[name]
-    # `clip` takes a function, its action, which Optax would take for a schedule.
+    # `clip_by_rule` takes a function as its action; Optax would treat it as a schedule.
     static = ("action",) if name == "clip" else ()
     tx = optax.inject_hyperparams(factory, static_args=static)(
         **{argument: 0.5}, **_settings(name)
@@ -184,13 +184,13 @@ def test_inject_hyperparams_works_as_a_user_first_writes_it(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
-def test_an_order_that_became_an_array_is_an_error_that_says_what_to_do():
+def test_array_valued_ord_raises_an_error_that_suggests_static_args():
     with pytest.raises(ValueError, match=r"static_args=\(\"ord\",\)"):
         optclip.clip_by_global_norm(1.0, ord=jnp.float32(2))
 
 
 @pytest.mark.parametrize("name", [n for n in NUMERIC if n != "adaptive_grad_clip"])
-def test_schedules_are_read_at_each_step_without_a_new_trace(name):
+def test_schedules_are_evaluated_each_step_without_retracing(name):
     factory, argument = NUMERIC[name]
     schedule = optax.linear_schedule(1.0, 0.0, 4)
     tx = factory(**{argument: schedule}, **_settings(name))
@@ -203,13 +203,13 @@ def test_schedules_are_read_at_each_step_without_a_new_trace(name):
     np.testing.assert_allclose(thresholds, [1.0, 0.75, 0.5], rtol=1e-6)
 
 
-def test_field_names_are_found_by_optax():
+def test_optax_tree_get_finds_state_fields():
     state = optax.chain(optclip.clip_by_rule(1.0), optax.adam(1e-3)).init(PARAMS)
     for field in ("norm_before", "norm_after", "clipped_steps", "nonfinite_steps"):
         assert optax.tree_utils.tree_get(state, field) is not None
 
 
-def test_updates_of_another_structure_than_init_are_an_error():
+def test_updates_with_a_different_structure_than_init_raise_an_error():
     tx = optclip.clip_by_rule(1.0)
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="`init` saw 2"):

@@ -1,4 +1,4 @@
-"""Contract 5: structure, shape, dtype, weak type, sharding, and leaves that pass."""
+"""Contract 5: structure, shape, dtype, weak type, sharding, and other leaves."""
 
 import chex
 import jax
@@ -19,7 +19,7 @@ def update(name, updates, threshold=1e-2, **options):
 
 
 @pytest.mark.parametrize("name", registry.CORE)
-def test_leaves_that_are_no_gradients_pass_unmeasured(name):
+def test_non_gradient_leaves_pass_through_and_are_not_measured(name):
     gradient = jnp.array([3.0, 4.0])
     others = {
         "count": jnp.arange(3),
@@ -43,7 +43,7 @@ def test_leaves_that_are_no_gradients_pass_unmeasured(name):
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-leaf", "clip-unit", "clip-element"])
-def test_float0_leaves_pass_outside_of_jit(name):
+def test_float0_leaves_pass_through_outside_jit(name):
     empty = np.zeros(2, jax.dtypes.float0)
     updates = {"blocks": jnp.array([3.0, 4.0]), "int": empty}
     tx = registry.CASES[name].make(1.0)
@@ -53,7 +53,7 @@ def test_float0_leaves_pass_outside_of_jit(name):
 
 @pytest.mark.parametrize("name", registry.CORE)
 @pytest.mark.parametrize("updates", [(), {"a": None}, {"n": np.arange(3)}], ids=repr)
-def test_trees_without_gradients_pass(name, updates):
+def test_trees_without_gradients_pass_through(name, updates):
     tx = registry.CASES[name].make(1.0)
     state = tx.init(updates)
     out, after = tx.update(updates, state, updates)
@@ -94,7 +94,7 @@ def test_shardings_are_kept(name):
 
 
 @pytest.mark.parametrize("kind", registry.DTYPES)
-def test_update_dtype_hands_half_precision_on_unrounded(kind):
+def test_update_dtype_keeps_half_precision_updates_unrounded(kind):
     updates = registry.normal_tree(kind)
     out, _ = update("clip", updates, update_dtype=jnp.float32)
     exact = registry.CASES["clip"].expect(updates, None, 1e-2).leaves
@@ -105,11 +105,11 @@ def test_update_dtype_hands_half_precision_on_unrounded(kind):
         oracle.assert_rounded_once(after, wanted)
 
 
-def test_a_tree_of_many_leaves_in_bfloat16_has_the_right_norm():
+def test_norm_of_many_bfloat16_leaves_is_accurate():
     rng = np.random.default_rng(0)
     updates = [rng.normal(size=3).astype(jnp.bfloat16) for _ in range(3000)]
     norm = jax.jit(optclip.norms.global_norm)
-    for size in (1.0, 1e30):  # the second takes the careful way, in one program
+    for size in (1.0, 1e30):  # the second takes the overflow-safe branch
         updates[500] = size * updates[500]
         wanted = float(oracle.tree_norm(updates))
         np.testing.assert_allclose(norm(updates), wanted, rtol=1e-6)
@@ -117,7 +117,7 @@ def test_a_tree_of_many_leaves_in_bfloat16_has_the_right_norm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
-def test_a_tree_of_a_thousand_leaves_is_clipped(name):
+def test_tree_of_a_thousand_leaves_is_clipped(name):
     leaves = [
         np.full((2, 2), 1e25 if i == 500 else 0.1, np.float32) for i in range(1000)
     ]

@@ -1,7 +1,7 @@
 """Contract 7: with `jax_enable_x64`, updates keep their dtypes and states stay float32.
 
 `make test-x64` runs the other contracts with it as well. Here each transformation is
-traced in a scan, which takes no state that changes its dtype, and a few are run.
+traced in a scan, which rejects a state that changes its dtype, and a few are run.
 """
 
 import chex
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 DTYPES = ["float32", "all", *(
     pytest.param(d, marks=pytest.mark.exhaustive) for d in ("bfloat16", "float64")
 )]  # fmt: skip
-# Norms of float32 and of float64 in one tree have to be mixed.
+# A tree with both float32 and float64 leaves requires promotion of norms.
 PROMOTION = {"all": "standard"}
 FIELDS = {"float32", "int32"}
 
@@ -28,13 +28,13 @@ def kinds(tree):
 
 
 def described(tree):
-    """Returns structure, shapes, dtypes and weak types: what decides on a new trace."""
+    """Returns structure, shapes, dtypes and weak types, which determine retracing."""
     leaves, treedef = jax.tree.flatten(jax.tree.map(jax.typeof, tree))
     return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
 
 
 def check(tx, params, out_dtypes_of=None, promotion="strict"):
-    """Traces init and two updates in a scan, and metrics; runs nothing."""
+    """Traces init, two updates in a scan, and metrics, without running them."""
     seen = {}
 
     def scanned(params, stacked):
@@ -74,7 +74,7 @@ def test_updates_and_state_keep_their_dtypes(name, dtype):
 def test_options_keep_the_dtypes(name, dtype):
     params = every.numbers(dtype)
     wanted = params
-    if name.endswith("update_dtype"):  # float32, or what is wider
+    if name.endswith("update_dtype"):  # float32 or wider
         wanted = jax.tree.map(
             lambda x: x.astype(np.promote_types(x.dtype, "f4")), params
         )
@@ -90,12 +90,12 @@ def test_options_keep_the_dtypes(name, dtype):
     ],
 )
 @pytest.mark.parametrize("name", every.NUMERIC)
-def test_numbers_of_float64_leave_the_dtypes_of_updates_and_state(name, kind):
+def test_float64_arguments_do_not_change_dtypes_of_updates_and_state(name, kind):
     tx = every.with_numbers(name, kind)
     check(tx, every.numbers("float32"), promotion="standard")
 
 
-# Each keeps another kind of memory.
+# Each keeps a different kind of memory.
 RUN = ("autoclip-all", "clip_by_value", "scale_by_stable_adam", "skip_steps",
        "spectral_clip", "u_clip")  # fmt: skip
 
@@ -107,7 +107,7 @@ RUN = ("autoclip-all", "clip_by_value", "scale_by_stable_adam", "skip_steps",
         for n in every.EVERY
     ],
 )
-def test_one_trace_serves_all_steps_and_gives_what_float32_does(name):
+def test_x64_traces_once_and_matches_float32(name):
     tx, params = every.EVERY[name](), every.numbers("float32", seed=9)
     grads = [every.numbers("float32", s, seed=i) for i, s in enumerate((1, 30, 1e-3))]
 

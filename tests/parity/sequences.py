@@ -1,4 +1,4 @@
-"""Gradients whose norms jump, stand still and vanish, and how both sides get them."""
+"""Gradients whose norms jump, stay constant and vanish, for both libraries."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ SHAPES = ((4, 3), (5,))
 
 
 def norms(seed=0, zeros=True):
-    """Returns log-normal norms with spikes, two plateaus and perhaps some zeros."""
+    """Returns log-normal norms with spikes, two plateaus and, optionally, zeros."""
     rng = np.random.default_rng(seed)
     size = np.exp(rng.normal(0, 0.5, STEPS))
     size[rng.choice(np.arange(10, STEPS), 10, replace=False)] *= 50
@@ -20,7 +20,7 @@ def norms(seed=0, zeros=True):
 
 
 def gradients(seed=0, zeros=True):
-    """Returns a list of two leaves, each with all steps along its first axis."""
+    """Returns a list of two leaves, each with the steps on its first axis."""
     rng = np.random.default_rng(seed + 100)
     leaves = [rng.normal(size=(STEPS, *shape)) for shape in SHAPES]
     squares = sum(np.square(x).reshape(STEPS, -1).sum(1) for x in leaves)
@@ -34,7 +34,7 @@ BOTH = (gradients(0, zeros=False), gradients(1, zeros=True))
 
 
 def runner(tx):
-    """Returns a function that gives the updates and states of all steps, stacked."""
+    """Returns a function that returns the stacked updates and states of all steps."""
 
     def step(state, grad):
         updates, state = tx.update(grad, state)
@@ -70,7 +70,7 @@ def parameters(torch, grads):
 
 
 def put(torch, params, grads, step):
-    """Gives each parameter its gradient of this step."""
+    """Sets the gradient of each parameter to that of this step."""
     for param, grad in zip(params, grads, strict=True):
         param.grad = torch.tensor(grad[step])
 

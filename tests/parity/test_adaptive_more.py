@@ -1,4 +1,4 @@
-"""Clips of entries and leaves by their past, and soft ones, beside other packages."""
+"""Per-entry, per-leaf and soft clips compared with other packages."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from sequences import (
 import optclip
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # the tensors are small, and threads only wait here
+torch.set_num_threads(1)  # the tensors are too small for threads to help
 
 pytestmark = pytest.mark.parity
 
@@ -32,27 +32,27 @@ def optimizers():
 
 
 def test_stable_spam():
-    # With a zero leaf it counts the step, but leaves its averages alone: neither the
-    # official code, below, nor ours does that.
+    # For a zero leaf, the package counts the step but does not update its averages.
+    # Neither the official code, below, nor optclip does that.
     grads = gradients(0, zeros=False)
     params = parameters(torch, grads)
     # With this beta the first moment is the clipped gradient.
     peer = optimizers().StableSPAM(params, lr=0.0, betas=(0.0, 0.999))
     tx = optax.chain(optclip.stable_spam_clip(), optclip.adagn(original=True))
     ours, (adaclip, adagn) = run(tx, grads)
-    rows, figures = [], {"m_max_t": [], "m_norm_t": [], "v_norm_t": []}
+    rows, statistics = [], {"m_max_t": [], "m_norm_t": [], "v_norm_t": []}
     for step in range(STEPS):
         put(torch, params, grads, step)
         peer.step()
         states = [peer.state[p] for p in params]
         rows.append([s["exp_avg"].numpy().copy() for s in states])
-        for figure, found in figures.items():
-            found.append([float(s[figure]) for s in states])
+        for key, found in statistics.items():
+            found.append([float(s[key]) for s in states])
     all_close(ours, stacked(rows))
     levels = np.stack([s.ema_maximum for s in adaclip.rule_state], axis=1)
-    close(levels, figures["m_max_t"])
-    close(adagn.rule_state[0].first_moment, figures["m_norm_t"])
-    close(adagn.rule_state[0].second_root, np.sqrt(figures["v_norm_t"]))
+    close(levels, statistics["m_max_t"])
+    close(adagn.rule_state[0].first_moment, statistics["m_norm_t"])
+    close(adagn.rule_state[0].second_root, np.sqrt(statistics["v_norm_t"]))
 
 
 def official_adaclip(grad, theta=0.999):
@@ -77,16 +77,16 @@ def official_adagn(grad, gamma1=0.7, gamma2=0.9, eps=1e-8):
         yield g * (mean / size / norm) if norm > 0 else g
 
 
-def test_adaclip_of_the_official_stable_spam():
+def test_adaclip_matches_official_stable_spam():
     follow = runner(optclip.stable_spam_clip())
     for grads in BOTH:
         for mine, grad in zip(follow(grads)[0], grads, strict=True):
-            # Ours lets a step without any gradient pass; the official code records it.
+            # optclip ignores a step without any gradient; the official code records it.
             seen = np.any(grad.reshape(STEPS, -1) != 0, axis=1)
             close(mine[seen], np.stack(list(official_adaclip(grad[seen]))))
 
 
-def test_adagn_of_the_official_stable_spam():
+def test_adagn_matches_official_stable_spam():
     follow = runner(optclip.adagn(original=True))
     for grads in BOTH:
         ours, _ = follow(grads)
@@ -127,7 +127,7 @@ def test_spam(threshold, decay, warmup, reset):
     follow = runner(tx)
     for grads in BOTH:
         grads = [g.copy() for g in grads]
-        grads[0][:60, 1] = 0  # entries without a gradient at first
+        grads[0][:60, 1] = 0  # entries that initially have no gradient
         peers, roots = by_spam(
             grads, threshold=threshold, betas=(0.0, decay), grad_accu_steps=warmup,
             update_proj_gap=reset or 10**6,
@@ -137,7 +137,7 @@ def test_spam(threshold, decay, warmup, reset):
         all_close([s.root_moment for s in state.rule_state], roots)
 
 
-def test_spam_holds_an_entry_at_zero_and_ours_lets_it_go():
+def test_spam_keeps_an_entry_at_zero_but_optclip_releases_it():
     grads = gradients(2, zeros=False)
     grads[0][:60, 1] = 0
     fixed = {"threshold": 5000, "betas": (0.0, 0.999), "update_proj_gap": 10**6}
@@ -171,7 +171,7 @@ def test_adamwclip(ratio, decay, floor):
 
 
 def train(tx, grads):
-    """Returns the parameters, which begin at 1, and the states of all steps."""
+    """Returns the parameters, which start at 1, and the states of all steps."""
 
     def step(carry, grad):
         params, state = carry
@@ -216,7 +216,7 @@ def test_stable_adamw(make, decay, betas, eps, grads):
     tx = optax.chain(adam, optax.scale_by_learning_rate(1e-2))
     ours, (state, _) = train(tx, grads)
     for leaf in range(len(grads)):
-        # What crosses zero is compared with its usual size.
+        # Moments cross zero, so the tolerance is relative to their mean magnitude.
         close(ours[leaf], stacked(rows)[leaf], atol=2e-6)
         size = np.abs(stacked(firsts)[leaf]).mean()
         close(state.stable_mu[leaf], stacked(firsts)[leaf], atol=1e-5 * size)
@@ -274,7 +274,7 @@ def test_hard_clips_of_heavyball(clip, limit, scale):
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_agc_of_whole_leaves_of_heavyball(scale):
+def test_per_leaf_agc_of_heavyball(scale):
     grads = draws(scale)
     weights = [np.full(g.shape, 0.1, np.float32) for g in grads]
     tensors = [[torch.tensor(x) for x in xs] for xs in (weights, grads)]
@@ -287,12 +287,12 @@ def test_agc_of_whole_leaves_of_heavyball(scale):
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_soft_clips_of_heavyball(scale):
     grads, utils = draws(scale), heavyball()
-    # Its softsign doubles what is small: 2 * x / (1 + |x|) is that of 2 * x below 2.
+    # Its softsign is 2 * x / (1 + |x|), so it equals that of 2 * x with a bound of 2.
     peers = utils.softsign_compress([torch.tensor(g) for g in grads])
     tx = optclip.soft_clip(2.0, kind="rational", scope=ELEMENT)
     doubled = [2 * g for g in grads]
     all_close(tx.update(doubled, tx.init(grads))[0], [p.numpy() for p in peers])
-    # All of the hyperbolic tangent, none of the logarithm.
+    # Only the hyperbolic tangent, without the logarithm.
     peers = utils.trust_region_clip_([torch.tensor(g) for g in grads], 1.0, 1.5)
     tx = optclip.soft_clip(1.5, kind="tanh", scope=ELEMENT)
     all_close(tx.update(grads, tx.init(grads))[0], [p.numpy() for p in peers])

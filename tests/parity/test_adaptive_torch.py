@@ -1,4 +1,4 @@
-"""Clips with a memory of norms, step by step beside the packages they come from."""
+"""Clips with a memory of norms, compared step by step with their original packages."""
 
 import functools
 
@@ -22,7 +22,7 @@ from sequences import (
 import optclip
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # the tensors are small, and threads only wait here
+torch.set_num_threads(1)  # the tensors are too small for threads to help
 
 pytestmark = pytest.mark.parity
 
@@ -45,7 +45,7 @@ ZCLIPS = {
 
 
 def by_zclip(grads, **options):
-    """Returns the gradients after ZClip, and its mean and variance at every step."""
+    """Returns ZClip's clipped gradients, and its mean and variance at every step."""
     zclip = pytest.importorskip("zclip")
     params = parameters(torch, grads)
     model, clip = torch.nn.ParameterList(params), zclip.ZClip(**options)
@@ -74,7 +74,7 @@ def test_zclip(options):
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_zclip_at_its_defaults_gives_the_package_numbers_where_that_is_not_locked(
+def test_zclip_defaults_match_the_package_where_it_does_not_lock(
     max_grad_norm,
 ):
     grads = BOTH[0]  # without zeros, and no 50 spikes in a row
@@ -86,18 +86,18 @@ def test_zclip_at_its_defaults_gives_the_package_numbers_where_that_is_not_locke
 @pytest.mark.parametrize("mode", ["zscore", "percentile"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("size", [0.5, 1e-7])
-def test_zclip_leaves_a_constant_norm_alone(mode, max_grad_norm, size):
+def test_zclip_does_not_clip_a_constant_norm(mode, max_grad_norm, size):
     grads = [np.full((60, 1), size, np.float32)]
     options = {"mode": mode, "max_grad_norm": max_grad_norm, "warmup_steps": 5}
     peers, _, _ = by_zclip(grads, **options)
     for original in (True, False):
         ours, _ = run(optclip.zclip(**options, original=original), grads)
-        # The warm-up of the original is torch's clip, which is inexact near 1e-6.
+        # During warm-up the original uses torch's clip, which is inexact near 1e-6.
         close(ours[0][5:], peers[0][5:])
 
 
 def unrolled(state, step):
-    """Returns the norms that a window holds after this step, the oldest first."""
+    """Returns the norms in the window after this step, oldest first."""
     ring, count = state.recent_norms[step], int(np.max(state.recorded[step]))
     window = ring.shape[-1]
     return ring[..., :count] if count < window else np.roll(ring, -count, axis=-1)
@@ -154,7 +154,7 @@ def test_autoclip_of_the_paper(percentile):
 
 
 def by_bitsandbytes(grad, percentile):
-    """The last release's percentile clipping of one tensor, and its sorted window."""
+    """Percentile clipping of one tensor in the last release, and its sorted window."""
     out, windows = [], []
     for step, g in enumerate(np.asarray(grad, np.float64), 1):
         square = np.square(g).sum()
@@ -177,12 +177,12 @@ def test_percentile_clipping_of_bitsandbytes(percentile):
         for leaf, grad in enumerate(grads):
             peer, windows = by_bitsandbytes(grad, percentile)
             close(ours[leaf], peer)
-            # The same norms; which slot the first overwrites is no matter.
+            # Norms are sorted because the order of the slots differs.
             close(np.sort(state.rule_state[0].recent_norms[:, leaf], -1), windows)
 
 
 def by_adagc(grads, **options):
-    """Returns the clipped gradients of AdaGC, and the thresholds' averages."""
+    """Returns AdaGC's clipped gradients and the averages behind its thresholds."""
     peers = pytest.importorskip("pytorch_optimizer")
     params = parameters(torch, grads)
     # With this beta the first moment is the clipped gradient.
@@ -215,7 +215,7 @@ def test_adagc(options):
         close(state.rule_state[0].ema_norm, levels)
 
 
-def test_zclip_is_poisoned_by_nan_and_ours_is_not():
+def test_nan_breaks_package_zclip_but_not_optclip():
     grads = [g.copy() for g in gradients(5, zeros=False)]
     grads[0][100, 0, 0] = np.nan
     spikes = np.linalg.norm(grads[1][101:], axis=1) > 8
@@ -224,7 +224,7 @@ def test_zclip_is_poisoned_by_nan_and_ours_is_not():
     peers, means, variances = by_zclip(grads, **options)
     assert np.isnan(means[100:]).all()
     assert np.isnan(variances[100:]).all()
-    np.testing.assert_array_equal(peers[1][101:], grads[1][101:])  # clips no more
+    np.testing.assert_array_equal(peers[1][101:], grads[1][101:])  # no longer clips
     ours, state = run(optclip.zclip(**options), grads)
     assert np.isfinite(state.rule_state[0].mean_norm).all()
     assert np.isfinite(state.rule_state[0].spread_norm).all()
@@ -232,7 +232,7 @@ def test_zclip_is_poisoned_by_nan_and_ours_is_not():
     assert (lengths < 8).all()
 
 
-def test_zclip_is_locked_by_a_constant_warm_up_and_ours_gets_free():
+def test_constant_warmup_locks_package_zclip_but_optclip_recovers():
     sizes = np.r_[np.full(25, 1.0), np.full(275, 1.5)]
     grads = [np.asarray(sizes[:, None], np.float32)]
     options = {"max_grad_norm": None}
@@ -246,7 +246,7 @@ def test_zclip_is_locked_by_a_constant_warm_up_and_ours_gets_free():
     close(ours[0][80:], grads[0][80:])
 
 
-def test_adagc_is_stopped_by_a_zero_gradient_and_ours_is_not():
+def test_zero_gradient_stops_official_adagc_but_not_optclip():
     grads = [g.copy() for g in gradients(6, zeros=False)]
     grads[1][20] = 0
     peers, levels = by_adagc(grads)

@@ -1,4 +1,4 @@
-"""jax-privacy: the same clipped gradients, and optclip behind its noise."""
+"""jax-privacy: the same clipped gradients, and optclip after its noise."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ jax_privacy = pytest.importorskip("jax_privacy")
 
 pytestmark = [
     pytest.mark.parity,
-    # They take norms by Optax's older name for it.
+    # The package uses Optax's older name of this function.
     pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning"),
 ]
 
@@ -42,13 +42,13 @@ def their_gradients(examples, **options):
     )  # fmt: skip
 
 
-def length(tree):
+def norm_of(tree):
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
     return np.sqrt(sum(np.sum(x**2) for x in leaves))
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4])
-def test_gradients_and_norms_are_theirs_in_float32(microbatch_size):
+def test_gradients_and_norms_match_jax_privacy_in_float32(microbatch_size):
     batch = drawn()
     ours, stats = jax.jit(
         optclip.clipped_grad(loss_fn, BOUND, microbatch_size=microbatch_size)
@@ -62,7 +62,7 @@ def test_gradients_and_norms_are_theirs_in_float32(microbatch_size):
         np.testing.assert_allclose(mine, peer, rtol=1e-5, atol=1e-7)
 
 
-def test_their_sum_is_our_mean_times_the_examples():
+def test_jax_privacy_sum_is_optclip_mean_times_batch_size():
     batch = drawn()
     ours, _ = jax.jit(optclip.clipped_grad(loss_fn, BOUND))(*batch)
     theirs = jax.jit(
@@ -74,15 +74,15 @@ def test_their_sum_is_our_mean_times_the_examples():
         np.testing.assert_allclose(16 * mine, peer, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_gradients_stay_within_the_bound_where_theirs_do_not():
+def test_bfloat16_gradients_stay_within_the_bound_unlike_jax_privacy():
     theirs, ours = [], []
     peer_fn = their_gradients(1)
     grad_fn = jax.jit(optclip.clipped_grad(loss_fn, BOUND))
     for seed in range(20):
         params, x, y = drawn(jnp.bfloat16, seed)
         batch = params, x[-1:], y[-1:]  # one example, which is clipped
-        theirs.append(length(peer_fn(*batch)))
-        ours.append(length(grad_fn(*batch)[0]))
+        theirs.append(norm_of(peer_fn(*batch)))
+        ours.append(norm_of(grad_fn(*batch)[0]))
     assert max(theirs) > BOUND * (1 + 1e-3)
     assert max(ours) <= BOUND
     assert min(ours) > BOUND * (1 - 2.0**-6)
@@ -90,10 +90,10 @@ def test_bfloat16_gradients_stay_within_the_bound_where_theirs_do_not():
 
 @pytest.fixture(scope="module")
 def clipped():
-    """Parameters, and clipped gradients of a batch with a NaN, which is zero there."""
+    """Parameters, and clipped gradients of a batch with a NaN, which counts as zero."""
     params, x, y = drawn()
     grads = their_gradients(16)(params, x.at[3, 0].set(jnp.nan), y)
-    assert np.isfinite(length(grads))
+    assert np.isfinite(norm_of(grads))
     return params, grads
 
 
@@ -112,7 +112,7 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("name", BEHIND)
-def test_behind_the_noise_it_sees_the_noisy_gradient_alone(name, clipped):
+def test_transformations_after_the_noise_only_see_the_noisy_gradient(name, clipped):
     noise, optimizer = privatizer(), BEHIND[name]()
     tx = optax.chain(noise, optimizer)
     params, grads = clipped
@@ -128,8 +128,8 @@ def test_behind_the_noise_it_sees_the_noisy_gradient_alone(name, clipped):
             np.testing.assert_allclose(updates[leaf], wanted[leaf], rtol=1e-5)
     metrics = optclip.metrics(state)
     seen = metrics["skip/norm" if name == "skip_steps" else "clip/norm_before"]
-    np.testing.assert_allclose(seen, length(noisy), rtol=1e-5)
-    assert abs(length(noisy) / length(grads) - 1) > 1e-3
+    np.testing.assert_allclose(seen, norm_of(noisy), rtol=1e-5)
+    assert abs(norm_of(noisy) / norm_of(grads) - 1) > 1e-3
 
 
 def key_data(state):
@@ -139,7 +139,7 @@ def key_data(state):
     return jax.random.key_data(key)
 
 
-def test_a_step_left_out_behind_the_noise_does_not_bring_its_noise_back(clipped):
+def test_skipping_a_step_after_the_noise_does_not_reuse_its_noise(clipped):
     params, grads = clipped
     behind = optclip.skip_steps(optax.sgd(1.0), when=1e-3)
     around = optclip.skip_steps(optax.chain(privatizer(1.0), optax.sgd(1.0)), when=1e-3)
@@ -148,11 +148,11 @@ def test_a_step_left_out_behind_the_noise_does_not_bring_its_noise_back(clipped)
     state, norms = tx.init(params), []
     for _ in range(3):
         updates, state = step(grads, state, params)
-        assert length(updates) == 0
+        assert norm_of(updates) == 0
         norms.append(float(optclip.metrics(state)["skip/norm"]))
     assert int(optclip.metrics(state)["skip/skipped_steps"]) == 3
     assert len(set(norms)) == 3
-    # Around the noise it would: the docs say so.
+    # A wrapper around the noise does reuse it, as documented.
     before = around.init(params)
     _, after = jax.jit(around.update)(grads, before, params)
     np.testing.assert_array_equal(key_data(before), key_data(after))

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def steps_of(grads, steps=1, **options):
-    """Returns by how much Keras's SGD with a rate of 1 moves zeros."""
+    """Returns how far Keras's SGD with a learning rate of 1 moves zero parameters."""
     made = [keras.Variable(np.zeros(shape, np.float32)) for shape in SHAPES.values()]
     optimizer = keras.optimizers.SGD(1.0, **options)
     for _ in range(steps):
@@ -39,14 +39,14 @@ each_clip = pytest.mark.parametrize("name", CLIPS)
 
 @each_clip
 @pytest.mark.parametrize("size", SIZES)
-def test_an_optimizer_with_a_clip(name, size):
+def test_optimizer_with_a_clip(name, size):
     grads = draw(size)
     tx = optax.chain(CLIPS[name](0.5), optax.sgd(1.0))
     assert_same(updates_of(tx, grads), steps_of(grads, **{name: 0.5}))
 
 
 @each_clip
-def test_zero_is_off_in_keras_and_zeros_here(name):
+def test_zero_disables_clipping_in_keras_but_gives_zeros_in_optclip(name):
     grads = draw(3.0)
     off = optax.chain(CLIPS[name](np.inf), optax.sgd(1.0))
     assert_same(updates_of(off, grads), steps_of(grads, **{name: 0.0}))
@@ -55,7 +55,7 @@ def test_zero_is_off_in_keras_and_zeros_here(name):
 
 
 @each_clip
-def test_the_mean_of_accumulated_gradients_is_clipped(name):
+def test_mean_of_accumulated_gradients_is_clipped(name):
     grads = draw(3.0)
     options = {name: 0.5, "gradient_accumulation_steps": 2}
     inner = optax.chain(CLIPS[name](0.5), optax.sgd(1.0))

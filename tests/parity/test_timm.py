@@ -1,8 +1,8 @@
 """timm's AGC, whose weights are output-first: torch's OIHW where Flax has HWIO.
 
-timm norms a unit over all axes but the first, so it agrees with optclip's defaults on
-transposed leaves, and with `axis=` on timm's own. Importing the package needs
-torchvision, which the module of AGC does not, so that is loaded from its file.
+timm reduces over all axes but the first, so it agrees with optclip's defaults on
+transposed leaves, and with `axis=` on timm's layout. Importing the package requires
+torchvision, but its AGC module does not, so the test loads that module from its file.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def load_agc():
 
 pytestmark = pytest.mark.parity
 
-# Output-first, as torch stores them; no axis has length one.
+# Output axis first, as in torch; no axis has length one.
 SHAPES = {"conv": (5, 3, 2, 4), "dense": (6, 4), "bias": (6,)}
 
 
@@ -69,7 +69,7 @@ each_order = pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
 
 @each_clip
 @each_order
-def test_agc_on_transposed_leaves_gives_timm_numbers(clipping, order):
+def test_agc_on_transposed_leaves_matches_timm(clipping, order):
     grads, weights = draw(0, 0.1), draw(1, 0.5)
     peer = output_last(by_timm(grads, weights, clip_factor=clipping, norm_type=order))
     tx = optclip.adaptive_grad_clip(clipping, ord=order)
@@ -79,7 +79,7 @@ def test_agc_on_transposed_leaves_gives_timm_numbers(clipping, order):
 
 
 @each_clip
-def test_agc_with_axis_gives_timm_numbers_on_output_first_leaves(clipping):
+def test_agc_with_axis_matches_timm_on_output_first_leaves(clipping):
     grads, weights = draw(0, 0.1), draw(1, 0.5)
     peer = by_timm(grads, weights, clip_factor=clipping)
     tx = optclip.adaptive_grad_clip(clipping, axis={"conv": (1, 2, 3), "dense": 1})
@@ -89,7 +89,7 @@ def test_agc_with_axis_gives_timm_numbers_on_output_first_leaves(clipping):
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1])
-def test_weights_of_zero_count_with_timm_floor(eps):
+def test_zero_weights_use_the_floor_of_timm(eps):
     grads, weights = draw(0, 0.1), draw(1, 0.0)
     peer = by_timm(grads, weights, clip_factor=0.01, eps=eps)
     tx = optclip.adaptive_grad_clip(0.01, eps=eps, axis={"conv": (1, 2, 3), "dense": 1})

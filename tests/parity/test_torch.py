@@ -24,7 +24,7 @@ def draw(seed=0, scale=1.0):
 
 
 def by_torch(arrays, clip, *args, **options):
-    """Returns the gradients after torch's clip, and what it returns."""
+    """Returns the gradients clipped by torch, and the return value of its function."""
     params = []
     for x in arrays:
         param = torch.nn.Parameter(torch.zeros(x.shape))
@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_clip_grad_norm_gives_torch_numbers(order, max_norm, scale):
+def test_clip_grad_norm_matches_torch(order, max_norm, scale):
     grads = draw(scale=scale)
     peer, peer_norm = torch_norm_clip(grads, max_norm, order)
     ours, norm = jitted_clip(grads, max_norm, order)
@@ -62,15 +62,15 @@ def test_clip_grad_norm_gives_torch_numbers(order, max_norm, scale):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("max_norm", [1e-6, 1.0, 1e6])
-def test_clip_by_global_norm_with_eps_gives_torch_numbers(order, max_norm):
+def test_clip_by_global_norm_with_eps_matches_torch(order, max_norm):
     grads = draw(scale=0.01)
     peer, _ = torch_norm_clip(grads, max_norm, order)
     tx = optclip.clip_by_global_norm(max_norm, ord=order, eps=1e-6)
     assert_same(tx.update(grads, tx.init(grads))[0], peer)
 
 
-def test_norms_just_around_the_threshold_are_shortened_as_in_torch():
-    # Torch multiplies from max_norm - eps on: a norm of 1 becomes 0.999999.
+def test_norms_near_the_threshold_are_clipped_as_in_torch():
+    # Torch scales norms above max_norm - eps: a norm of 1 becomes 0.999999.
     for size in (1 - 2e-6, 1 - 5e-7, 1.0, 1 + 5e-7):
         grads = [np.array([0.6, 0.8], np.float32) * np.float32(size)]
         peer, _ = torch_norm_clip(grads, 1.0, 2.0)
@@ -90,7 +90,7 @@ def test_zero_gradients_stay_zero_as_in_torch(order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
-def test_non_finite_gradients_give_what_torch_gives(order, bad, max_norm):
+def test_nonfinite_gradients_match_torch(order, bad, max_norm):
     grads = draw()
     grads[0][1, 1] = bad
     peer, peer_norm = torch_norm_clip(grads, max_norm, order)
@@ -113,7 +113,7 @@ def test_error_if_nonfinite_raises_as_in_torch(order, bad):
     assert "JaxRuntimeError" in type(caught.value).__name__
 
 
-def test_error_if_nonfinite_goes_through_checkify_under_jit():
+def test_error_if_nonfinite_works_with_checkify_under_jit():
     from jax.experimental import checkify
 
     def clip(grads):
@@ -130,14 +130,14 @@ def test_error_if_nonfinite_goes_through_checkify_under_jit():
         error.throw()
 
 
-def test_arguments_stand_where_torch_has_them():
+def test_arguments_have_the_same_positions_as_in_torch():
     grads = draw(scale=10.0)
     peer, _ = by_torch(grads, torch.nn.utils.clip_grad_norm_, 1.0, 1.0, True)
     assert_same(optclip.clip_grad_norm(grads, 1.0, 1.0, True)[0], peer)
 
 
 @pytest.mark.parametrize("clip_value", [0.0, 1e-3, 0.5, 1e3])
-def test_clip_grad_value_gives_torch_numbers(clip_value):
+def test_clip_grad_value_matches_torch(clip_value):
     grads = draw()
     grads[0][0, :] = [np.inf, -np.inf, 0.0]
     peer, _ = by_torch(grads, torch.nn.utils.clip_grad_value_, clip_value)
@@ -147,7 +147,7 @@ def test_clip_grad_value_gives_torch_numbers(clip_value):
     assert_same(optclip.clip_grad_value(grads, clip_value), peer)
 
 
-def test_half_precision_is_kept_where_torch_keeps_it():
+def test_half_precision_is_preserved_as_in_torch():
     grads = [jnp.asarray(x, jnp.bfloat16) for x in draw(scale=10.0)]
     clipped, norm = optclip.clip_grad_norm(grads, 1.0)
     chex.assert_trees_all_equal_dtypes(clipped, grads)

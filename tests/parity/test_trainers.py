@@ -1,4 +1,4 @@
-"""Lightning's and Hugging Face's trainers: one step each, with their clip and ours."""
+"""One step of Lightning's and Hugging Face's trainers, with their clip and ours."""
 
 import logging
 
@@ -43,7 +43,7 @@ class Ones(torch.utils.data.Dataset):
 
 
 def by_lightning(grads, accumulate=1, **options):
-    """Returns by how much SGD with a rate of 1 moves zeros in one step."""
+    """Returns how far one step of SGD with a rate of 1 moves zero parameters."""
     lightning = imported("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -65,7 +65,7 @@ def by_lightning(grads, accumulate=1, **options):
 
 
 def by_trainer(grads, folder, accumulate=1, **options):
-    """Returns the same of Hugging Face's Trainer, and the norm that it logs."""
+    """Returns the same for Hugging Face's Trainer, and the norm that it logs."""
     transformers = imported("transformers")
     imported("accelerate")
 
@@ -102,7 +102,7 @@ def test_lightning_by_norm(size):
     assert_same(ours(optclip.clip_by_global_norm(0.5, eps=1e-6), grads), theirs)
 
 
-def test_lightning_by_value_and_off():
+def test_lightning_by_value_and_disabled():
     grads = draw(3.0)
     theirs = by_lightning(grads, gradient_clip_val=0.5, gradient_clip_algorithm="value")
     assert_same(ours(optclip.clip_by_value(0.5), grads), theirs)
@@ -117,7 +117,7 @@ def test_lightning_clips_the_mean_of_accumulated_gradients():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_hugging_face_clips_and_logs_the_norm_before(size, tmp_path):
+def test_hugging_face_clips_and_logs_the_norm_before_clipping(size, tmp_path):
     grads = draw(size)
     theirs, logged = by_trainer(grads, tmp_path, max_grad_norm=1.0)
     tx = optclip.clip_by_global_norm(1.0, eps=1e-6)
@@ -126,7 +126,9 @@ def test_hugging_face_clips_and_logs_the_norm_before(size, tmp_path):
     np.testing.assert_allclose(logged, state.norm_before, rtol=1e-6)
 
 
-def test_hugging_face_clips_the_accumulated_gradient_and_zero_is_off(tmp_path):
+def test_hugging_face_clips_the_accumulated_gradient_and_zero_disables_clipping(
+    tmp_path,
+):
     grads = draw(3.0)
     theirs, _ = by_trainer(grads, tmp_path, accumulate=2, max_grad_norm=1.0)
     assert_same(ours(optclip.clip_by_global_norm(1.0, eps=1e-6), grads), theirs)

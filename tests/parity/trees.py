@@ -1,4 +1,4 @@
-"""Gradients below and above a threshold of 1, and how tests import slow packages."""
+"""Gradients below and above a threshold of 1, and a helper to import slow packages."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 SHAPES = {"w": (4, 3), "b": (3,), "head": (3, 1)}
-# Norms well below, just around and far above a threshold of 1.
+# Norms well below, near and far above a threshold of 1.
 SIZES = [0.1, 0.999, 1.001, 3.0, 1e4]
 
 
@@ -22,7 +22,7 @@ def draw(size, seed=0):
 
 @functools.cache
 def imported(name):
-    """Imports a package whose own import warns, or skips the module."""
+    """Imports a package that emits warnings on import, or skips the module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -32,7 +32,7 @@ def imported(name):
 
 
 def updates_of(tx, grads, params=None):
-    """Returns what a transformation makes of the gradients at its first step."""
+    """Returns the updates of a transformation at its first step."""
     return tx.update(grads, tx.init(grads if params is None else params), params)[0]
 
 

@@ -1,7 +1,7 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 # Optax has no py.typed, and JAX's `zeros_like` takes an untyped device.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-"""A user's program, checked by pyright in its strict mode: no option is untyped."""
+"""A user's program that pyright checks in strict mode, so every option is typed."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def why(params: dict[str, jax.Array], batches: list[jax.Array]) -> str:
     return " ".join(remedies)
 
 
-# What is not one of the words of an option is an error, before the program runs.
+# An invalid value of a string option is an error before the program runs.
 optclip.clip_by_global_norm(1.0, nonfinite="skp")  # pyright: ignore[reportArgumentType]
 optclip.soft_clip(1.0, kind="tan")  # pyright: ignore[reportArgumentType]
 optclip.zclip(mode="z")  # pyright: ignore[reportArgumentType]
