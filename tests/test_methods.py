@@ -138,6 +138,12 @@ def test_clip_grad_value_matches_torch():
     np.testing.assert_array_equal(got, [-1, 0.5, 1, np.nan])
 
 
+@pytest.mark.parametrize("function", [optclip.clip_grad_norm, optclip.clip_grad_value])
+def test_swapped_arguments_raise_an_error(function):
+    with pytest.raises(TypeError, match=r"got a dict\. .* the gradients come first"):
+        function(1.0, {"w": jnp.ones(3)})
+
+
 FIRST = {
     "clip_by_value": "max_value", "clip_by_global_norm": "max_norm",
     "clip_by_leaf_norm": "max_norm", "clip_per_layer": "max_norm",

@@ -93,6 +93,12 @@ def test_schedule_must_be_a_function():
         rules.schedule(1.0)
 
 
+@pytest.mark.parametrize("fn", [lambda: 1.0, lambda norm, state, context: norm])
+def test_schedule_with_other_arguments_than_the_step_is_rejected(fn):
+    with pytest.raises(TypeError, match="must take one argument, the step, got `<lam"):
+        optclip.clip_by_rule(fn)
+
+
 def test_intervals_must_be_ordered_numbers():
     with pytest.raises(ValueError, match="`low` must be at most `high`"):
         rules.interval(2.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,24 @@ def constant(value: jax.typing.ArrayLike) -> Rule:
     return stateless(lambda norm, context: limit_at(value, norm), "constant")
 
 
+def _check_argument(fn: Callable) -> None:
+    """Raises an error if ``fn`` can't be called with the step alone."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # built-in functions may not have a signature
+        return
+    try:
+        signature.bind(0)
+    except TypeError:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise TypeError(
+            "A function given as threshold is a schedule: it must take one argument, "
+            f"the step, got `{name}{signature}`. A rule with a state is an "
+            "`optclip.rules.Rule`, and a function that makes a rule must be called, as "
+            "in `optclip.rules.constant(1.0)`."
+        ) from None
+
+
 def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
     """Returns a rule whose threshold is ``fn(step)``, for any Optax schedule ``fn``.
 
@@ -75,7 +94,7 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
         A stateless rule; the clip counts the steps.
 
     Raises:
-        TypeError: If ``fn`` is not callable.
+        TypeError: If ``fn`` can't be called with one argument.
 
     Example:
         >>> import optax, optclip
@@ -84,6 +103,7 @@ def schedule(fn: Callable[[jax.Array], Any]) -> Rule:
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of the step, got {fn!r}.")
+    _check_argument(fn)
 
     def limit_of(norm, context):
         value = fn(context.step)

@@ -1,4 +1,4 @@
-"""Shared by the methods: the type of a threshold, and hard clipping with ``eps``."""
+"""Threshold type and hard-clipping actions that the methods share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Clip: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def hard(eps: Any) -> actions.Action:
-    """Returns hard clipping with ``eps`` added to the norm, as in PyTorch."""
+    """Returns a hard-clipping action that adds ``eps`` to the norm, as in PyTorch."""
     validation.non_negative(eps=eps)
     exact = isinstance(eps, (int, float)) and eps == 0
     return actions.rescale if exact else functools.partial(actions.rescale, eps=eps)
 
 
 def strict(eps: float) -> actions.Action:
-    """Returns `hard(eps)`, applied only where the norm itself exceeds the threshold."""
+    """Returns a variant of `hard(eps)` that clips only norms above the threshold."""
 
     def action(norm, limit):
         scale = actions.rescale(norm, limit, eps=eps)

@@ -1,4 +1,4 @@
-"""Shared by all stateful rules: what is recorded, counters and restarts."""
+"""Helpers shared by the stateful rules: recorded norms, counters and restarts."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def guard_statistics(
 ) -> Rule:
     """Returns a rule that never records zeros (unless ``zeros``) or non-finite values.
 
-    The engine never passes NaN or inf to a rule, so only an overflow of the statistics
-    themselves has to be caught here. The statistics are float32, so a float64 norm
-    above the largest float32 is treated as the largest float32. A norm below the
-    smallest normal float32 is treated as zero, which a GPU would not do by itself; if
-    it is float64, its threshold is infinite.
+    Rules never receive NaN or inf, so only overflow in the statistics themselves has to
+    be handled here. The statistics are stored in float32, so a float64 norm above the
+    largest float32 is treated as the largest float32. A norm below the smallest normal
+    float32 is explicitly treated as zero, since GPUs do not flush subnormal numbers to
+    zero. A positive float64 norm in this range gets an infinite threshold.
     """
 
     def guarded(norm, state, context):
@@ -49,7 +49,8 @@ def guard_statistics(
         wide = jnp.finfo(norm.dtype).bits > 32
         if wide:
             value = jnp.clip(value, -LARGEST, LARGEST)
-            # Without this, a multiple of a large statistic would overflow in float32.
+            # Compute in float64, since a multiple of a large statistic may overflow in
+            # float32.
             seen = jax.tree.map(lambda x: _in_dtype_of(norm, x), state)
         limit, after = update(value, seen, context)
         if wide:
@@ -80,10 +81,11 @@ def one(value: jax.Array) -> Limit:
 
 
 def ema_weight_sum(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """Returns 1 - decay**count, or 1 where ``count`` is 0.
+    """Returns 1 - decay**count, or 1 if ``count`` is 0.
 
-    This is the sum of the weights of ``count`` values in an exponential moving average,
-    by which its bias is corrected. It has full precision even for a decay near 1.
+    This is the sum of the weights of ``count`` values in an exponential moving average.
+    Dividing the average by this sum corrects its bias. The result has full precision
+    even if ``decay`` is close to 1.
     """
     known = isinstance(decay, (int, float))
     log = (math.log(decay) if decay else -math.inf) if known else jnp.log1p(decay - 1)
@@ -98,16 +100,16 @@ def places(rows: jax.Array) -> jax.Array:
 
 
 def next_place(count: jax.Array, size: Any) -> jax.Array:
-    """Returns ``count + 1``, less ``size`` if that would exceed the largest count.
+    """Returns ``count + 1``, minus ``size`` if the sum would exceed int32.
 
-    So ``count % size`` keeps advancing, and a count of at least ``size`` never falls
-    below ``size`` again.
+    This way, ``count % size`` keeps advancing, and a count that has reached ``size``
+    never falls below ``size`` again.
     """
     return jnp.where(count < LAST_COUNT, count, LAST_COUNT - size) + 1
 
 
 def recorded_norm(norm: jax.Array, limit: Limit, record: str) -> jax.Array:
-    """Returns the norm that is recorded: the one before or after clipping."""
+    """Returns the norm to record: the norm before or after clipping."""
     if record == "raw":
         return norm
     return jnp.where(norm > limit.threshold, jnp.minimum(norm, limit.target), norm)
@@ -126,10 +128,9 @@ def count_consecutive(
 ) -> tuple[Any, Any]:
     """Counts consecutive steps whose norm is far from the statistics of a rule.
 
-    These are steps that are clipped (``over``), or whose norm is below a hundredth of
-    the rule's ``level``. Returns the new count, and a mask of the groups that have
-    reached ``steps`` such steps and must restart; with ``steps=None`` no group ever
-    restarts.
+    A step counts if it is clipped (``over``) or if its norm is below 1% of ``level``.
+    Returns the new count and a mask of the groups that must restart, because they have
+    reached ``steps`` consecutive steps. With ``steps=None``, no group ever restarts.
     """
     if steps is None:
         return None, jnp.zeros_like(over)
@@ -145,7 +146,7 @@ def init_consecutive(norm: jax.Array, steps: Any) -> Any:
 
 
 def check_escape(steps: Any) -> None:
-    """Raises unless ``escape_steps`` is None or a valid number of steps."""
+    """Raises an error unless ``escape_steps`` is None or a valid number of steps."""
     if steps is not None:
         validation.steps(escape_steps=steps)
 

@@ -37,7 +37,7 @@ class LevelState(NamedTuple):
             initially 0.
         recorded: int32, one per group. Number of norms recorded.
         clipped_run: int32, one per group. Number of consecutive steps that count
-            towards ``escape_steps``; None with ``escape_steps=None``.
+            toward ``escape_steps``; None if ``escape_steps=None``.
     """
 
     ema_norm: jax.Array
@@ -57,18 +57,19 @@ def ema_ratio(
     escape_steps: int | None = 200,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of AdaGC: a multiple of a moving average of the norm.
+    """Returns the AdaGC rule: a multiple of a moving average of the norm.
 
     The threshold is t = ratio * max(g, eps), where g is an exponential moving average
-    of the recorded norms m: after each step, g = decay * g + (1 - decay) * m. At the
-    first step nothing is clipped and g = m. While clipped norms are recorded, g grows
-    by at most a factor of ``decay + (1 - decay) * ratio`` per step. ``decay=0`` limits
-    the growth of the norm from one step to the next (Fira, APOLLO).
+    of the recorded norms m: after each step, g = decay * g + (1 - decay) * m. The first
+    step sets g = m and is not clipped unless there is a warm-up. If clipped norms are
+    recorded, g grows by at most a factor of ``decay + (1 - decay) * ratio`` per step.
+    With ``decay=0``, the rule limits the growth of the norm from one step to the next,
+    as in Fira and APOLLO.
 
-    A ``warmup_threshold`` adds AdaGC's warm-up: in the first ``warmup_steps - 1`` steps
-    (at least one), all groups are scaled by the same factor min(1, warmup_threshold /
-    (n + eps)), where n is the norm of the whole tree, and g is the smallest norm
-    recorded so far.
+    A ``warmup_threshold`` enables AdaGC's warm-up, which lasts ``warmup_steps - 1``
+    steps, but at least one. During the warm-up, all groups are scaled by the same
+    factor min(1, warmup_threshold / (n + eps)), where n is the norm of the whole tree,
+    and g is the smallest norm recorded so far.
 
     The rule is scale invariant: multiplying the gradients by a constant multiplies the
     thresholds by the same constant. The exceptions are ``eps``, ``floor`` and
@@ -77,20 +78,22 @@ def ema_ratio(
     Args:
         ratio: Ratio of the threshold to the average, at least 0.
         decay: Decay rate of the average, at least 0 and below 1.
-        record: "clipped" or "raw": record the norm after or before clipping.
-        warmup_steps: See above.
-        warmup_threshold: See above; None for no warm-up.
+        record: "clipped" records the norm after clipping, and "raw" the norm before
+            clipping.
+        warmup_steps: One more than the number of steps in the warm-up.
+        warmup_threshold: Upper bound on the global norm during the warm-up, at least 0.
+            None disables the warm-up.
         eps: Lower bound on the average, at least 0; AdaGC uses 1e-8.
         floor: Lower bound on the threshold after the warm-up, at least 0.
-        escape_steps: After this many consecutive steps that were clipped, or whose norm
-            was below a hundredth of the average, the average is reset to the current
-            norm. None disables this, as in the original.
-        record_zeros: Whether norms of zero are recorded, as in the originals. One zero
-            gradient at the start then holds the threshold at about ``ratio * eps``
-            permanently.
+        escape_steps: Number of consecutive steps after which the average is reset to
+            the current norm. A step counts if it is clipped or if its norm is below 1%
+            of the average. None disables the reset, as in the original implementation.
+        record_zeros: Whether norms of zero are recorded, as in the original
+            implementations. A zero gradient at the first step then keeps the threshold
+            at about ``ratio * eps`` permanently.
 
     Returns:
-        A rule whose state is one float32 and two int32 values per group.
+        A rule whose state holds one float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -134,7 +137,7 @@ def level_rule(
     record_zeros: bool,
     name: str,
 ) -> Rule:
-    """Returns the rule whose threshold is ``ratio * padded(average)``."""
+    """Returns a rule whose threshold is ``ratio * padded(average)``."""
     validation.non_negative(floor=floor)
     validation.decay(decay=decay)
     validation.steps(warmup_steps=warmup_steps)
@@ -159,7 +162,8 @@ def level_rule(
             warm = start | (count < warmup_steps)
             whole = context.tree_norm + eps
             above = whole > warmup_threshold
-            # In this order: 1 / whole may be subnormal, and that is 0 to XLA.
+            # Divide the norm first: ``1 / whole`` may be subnormal, and XLA flushes
+            # subnormal numbers to zero.
             share = quotient(norm, jnp.where(above, whole, 1.0).astype(norm.dtype))
             early = jnp.where(
                 above, share * jnp.where(above, warmup_threshold, 0.0), norm
@@ -196,25 +200,29 @@ def adagc(
 ) -> Clip:
     """Clips each leaf to slightly above the moving average of its own norm (AdaGC).
 
-    For each leaf, u' = u * min(1, lambda_rel * g / n) and then g = beta * g + (1 -
-    beta) * n', where g is the moving average of the leaf's clipped norms n'. During the
-    warm-up, all leaves are clipped together to a global norm of ``lambda_abs``, and g
-    is the smallest norm of the leaf so far. As in the reference code,
-    ``warmup_steps=100`` means 99 steps. Thresholds rise by at most 0.1% per step, so
-    they adapt slowly when gradients grow permanently. Apart from ``lambda_abs``, the
-    method is scale invariant.
+    Each leaf u with norm n is scaled to u' = u * min(1, lambda_rel * g / n), where g is
+    a moving average of the leaf's clipped norms. After each step, g = beta * g + (1 -
+    beta) * n', where n' is the norm of u'. During the warm-up, all leaves are clipped
+    together to a global norm of ``lambda_abs``, and g is the smallest clipped norm of
+    the leaf so far. As in the reference implementation, ``warmup_steps=100`` gives 99
+    warm-up steps.
+
+    With the default arguments, thresholds rise by at most 0.1% per step, so they adapt
+    slowly to a lasting increase in the gradient norm. The method is scale invariant
+    except for ``lambda_abs``.
 
     Args:
         lambda_rel: Ratio of the threshold to the average, at least 0.
         beta: Decay rate of the average, at least 0 and below 1.
-        lambda_abs: Bound on the global norm during the warm-up, at least 0, in the
-            units of the gradient; inf for no bound.
-        warmup_steps: See above.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the original: record norms of zero, and add 1e-8. A leaf
-            without a gradient during the warm-up is then held at zero permanently. If
-            False, the average is reset to the current norm after 200 consecutive
-            clipped steps.
+        lambda_abs: Upper bound on the global norm during the warm-up, at least 0, in
+            the units of the gradient; inf means no bound.
+        warmup_steps: One more than the number of steps in the warm-up.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementation: record norms of zero,
+            use an epsilon of 1e-8, and never reset the average. A leaf that has no
+            gradient during the warm-up is then held close to zero for thousands of
+            steps. If False, norms of zero are not recorded, and the average is reset to
+            the current norm after 200 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

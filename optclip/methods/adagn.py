@@ -1,4 +1,4 @@
-"""AdaGN of Stable-SPAM: Adam's normalization, applied to the gradient norm."""
+"""AdaGN from Stable-SPAM: Adam's normalization applied to the gradient norm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SmoothState(NamedTuple):
             squared norm.
         recorded: int32, one per group. Number of norms recorded.
         clipped_run: int32, one per group. Number of consecutive steps that count
-            towards ``escape_steps``; None with ``escape_steps=None``.
+            toward ``escape_steps``; None if ``escape_steps=None``.
     """
 
     first_moment: jax.Array
@@ -53,25 +53,25 @@ def smoothed_norm(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of AdaGN: Adam's normalization, applied to the norm.
+    """Returns the AdaGN rule: Adam's normalization applied to the norm.
 
-    The target is t = m / (sqrt(q) + eps) with the bias-corrected moving averages m of
-    the norm n and q of n**2, both including this step. Use it with
-    `optclip.actions.normalize`, which scales each group to its target. With ``eps=0``
-    the targets do not depend on the scale of the gradients.
+    The target is t = m / (sqrt(q) + eps), where m and q are bias-corrected moving
+    averages of the norm n and of n**2. Both include the current step. Use this rule
+    with `optclip.actions.normalize`, which scales each group to its target. With
+    ``eps=0``, the targets do not depend on the scale of the gradients.
 
     Args:
         first_decay: Decay rate of m, at least 0 and below 1.
         second_decay: Decay rate of q, at least 0 and below 1.
-        eps: Added to the root of q, at least 0; the original uses 1e-8.
-        escape_steps: A norm is recorded as at most a hundred times the root of q. After
-            this many consecutive steps whose norm is above that bound, or below a
-            hundredth of the root, the averages restart. None disables both, as in the
-            original.
+        eps: Added to sqrt(q), at least 0. The original implementation uses 1e-8.
+        escape_steps: Number of consecutive steps after which the averages restart. A
+            step counts if its norm is above 100 * sqrt(q) or below 0.01 * sqrt(q). A
+            norm above 100 * sqrt(q) is recorded as 100 * sqrt(q). None disables both
+            the restart and this bound, as in the original implementation.
         record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule whose state is two float32 and two int32 values per group.
+        A rule whose state holds two float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -115,14 +115,16 @@ def smoothed_norm(
         count = jnp.where(away, 1, count)
         first: Any = first_decay * old[0] + (1 - first_decay) * value
         root = rms_of_two(second_decay, old[1], value)
-        # Divide the moments first: each of them, divided by its weight sum, may
-        # overflow.
+        # Divide the moments by each other before the bias correction: a moment divided
+        # by its weight sum may overflow.
         weights = [
             ema_weight_sum(d, count, first.dtype) for d in (first_decay, second_decay)
         ]
         scale = jnp.sqrt(weights[1])
         size = root + eps * scale
-        known = size > 0  # otherwise all norms so far are 0, and any target works
+        # If ``size`` is 0, all norms so far are 0. Any target works in this case, since
+        # groups with a norm of 0 are not scaled.
+        known = size > 0
         target = quotient(jnp.where(known, first, 1.0), jnp.where(known, size, 1.0))
         target = target * (scale / weights[0])
         return one(target), SmoothState(first, root, count, run)
@@ -143,19 +145,20 @@ def adagn(
 ) -> Clip:
     """Scales each leaf to a smoothed, normalized norm (AdaGN, GradientStabilizer).
 
-    u' = u / n * m / (sqrt(q) + eps) with the bias-corrected moving averages m of n and
-    q of n**2. The new norm is about 1, and smaller where the norm fluctuates. The
-    original norm is lost, so use this before an optimizer that does not depend on it,
-    such as Adam. This is the AdaGN of Stable-SPAM; its AdaClip is `stable_spam_clip`,
-    which is chained before it.
+    Each leaf u with norm n is scaled to u' = u / n * m / (sqrt(q) + eps), where m and q
+    are bias-corrected moving averages of n and n**2. The new norm is about 1, or
+    smaller if n fluctuates. The original norm is lost, so use this transformation
+    before an optimizer that does not depend on it, such as Adam. Stable-SPAM chains
+    AdaGN after AdaClip, which is available as `stable_spam_clip`.
 
     Args:
         gamma1: Decay rate of m, at least 0 and below 1.
         gamma2: Decay rate of q, at least 0 and below 1.
-        eps: Added to the root of q, at least 0. None: 0, or 1e-8 with ``original``.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the official code and record every norm, including zeros and
-            outliers. One extreme norm then shrinks the updates for hundreds of steps.
+        eps: Added to sqrt(q), at least 0. None means 0, or 1e-8 with ``original``.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the official implementation, which records every
+            norm, including zeros and outliers. A single extreme norm then shrinks the
+            updates for hundreds of steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

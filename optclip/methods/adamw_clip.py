@@ -27,18 +27,19 @@ def adamw_clip(
 ) -> Clip:
     """Clips each entry to a multiple of its own root mean square (AdamWClip).
 
-    u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)) with v the bias-corrected
-    moving average of the squares of the clipped entry. An entry whose v is 0 passes
-    unchanged. The method is scale invariant with ``floor=0``.
+    Each entry u is clipped to u' = sign(u) * min(|u|, max(ratio * sqrt(v), floor)),
+    where v is the bias-corrected moving average of the previous values of u'**2. An
+    entry is not clipped while its v is 0. The method is scale invariant if ``floor=0``.
 
     Args:
         ratio: Ratio of the threshold to the root mean square, at least 0.
         decay: Decay rate of v, at least 0 and below 1; Adam's ``b2``.
         floor: Lower bound on the threshold, at least 0, in the units of the gradient.
-            None: 0, or 1e-10 with ``original``.
-        original: Follow the original and clip an entry whose v is 0 to ``floor``. The
-            first updates are then 1e-10 and grow by a factor of at most ``ratio`` per
-            step. With ``floor=0`` they stay zero permanently.
+            None means 0, or 1e-10 with ``original``.
+        original: Whether to follow the original implementation, which clips an entry to
+            ``floor`` while its v is 0. By default, the first updates are then 1e-10 and
+            grow by a factor of at most ``ratio`` per step. With ``floor=0``, they stay
+            zero permanently.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

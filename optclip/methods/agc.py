@@ -1,4 +1,4 @@
-"""AGC: clips the norm of a unit's gradient relative to that of its parameters."""
+"""AGC: clips the gradient of each unit relative to the norm of its parameters."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["adaptive_grad_clip", "relative_to_params"]
 def relative_to_params(
     ratio: jax.typing.ArrayLike, *, floor: jax.typing.ArrayLike = 1e-3
 ) -> Rule:
-    """Returns the rule of AGC: a fraction of the norm of the group's parameters.
+    """Returns the AGC rule: a fraction of the norm of the group's parameters.
 
-    The threshold is ``ratio * max(norm of the parameters, floor)``. The floor lets
-    parameters change that are still zero.
+    The threshold is ``ratio * max(norm of the parameters, floor)``. The floor allows
+    updates to parameters that are zero.
 
     Args:
         ratio: Ratio of the threshold to the norm of the parameters, at least 0.
         floor: Lower bound on the norm of the parameters, at least 0.
 
     Returns:
-        A stateless rule that needs ``params``.
+        A stateless rule that requires ``params``.
 
     Raises:
         ValueError: If an argument is negative or NaN, or if ``update`` is called
@@ -67,25 +67,27 @@ def adaptive_grad_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips each output unit by its norm relative to that of its weights (AGC).
+    """Clips each output unit relative to the norm of its weights (AGC).
 
-    For a unit with gradient norm n and weight norm w, u' = u * min(1, t / n) with the
-    threshold t = clipping * max(w, eps). Chain it before weight decay, and exclude the
-    last linear layer with `optax.masked`, as the paper does.
+    The gradient u of a unit with gradient norm n and weight norm w is scaled to u' =
+    u * min(1, t / n), with the threshold t = clipping * max(w, eps). Chain this
+    transformation before weight decay, and use `optax.masked` to exclude the last
+    linear layer, as in the paper.
 
-    Units are defined as in the official code and in Optax: a scalar or vector is one
-    unit, the norms of a matrix are taken over axis 0, and those of an HWIO kernel over
-    axes 0 to 2. For a leaf of rank 3 they are taken over axis 0; for scan-stacked
-    layers [layer, in, out], pass ``axis``. A unit of an embedding [vocab, dim] is by
-    default a column across the whole vocabulary; pass ``axis={"embedding": 1}`` to make
-    each row a unit.
+    Units are defined as in the official implementation and in Optax. A scalar or vector
+    is a single unit. Norms are computed over axis 0 for leaves of rank 2 and 3, and
+    over axes 0 to 2 for HWIO kernels. For scan-stacked layers of shape [layer, in,
+    out], pass ``axis``. For an embedding of shape [vocab, dim], a unit is by default a
+    column across the whole vocabulary. Pass ``axis={"embedding": 1}`` to make each row
+    a unit.
 
     Args:
-        clipping: Largest ratio of the gradient norm to the weight norm, at least 0. At
-            0, all updates are zero, which stops training; inf disables clipping.
-        eps: Lower bound on the weight norm, at least 0, so that weights that are zero
-            can change.
-        axis: The axes over which the norm of a unit is taken, as in
+        clipping: Maximum ratio of the gradient norm to the weight norm, at least 0. A
+            value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
+        eps: Lower bound on the weight norm, at least 0. It allows updates to weights
+            that are zero.
+        axis: Axes over which the norm of a unit is computed, as in
             `optclip.scopes.unit`.
         ord: As in `optclip.clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
@@ -93,11 +95,11 @@ def adaptive_grad_clip(
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A gradient transformation whose state is a `ClipState`; it needs ``params``.
+        A gradient transformation whose state is a `ClipState`; it requires ``params``.
 
     Raises:
-        ValueError: If an argument is negative or NaN, ``axis`` does not fit, or
-            ``params`` are missing.
+        ValueError: If an argument is negative or NaN, if ``axis`` does not match the
+            leaves, or if ``params`` are missing.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -35,20 +35,21 @@ __all__ = [
     "window_percentile",
 ]
 
-# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
+# Static, since `optax.inject_hyperparams` would convert a plain int to an array.
 WINDOW = Static(1000)
 # Differences below this fraction of the largest norm are rounding errors.
 ROUNDING = 1e-6
 
 
 class WindowState(NamedTuple):
-    """State of the rules with a window of norms.
+    """State of the rules that keep a window of norms.
 
     Attributes:
-        recent_norms: float32, ``window`` entries per group. Ring buffer of the last
-            norms.
-        recorded: int32, one per group. Number of norms recorded; at the largest int32
-            it falls back to a smaller number with the same position in the ring buffer.
+        recent_norms: float32, ``window`` entries per group. Ring buffer of the most
+            recent norms.
+        recorded: int32, one per group. Number of norms recorded. After the largest
+            int32, it continues from a smaller number with the same position in the ring
+            buffer.
     """
 
     recent_norms: jax.Array
@@ -56,7 +57,10 @@ class WindowState(NamedTuple):
 
 
 def put(state: WindowState, value: jax.Array, first_fills: bool = False):
-    """Returns the state with ``value`` written over the oldest norm."""
+    """Returns the state with the oldest norm replaced by ``value``.
+
+    If ``first_fills`` is True, the first norm fills the whole window.
+    """
     ring, count = state
     at = places(ring)
     here = at == (count % ring.shape[-1])[..., None]
@@ -67,13 +71,13 @@ def put(state: WindowState, value: jax.Array, first_fills: bool = False):
 
 
 def empty(norm: jax.Array, window: int) -> WindowState:
-    """Returns the initial state, without any norms."""
+    """Returns the initial state, in which no norms are recorded."""
     ring = jnp.zeros((*norm.shape, window), jnp.float32)
     return WindowState(ring, jnp.zeros(norm.shape, jnp.int32))
 
 
 def _sorted(state: WindowState, full: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns the norms in ascending order, missing ones last, and their number."""
+    """Returns the norms in ascending order, padded with inf, and their number."""
     ring, count = state
     window = ring.shape[-1]
     known = jnp.full_like(count, window) if full else jnp.minimum(count, window)
@@ -105,24 +109,26 @@ def window_percentile(
     record: RecordedNorm = "raw",
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of AutoClip: a percentile of the last ``window`` norms.
+    """Returns the AutoClip rule: a percentile of the last ``window`` norms.
 
-    The threshold is computed as by ``numpy.percentile``, with linear interpolation.
-    With ``by_rank`` it is computed as in bitsandbytes: the first norm fills the whole
-    window, and the threshold is entry ``percentile * window / 100`` of the sorted
-    norms. The rule is scale invariant.
+    The threshold is computed as in ``numpy.percentile``, with linear interpolation. If
+    ``by_rank`` is True, it is computed as in bitsandbytes: the first norm fills the
+    whole window, the norms are sorted, and the threshold is the norm at index
+    ``percentile * window / 100``, rounded down. The rule is scale invariant.
 
     Args:
-        percentile: Between 0 and 100.
-        window: Number of norms kept, at least 1.
-        include_current: Whether the threshold includes this step's norm. If False,
-            nothing is clipped at the first step.
-        by_rank: See above.
-        record: "raw" or "clipped": record the norm before or after clipping.
+        percentile: The percentile, between 0 and 100.
+        window: Number of norms in the window, at least 1.
+        include_current: Whether the percentile includes the current norm. If False, the
+            first step is not clipped.
+        by_rank: Whether to select the threshold by its rank, as in bitsandbytes.
+        record: "raw" records the norm before clipping, and "clipped" the norm after
+            clipping.
         record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule whose state is ``window`` float32 values and one int32 value per group.
+        A rule whose state holds ``window`` float32 values and one int32 value per
+        group.
 
     Raises:
         ValueError: If an argument is out of range, or ``window`` is not an int.
@@ -164,7 +170,7 @@ class HistogramState(NamedTuple):
 
     Attributes:
         norm_counts: float32, 1,000 entries per group. Number of norms in each bin. All
-            of them are halved when one reaches 2**23.
+            counts are halved when one of them reaches 2**23.
         first_log: float32, one per group. Base-2 logarithm of the first norm, which is
             the center of the middle bin.
         outside_run: int32, one per group. Number of consecutive norms outside the range
@@ -176,36 +182,37 @@ class HistogramState(NamedTuple):
     outside_run: jax.Array
 
 
-BINS = 1000  # 4 KB of float32 per group
-OCTAVES = 80  # so each bin spans a factor of 2**0.08, which is 5.7%
-OUTSIDE_STEPS = 50  # as the `escape_steps` of most other rules
-FIRST_BIN = BINS // 2 + 0.5  # the first norm is the center of the middle bin
-FULL_BIN = 2.0**23  # from 2**24 on, adding 1 does not change a float32 count
+BINS = 1000  # 4 KB of float32 counts per group
+OCTAVES = 80  # each bin spans a factor of 2**0.08, which is 5.7%
+OUTSIDE_STEPS = 50  # the default `escape_steps` of most other rules
+FIRST_BIN = BINS // 2 + 0.5  # puts the first norm at the center of the middle bin
+FULL_BIN = 2.0**23  # adding 1 to a float32 count of 2**24 has no effect
 
 
 def log_histogram_percentile(
     percentile: jax.typing.ArrayLike, *, forgetting: jax.typing.ArrayLike = 0.0
 ) -> Rule:
-    """Returns the rule of AutoClip over the whole history, using 4 KB per group.
+    """Returns the AutoClip rule over the whole history, using 4 KB per group.
 
-    The threshold is the given percentile of all norms so far, including this one. It is
-    computed from a histogram of log n, with 1,000 bins over 80 octaves around the first
-    norm, each 5.7% wide. It is therefore within 6% of a norm next to the exact
-    percentile, for norms between 2**-40 and 2**40 times the first. Norms outside that
-    range are counted in the outermost bins; after fifty consecutive ones the history
-    restarts. The rule is scale invariant.
+    The threshold is the given percentile of all norms so far, including the current
+    one. It is computed from a histogram of log n with 1,000 bins, each 5.7% wide, which
+    cover 80 octaves around the first norm. If all norms are between 2**-40 and 2**40
+    times the first norm, the threshold is within 6% of a norm adjacent to the exact
+    percentile. Norms outside this range are counted in the outermost bins. After 50
+    consecutive norms outside the range, the history restarts. The rule is scale
+    invariant.
 
     When a bin reaches 2**23 norms, which takes at least eight million steps, all counts
-    are halved. From then on, recent norms have a larger weight than old ones.
+    are halved. From then on, recent norms have more weight than older norms.
 
     Args:
-        percentile: Between 0 and 100.
-        forgetting: Fraction of the history that is forgotten at each step, at least 0
-            and below 1; about the last ``1 / forgetting`` norms then count. 0 keeps the
-            whole history.
+        percentile: The percentile, between 0 and 100.
+        forgetting: Fraction of the history that is discarded at each step, at least 0
+            and below 1. The threshold then depends on about the last ``1 / forgetting``
+            norms. A value of 0 keeps the whole history.
 
     Returns:
-        A rule whose state is 1,001 float32 values and one int32 value per group.
+        A rule whose state holds 1,001 float32 values and one int32 value per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -256,7 +263,7 @@ def log_histogram_percentile(
         part = (wanted - before + 0.5) / jnp.where(inside > 0, inside, 1.0)
         height = bin_of.astype(part.dtype) + jnp.clip(part, 0.0, 1.0) - FIRST_BIN
         threshold = jnp.exp2(first + height * (OCTAVES / BINS))
-        # The first norm must not be clipped because of rounding.
+        # Use the exact norm, so that rounding errors do not clip the first norm.
         threshold = jnp.where(start | away, norm, threshold)
         return one(threshold), HistogramState(counts, first, run)
 
@@ -273,23 +280,25 @@ def autoclip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to a percentile of the norms so far (AutoClip).
+    """Clips updates to a percentile of their norms so far (AutoClip).
 
-    u' = u * min(1, t / n) with t the given percentile of the last ``window`` norms
-    before clipping, including this one, as computed by `numpy.percentile`. With the
-    published value of 10, nine out of ten steps are clipped, so choose the learning
-    rate as for normalized gradients. The method is scale invariant unless ``original``
-    is set.
+    Updates u with norm n are scaled to u' = u * min(1, t / n), where t is the given
+    percentile of the last ``window`` norms before clipping, including the current one.
+    The percentile is computed as in `numpy.percentile`. With the published value of 10,
+    nine out of ten steps are clipped, so choose the learning rate as for normalized
+    gradients. The method is scale invariant unless ``original`` is set.
 
     Args:
-        percentile: Between 0 and 100.
-        window: Number of norms kept. Until the window is full, the result is that of
-            the original, which keeps the whole history. None uses the whole history, in
-            4 KB per group and to within 6%: see
-            `optclip.rules.log_histogram_percentile`.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the original: record norms of zero, and divide by n + 1e-6,
-            which also scales down norms that are not far above 1e-6.
+        percentile: The percentile, between 0 and 100. The tenth percentile is 10, not
+            0.1.
+        window: Number of norms in the window. Until the window is full, the result is
+            the same as in the original implementation, which keeps the whole history.
+            None uses a histogram of the whole history, which takes 4 KB per group and
+            is accurate to within 6%; see `optclip.rules.log_histogram_percentile`.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementation: record norms of zero
+            (if there is a window), and divide by n + 1e-6. This epsilon also scales
+            down norms that are not much larger than 1e-6.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

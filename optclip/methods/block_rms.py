@@ -1,4 +1,4 @@
-"""Adafactor's update clipping, by the root mean square of each leaf."""
+"""Adafactor: clips each leaf by its root mean square."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def clip_by_block_rms(
 ) -> Clip:
     """Clips each leaf by its root mean square (Adafactor).
 
-    For each leaf, u' = u / max(1, rms(u) / threshold). This is Adafactor's update
-    clipping, with ``threshold=1.0`` as its default. Chained after
-    `optax.scale_by_adam`, it is the composable form of the update clipping in
-    StableAdamW.
+    Each leaf u is scaled to u' = u / max(1, rms(u) / threshold). This is the update
+    clipping of Adafactor, whose default is also ``threshold=1.0``. Chained after
+    `optax.scale_by_adam`, it is close to the update clipping of StableAdamW,
+    which measures the gradients divided by the same root, without momentum.
 
     Args:
-        threshold: The largest root mean square, at least 0: a number, an array with one
-            entry per leaf, or a schedule. At 0, all updates are zero, which stops
-            training; inf disables clipping.
+        threshold: The maximum root mean square, at least 0: a number, an array with one
+            entry per leaf, or a schedule. A threshold of 0 sets all updates to zero,
+            which stops training; inf disables clipping.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

@@ -1,4 +1,4 @@
-"""Bounds the update relative to the parameters."""
+"""Bounds updates relative to the parameters."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ def cap_update(
 ) -> Clip:
     """Bounds the final update relative to the norm of the parameters.
 
-    u' = u * min(1, ratio * max(w, floor) / r) with the root mean squares r of the
-    update and w of the parameters. Apart from the floor, r / w is the ratio of their
-    norms. Chain it last, after the learning rate: there, updates have the units of the
-    parameters, so the same ratio fits any optimizer, loss and schedule. It prevents the
-    divergence caused by a learning rate that is too high, which clipping the gradients
-    cannot prevent.
+    The update u is scaled to u' = u * min(1, ratio * max(w, floor) / r), where r and w
+    are the root mean squares of the update and of the parameters. The ratio r / w is
+    equal to the ratio of their norms.
+
+    Chain this transformation last, after the learning rate. At that point, updates have
+    the units of the parameters, so the same ratio suits any optimizer, loss and
+    schedule. The bound prevents divergence caused by a learning rate that is too high,
+    which gradient clipping cannot prevent.
 
     Args:
-        ratio: Largest ratio of the update to the parameters, at least 0. At 0, all
-            updates are zero, which stops training; inf disables the cap.
+        ratio: Maximum ratio of the update to the parameters, at least 0. A value of 0
+            sets all updates to zero, which stops training; inf disables the bound.
         floor: Lower bound on the root mean square of the parameters, at least 0, in the
-            units of the parameters, so that parameters that are zero can change.
-        scope: Which entries share one ratio; a scope of `optclip.scopes`.
+            units of the parameters. It allows updates to parameters that are zero.
+        scope: Which entries share one ratio; a scope from `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A gradient transformation whose state is a `ClipState`, in which norms are root
-        mean squares; it needs ``params``.
+        A gradient transformation whose state is a `ClipState`; it requires ``params``.
+        The norms in the state are root mean squares.
 
     Raises:
-        ValueError: If an argument is negative or NaN, or ``params`` are missing.
+        ValueError: If an argument is negative or NaN, or if ``params`` are missing.
 
     Example:
         >>> import optax, optclip
@@ -56,7 +58,7 @@ def cap_update(
 
     Reference:
         You et al., Large Batch Training of Convolutional Networks, 2017,
-        https://arxiv.org/abs/1708.03888 (LARS, whose ratio this bounds)
+        https://arxiv.org/abs/1708.03888 (LARS, which sets the ratio bounded here)
     """
     rule = relative_to_params(ratio, floor=floor)
     return clip_by_rule(

@@ -1,4 +1,4 @@
-"""Clips relative to a slow and a fast moving average of the norm."""
+"""Clips norms relative to their slow and fast moving averages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DualState(NamedTuple):
             correction.
         recorded: int32, one per group. Number of norms recorded.
         clipped_run: int32, one per group. Number of consecutive steps that count
-            towards ``escape_steps``; None with ``escape_steps=None``.
+            toward ``escape_steps``; None if ``escape_steps=None``.
     """
 
     fast_ema: jax.Array
@@ -58,28 +58,29 @@ def dual_ema(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule with two averages, one for the trigger and one for the target.
+    """Returns a rule with separate averages for the trigger and the target.
 
     Let s (slow) and f (fast) be bias-corrected moving averages of the norms so far.
-    Where n > trigger * s, the group is scaled to the norm min(n, target * f). Nothing
-    is clipped until a norm has been recorded. The rule is scale invariant.
+    A group with norm n > trigger * s is scaled to norm min(n, target * f). Groups are
+    not clipped until a nonzero norm has been recorded. The rule is scale invariant.
 
     Args:
         trigger: Multiple of the slow average above which a group is clipped, at least
             0.
-        target: Multiple of the fast average to which it is clipped, at least 0.
+        target: Multiple of the fast average to which the group is clipped, at least 0.
         fast_decay: Decay rate of the fast average, at least 0 and below 1.
         slow_decay: Decay rate of the slow average, at least 0 and below 1.
-        record: "clipped" or "raw": record the norm after or before clipping. "target",
-            as in the original, records ``target * f`` where the group was clipped, even
-            if n is smaller.
-        escape_steps: After this many consecutive steps that were clipped, or whose norm
-            was below a hundredth of the slow average, both averages restart from the
-            current norm. None disables this, as in the original.
+        record: "clipped" records the norm after clipping, and "raw" the norm before
+            clipping. "target" records ``target * f`` if the group was clipped, even if
+            n is smaller, as in the original implementation.
+        escape_steps: Number of consecutive steps after which both averages restart from
+            the current norm. A step counts if it is clipped or if its norm is below 1%
+            of the slow average. None disables the restart, as in the original
+            implementation.
         record_zeros: Whether norms of zero are recorded.
 
     Returns:
-        A rule whose state is two float32 and two int32 values per group.
+        A rule whose state holds two float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -99,7 +100,7 @@ def dual_ema(
 
     def update(norm, state, context):
         del context
-        start = state.slow_ema == 0  # nothing but zeros has been recorded yet
+        start = state.slow_ema == 0  # no nonzero norm has been recorded yet
         fast: Any = state.fast_ema / ema_weight_sum(
             fast_decay, state.recorded, norm.dtype
         )
@@ -140,23 +141,24 @@ def dual_ema_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips norms far above a slow moving average to slightly above a fast one.
+    """Clips norms far above a slow moving average to just above a fast average.
 
-    Where n > trigger * s, u' = u * min(1, target * f / n), with the bias-corrected
-    moving averages s (slow) and f (fast) of the clipped norms. This is the rule of
-    PDE-Transformer's training code. Nothing is clipped at the first step. The method is
-    scale invariant unless ``original`` is set.
+    If the norm n of the updates u exceeds trigger * s, they are scaled to u' = u *
+    min(1, target * f / n), where s (slow) and f (fast) are bias-corrected moving
+    averages of the clipped norms. This rule is taken from the training code of
+    PDE-Transformer. The first step is not clipped, and the method is scale invariant,
+    unless ``original`` is set.
 
     Args:
         trigger: Multiple of the slow average above which norms are clipped, at least 0.
         target: Multiple of the fast average to which they are clipped, at least 0.
         fast_decay: Decay rate of the fast average, at least 0 and below 1.
         slow_decay: Decay rate of the slow average, at least 0 and below 1.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the published code: clip a first norm above 10,000 to 1, divide
-            by n + 1e-6, record ``target * f`` for clipped norms even if n is smaller,
-            record norms of zero, and never restart. If False, both averages restart
-            after 50 consecutive clipped steps.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the published code: clip a first norm above 10,000
+            to 1, divide by n + 1e-6, record ``target * f`` for clipped norms even if n
+            is smaller, record norms of zero, and never restart. If False, both averages
+            restart after 50 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
@@ -197,7 +199,10 @@ def dual_ema_clip(
 
 
 def _first_bounded(rule: Rule) -> Rule:
-    """Returns `rules.dual_ema` with the published limits while its averages are 0."""
+    """Returns `rules.dual_ema` with the published limits for the first norm.
+
+    Until a nonzero norm is recorded, the published code clips norms above 10,000 to 1.
+    """
 
     def update(norm, state, context):
         limit, after = rule.update(norm, state, context)

@@ -1,4 +1,4 @@
-"""Clips to the moving mean of the norm plus standard deviations."""
+"""Clips norms to their moving mean plus a multiple of their standard deviation."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ def ema_sigma(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of Open-Sora-Plan: mean plus deviations, excluding outliers.
+    """Returns the Open-Sora-Plan rule: mean plus deviations, excluding outliers.
 
-    The threshold is t = m + sigmas * s with the moving mean m and standard deviation s
-    of the norms; norms above t are not recorded. The first step is not clipped, and
-    sets s = 0 and m = min(3 * n, first_cap). A norm that exceeds m by at most a
-    millionth of m is never clipped, since s is 0 where all norms so far were equal. The
-    rule is scale invariant with ``first_cap=inf``.
+    The threshold is t = m + sigmas * s, where m and s are the moving mean and standard
+    deviation of the norms. Norms above t are not recorded. The first step is not
+    clipped and sets s = 0 and m = min(3 * n, first_cap). A norm that exceeds m by at
+    most a millionth of m is never clipped, since s is 0 if all norms so far are equal.
+    The rule is scale invariant if ``first_cap=inf``.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
         decay: Decay rate of the averages, at least 0 and below 1.
-        first_cap: Upper bound on the initial mean, above 0; may be inf. With the
-            original's 1.0 and ``escape_steps=None``, a run whose norms are above 1 is
+        first_cap: Upper bound on the initial mean, greater than 0; may be inf. With the
+            original value of 1.0 and ``escape_steps=None``, a run with norms above 1 is
             clipped to 1 permanently.
-        escape_steps: After this many consecutive steps that were clipped, or whose norm
-            was below a hundredth of the mean, the rule restarts with m = 3 * n. None
-            disables this, as in the original, and also clips norms that exceed m by
-            less than a millionth of m.
-        record_zeros: Whether norms of zero are recorded, as in the original.
+        escape_steps: Number of consecutive steps after which the rule restarts with m =
+            3 * n. A step counts if it is clipped or if its norm is below 1% of the
+            mean. None disables the restart and the tolerance of a millionth of m, as in
+            the original implementation.
+        record_zeros: Whether norms of zero are recorded, as in the original
+            implementation.
 
     Returns:
-        A rule whose state is two float32 and two int32 values per group.
+        A rule whose state holds two float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -107,19 +108,20 @@ def ema_sigma_clip(
 ) -> Clip:
     """Clips norms to their moving mean plus three standard deviations (Open-Sora-Plan).
 
-    u' = u * min(1, t / n) with t = m + sigmas * s where m and s are the moving mean and
-    standard deviation of the norms that were not clipped (see
-    `optclip.rules.ema_sigma`). The method is scale invariant unless ``original`` is
-    set.
+    Updates u with norm n are scaled to u' = u * min(1, t / n) with t = m + sigmas * s,
+    where m and s are the moving mean and standard deviation of the norms that were not
+    clipped. See `optclip.rules.ema_sigma` for details. The method is scale invariant
+    unless ``original`` is set.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
         decay: Decay rate of the averages, at least 0 and below 1.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the original: divide by n + 1e-6, start with a mean of at most
-            1, record norms of zero, and never restart. A run whose norms are above 1 is
-            clipped to 1 permanently. If False, the first mean is three times the first
-            norm, and the statistics restart after 50 consecutive clipped steps.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementation: divide by n + 1e-6,
+            start with a mean of at most 1, record norms of zero, and never restart. A
+            run with norms above 1 is then clipped to 1 permanently. If False, the
+            initial mean is three times the first norm, and the statistics restart after
+            50 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

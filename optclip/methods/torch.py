@@ -46,6 +46,7 @@ def clip_grad_norm(
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If ``max_norm`` is a container of arrays.
         checkify.JaxRuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
 
     Example:
@@ -54,6 +55,7 @@ def clip_grad_norm(
         >>> float(norm), round(float(grads[1]), 4)
         (5.0, 0.8)
     """
+    _check_order(max_norm=max_norm)
     norm = norms.global_norm(grads, ord=norm_type)
     if error_if_nonfinite:
         checkify.check(
@@ -78,6 +80,16 @@ def clip_grad_norm(
     return jax.tree.map(as_torch, grads, clipped), norm
 
 
+def _check_order(**named: Any) -> None:
+    """Raises an error if a number is a container: the arguments were swapped."""
+    for name, value in named.items():
+        if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
+            raise TypeError(
+                f"`{name}` must be a number, got a {type(value).__name__}. As in "
+                f"PyTorch, the gradients come first: `(grads, {name})`."
+            )
+
+
 def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
     """Returns gradients clipped to [-clip_value, clip_value], as in PyTorch.
 
@@ -90,11 +102,13 @@ def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
 
     Raises:
         ValueError: If ``clip_value`` is negative or NaN.
+        TypeError: If ``clip_value`` is not a number.
 
     Example:
         >>> import jax.numpy as jnp, optclip
         >>> optclip.clip_grad_value(jnp.array([-3.0, 0.5]), 1.0).tolist()
         [-1.0, 0.5]
     """
+    _check_order(clip_value=clip_value)
     tx = clip_by_value(clip_value)
     return tx.update(grads, tx.init(grads))[0]
