@@ -35,6 +35,7 @@ from optclip.methods.adagc import ema_ratio
 from optclip.methods.adagn import smoothed_norm
 from optclip.methods.agc import relative_to_params
 from optclip.methods.autoclip import log_histogram_percentile, window_percentile
+from optclip.methods.cap_update import update_cap
 from optclip.methods.dual_ema import dual_ema
 from optclip.methods.ema_sigma import ema_sigma
 from optclip.methods.norm_growth_limiter import previous_norm
@@ -67,6 +68,7 @@ __all__ = [
     "schedule",
     "second_moment",
     "smoothed_norm",
+    "update_cap",
     "window_percentile",
     "window_sigma",
 ]

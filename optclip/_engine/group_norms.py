@@ -158,6 +158,31 @@ def entry_counts(leaves: Sequence[jax.Array], plan: Plan) -> tuple[np.ndarray, .
     return plan.groups.sizes(counts)
 
 
+def initial_norms(leaves: Sequence[jax.Array], cut: Cut) -> tuple[np.ndarray, ...]:
+    """Returns the norms that parameters of these shapes typically start with.
+
+    Each entry of a leaf or slice with N entries counts as N**(-1/4).
+    """
+    plan, order = cut.plan, cut.order
+    counts = []
+    for x, axes, names in zip(leaves, plan.axes, plan.names, strict=True):
+        size = np.prod([x.shape[a] for a in axes], initial=1) * devices_along(names)
+        counts.append(max(float(size), 1.0))
+    totals = plan.groups.sizes(counts)
+    if order == np.inf:
+        largest = [np.zeros_like(total) for total in totals]
+        for (k, row), n in zip(plan.groups.rows, counts, strict=True):
+            at = row if largest[k].ndim else ()
+            largest[k][at] = max(largest[k][at], n**-0.25)
+        return tuple(largest)
+    power = 2.0 if order == "rms" else float(order)
+    powers = plan.groups.sizes([n ** (1 - power / 4) for n in counts])
+    if order == "rms":
+        pairs = zip(powers, totals, strict=True)
+        powers = tuple(p / np.maximum(total, 1) for p, total in pairs)
+    return tuple(p ** (1 / power) for p in powers)
+
+
 def rows(tree: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the norm of each row of all leaves together, and the norm times 2**-64.
 

@@ -39,12 +39,18 @@ class Context(NamedTuple):
             devices that the norms are sharded over. Only rules that combine several
             entries in element scope need it: in all other scopes, the norms passed to a
             rule are complete on every device.
+        initial_norm: A function without arguments that returns the norms that
+            parameters of these shapes typically have at initialization, one per group.
+            Each entry of a leaf with N entries counts as N**(-1/4). For a square matrix
+            this is the usual one over the square root of the number of inputs, and it
+            depends neither on the order of the axes nor on how a leaf is sharded.
     """
 
     step: jax.Array
     tree_norm: jax.Array
     params_norm: Callable[[], jax.Array]
     across: Callable[[jax.Array], jax.Array] = lambda x: x
+    initial_norm: Callable[[], jax.Array] = lambda: jnp.ones(())
 
 
 class Rule(NamedTuple):

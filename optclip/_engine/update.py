@@ -193,4 +193,10 @@ def context_of(call: Call, index: int, tree_norm: jax.Array) -> Context:
         norm = call.params_norms()[index]
         return norm.reshape(()) if call.cut.layout.scalar else norm
 
-    return Context(call.step, tree_norm, params_norm)
+    def initial_norm():
+        if call.options.scope.by_element:
+            return jnp.ones(())
+        found = group_norms.initial_norms(call.found.leaves, call.cut)[index]
+        return jnp.asarray(found.reshape(()) if call.cut.layout.scalar else found)
+
+    return Context(call.step, tree_norm, params_norm, initial_norm=initial_norm)

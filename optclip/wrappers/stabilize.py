@@ -89,8 +89,9 @@ def stabilize(
     margin: jax.typing.ArrayLike = 2.0,
     rate: jax.typing.ArrayLike = 0.05,
     warmup_steps: jax.typing.ArrayLike = 5,
-    max_ratio: jax.typing.ArrayLike = 0.02,
-    floor: jax.typing.ArrayLike = 1e-2,
+    max_ratio: jax.typing.ArrayLike = 0.04,
+    floor: jax.typing.ArrayLike | None = None,
+    ramp_steps: jax.typing.ArrayLike = 200,
     scope: scopes.Scope = scopes.tree(),
     mask: Any = None,
     axis_name: Any = None,
@@ -110,8 +111,10 @@ def stabilize(
        by at most ``warmup_steps`` steps. The hyperparameters of
        `optax.inject_hyperparams` are kept.
     4. The root mean square of the final update is capped at ``max_ratio`` times the
-       root mean square of the parameters (`cap_update`). This guards against a learning
-       rate that is too high.
+       root mean square of the parameters (`cap_update`). The cap rises linearly in the
+       first ``ramp_steps`` steps, and updates that exceed it persistently are scaled
+       down permanently. This guards against a learning rate that is too high and makes
+       up for a missing warm-up.
 
     The clip and the cap each handle failures that the other does not. In the metrics,
     they are the first and the last clip: `clip` and `clip_2`, unless the wrapped
@@ -129,6 +132,7 @@ def stabilize(
             which the optimizer may restart.
         max_ratio: The ratio of `cap_update`; inf disables the cap.
         floor: As in `cap_update`.
+        ramp_steps: As in `cap_update`.
         scope: Which entries share one norm, in both the clip and the cap:
             `optclip.scopes.tree()`, or `optclip.scopes.leaf()` for one quantile and one
             cap per leaf.
@@ -169,7 +173,12 @@ def stabilize(
         axis_name=axis_name,
     )
     last: Any = cap_update(
-        max_ratio, floor=floor, scope=scope, nonfinite="skip", axis_name=axis_name
+        max_ratio,
+        floor=floor,
+        ramp_steps=ramp_steps,
+        scope=scope,
+        nonfinite="skip",
+        axis_name=axis_name,
     )
     return guarded(inner, first, last, warmup_steps, mask)
 
@@ -235,9 +244,15 @@ def guarded(
         # Integer leaves must pass through unchanged, but optimizers return floats for
         # them.
         out = pytrees.leaves_of(updates).rebuild(pytrees.matching(updates, out))
-        capped, cap_state = last.update(
-            _masks.kept(flags, out), state.update_cap, params
-        )
+        # The updates before the restart say nothing about those after it.
+        cap_before = state.update_cap
+        if isinstance(cap_before, ClipState):
+            new: Any = last.init(_masks.kept(flags, params))
+            rule_state = states.tree_where(
+                restart, new.rule_state, cap_before.rule_state
+            )
+            cap_before = cap_before._replace(rule_state=rule_state)
+        capped, cap_state = last.update(_masks.kept(flags, out), cap_before, params)
         least = jnp.minimum(norm, state.least_norm)
         return _masks.restored(flags, capped, out), StabilizeState(
             gradient_clip=clip_state,
