@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 uv := $(bin)/uv pip install --quiet --python $(bin)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench compiled accelerators test-accelerators constraints clean
+.PHONY: help demo test lint unit test-all test-exhaustive test-x64 fuzz docs notebooks notebooks-check bench training test-training compiled accelerators test-accelerators constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -43,6 +43,11 @@ $(call stamp,demo): $(VENV)/.uv-$(version)
 $(call stamp,test): $(VENV)/.uv-$(version)
 	@echo "Installing what the tests need"
 	@$(uv) -e '.[demo,report]' --group test --group lint
+	@touch $@
+
+$(call stamp,bench): $(VENV)/.uv-$(version)
+	@echo "Installing what the training benchmark needs"
+	@$(uv) -e . --group bench
 	@touch $@
 
 $(call stamp,docs): $(VENV)/.uv-$(version)
@@ -100,6 +105,12 @@ notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail if they dif
 
 bench: $(call stamp,test)  ## Measure what clipping costs in a training step
 	@$(bin)/python benchmarks/step_cost.py $(ARGS)
+
+training: $(call stamp,bench)  ## Compare clipping methods by training small models; ARGS=--quick for 3 minutes
+	@$(bin)/python -m benchmarks.training $(ARGS)
+
+test-training: $(call stamp,bench)  ## Test the training benchmark
+	@$(bin)/python -m pytest -n $(JOBS) tests/test_training_benchmark.py $(ARGS)
 
 # A separate environment: JAX looks for a GPU wherever its plugin is installed. The
 # plugin must have the same version as JAX.

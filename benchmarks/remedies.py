@@ -134,8 +134,8 @@ def train(net, data, seed, steps):
     """Returns the norm of the first gradient, and the test accuracy."""
     x, y, test_x, test_y = data
     rate = net.slower * net.rate
-    usual = Net().rate
-    optimizer = optax.adamw(1e-3 * rate / usual) if net.adaptive else optax.sgd(rate)
+    typical = Net().rate
+    optimizer = optax.adamw(1e-3 * rate / typical) if net.adaptive else optax.sgd(rate)
     optimizer = optax.chain(net.clip or optax.identity(), optimizer)
     key, draw = jax.random.split(jax.random.key(seed))
     params = weights_of(net, key)

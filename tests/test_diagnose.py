@@ -144,7 +144,7 @@ def test_nonfinite_signals_are_never_healthy(pairs, relu, wide, scaled):
     outliers = _signals.outliers_of(list(batches))
     signals = signals_of(
         batches=batches, outliers=outliers, relu_norm=relu, wide_norm=wide,
-        scaled_norm=scaled, usual=0,
+        scaled_norm=scaled, typical=0,
     )  # fmt: skip
     found = _rules.judge(signals)
     if not all(batch.finite for batch in batches):

@@ -232,9 +232,10 @@ def test_stabilize_survives_a_learning_rate_that_is_too_high():
 
 @pytest.mark.parametrize("spike", [np.nan, np.inf, 1e30])
 def test_stabilize_survives_a_bad_batch(spike):
-    losses = descend(optclip.stabilize(optax.adam(0.01)), spike=spike)
-    calm = descend(optclip.stabilize(optax.adam(0.01)))
-    assert losses[-1] < 2 * calm[-1] + 0.1
+    losses = descend(optclip.stabilize(optax.adam(0.01)), spike=spike, steps=400)
+    assert losses[-1] < 2e-3 * losses[0]
+    unguarded = descend(optax.adam(0.01), spike=spike, steps=400)
+    assert not unguarded[-1] < 2e-3 * unguarded[0]
 
 
 def test_stabilize_does_not_depend_on_the_scale_of_the_loss():
@@ -311,7 +312,7 @@ def test_mechanisms_accept_every_kind_of_leaf():
 
 
 def test_first_gradient_that_overflows_squares_does_not_stop_stabilize():
-    tx, params = optclip.stabilize(optax.adam(0.1)), jnp.ones(3)
+    tx, params = optclip.stabilize(optax.adam(0.1), ramp_steps=0), jnp.ones(3)
     state = tx.init(params)
     _, state = tx.update(jnp.full(3, 1e20), state, params)
     for _ in range(3):

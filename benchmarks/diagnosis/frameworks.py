@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.diagnosis.plain import ACTS, normed, usual
+from benchmarks.diagnosis.plain import ACTS, normed, typical
 
 
 def _init(gain, act):
     return nn.initializers.variance_scaling(
-        float(gain * usual(act)) ** 2, "fan_in", "normal"
+        float(gain * typical(act)) ** 2, "fan_in", "normal"
     )
 
 
@@ -90,7 +90,7 @@ def _linen(net, key, x):
 class _NnxCNN(nnx.Module):
     def __init__(self, channels, depth, act, gain, norm, residual, rngs):
         init = nnx.initializers.variance_scaling(
-            (gain * usual(act)) ** 2, "fan_in", "normal"
+            (gain * typical(act)) ** 2, "fan_in", "normal"
         )
         sizes = [1] + [channels] * depth
         self.layers = nnx.List(
@@ -121,7 +121,7 @@ def nnx_cnn(key, *, channels=6, depth=6, act="relu", gain=1.0, norm=False,
 class _NnxMLP(nnx.Module):
     def __init__(self, inputs, width, depth, outputs, act, gain, norm, rngs):
         init = nnx.initializers.variance_scaling(
-            (gain * usual(act)) ** 2, "fan_in", "normal"
+            (gain * typical(act)) ** 2, "fan_in", "normal"
         )
         sizes = [inputs] + [width] * depth
         self.layers = nnx.List(
@@ -169,7 +169,7 @@ def eqx_mlp(key, *, inputs=64, width=32, depth=8, outputs=10, act="relu", gain=1
             norm=False, residual=False, init=None):  # fmt: skip
     sizes = [inputs] + [width] * depth + [outputs]
     keys = jax.random.split(key, len(sizes))
-    scale = gain * usual(init or act)
+    scale = gain * typical(init or act)
     layers = [
         _eqx_linear(keys[i], sizes[i], sizes[i + 1], scale if i < depth else 1.0)
         for i in range(depth + 1)
@@ -206,7 +206,7 @@ def eqx_gru(key, *, width=32, channels=4):
 
 def haiku_mlp(key, *, sizes=(32, 32, 32, 32, 10), inputs=64, act="relu", gain=1.0,
               norm=False, residual=False, init=None):  # fmt: skip
-    scale = float(gain * usual(init or act))
+    scale = float(gain * typical(init or act))
 
     def body(x):
         x = x.reshape(len(x), -1)

@@ -25,7 +25,7 @@ ACTS = {
 }
 
 
-def usual(act):
+def typical(act):
     """Returns the standard deviation of weights (He or Xavier) times sqrt(fan_in)."""
     return 1.0 if act in ("tanh", "sigmoid", "linear") else np.sqrt(2)
 
@@ -49,7 +49,7 @@ def mlp(key, *, inputs=64, width=32, depth=8, outputs=10, act="relu", gain=1.0,
         norm=False, residual=False, dtype="float32", init=None):  # fmt: skip
     """``init`` names the activation that the weights are meant for, if it differs."""
     keys = jax.random.split(key, depth + 1)
-    scale = gain * usual(init or act)
+    scale = gain * typical(init or act)
     sizes = [inputs] + [width] * depth
     params = {
         f"layer_{i:02d}": dense(keys[i], sizes[i], width, scale) for i in range(depth)
@@ -71,10 +71,10 @@ def stacked(key, *, inputs=64, width=32, depth=40, outputs=10, act="relu", gain=
             norm=False, residual=False):  # fmt: skip
     """An MLP whose layers are stacked in one array and run by `jax.lax.scan`."""
     first, middle, last = jax.random.split(key, 3)
-    scale = gain * usual(act)
+    scale = gain * typical(act)
     kernels = jax.random.normal(middle, (depth, width, width)) * scale / np.sqrt(width)
     params = {
-        "first": dense(first, inputs, width, usual(act)),
+        "first": dense(first, inputs, width, typical(act)),
         "layers": {"kernel": kernels, "bias": jnp.zeros((depth, width))},
         "last": dense(last, width, outputs, 1.0),
     }
@@ -104,7 +104,7 @@ def cnn(key, *, channels=6, depth=6, act="relu", gain=1.0, norm=False, residual=
     sizes = [1] + [channels] * depth
     params = {}
     for i in range(depth):
-        p = dense(keys[i], 9 * sizes[i], channels, gain * usual(act))
+        p = dense(keys[i], 9 * sizes[i], channels, gain * typical(act))
         p["kernel"] = p["kernel"].reshape(3, 3, sizes[i], channels)
         params[f"conv_{i:02d}"] = p
     params["head"] = dense(keys[depth], channels * 64, 10, gain)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.diagnosis.plain import ACTS as KNOWN
-from benchmarks.diagnosis.plain import apply_dense, dense, normed, usual
+from benchmarks.diagnosis.plain import apply_dense, dense, normed, typical
 from benchmarks.diagnosis.unseen_tasks import web
 
 ACTS = {
@@ -130,7 +130,7 @@ def unet(key, *, gain=1.0, act="relu", norm=False, residual=False):
 def tcn(key, *, channels=12, depth=6, outputs=6, act="relu", gain=1.0, norm=False,
         residual=False, dtype="float32"):  # fmt: skip
     """Causal, dilated convolutions over time, in Haiku."""
-    scale = float(gain * usual(act))
+    scale = float(gain * typical(act))
 
     def body(x):
         x = x.astype(dtype)

@@ -42,8 +42,8 @@ class Context(NamedTuple):
         initial_norm: A function without arguments that returns the norms that
             parameters of these shapes typically have at initialization, one per group.
             Each entry of a leaf with N entries counts as N**(-1/4). For a square matrix
-            this is the usual one over the square root of the number of inputs, and it
-            depends neither on the order of the axes nor on how a leaf is sharded.
+            this is one over the square root of the number of inputs. It depends neither
+            on the order of the axes nor on how a leaf is sharded.
     """
 
     step: jax.Array

@@ -64,7 +64,7 @@ def plan(options: Options) -> list[Run]:
     method = clips.METHODS[options.method]
     own = options.threshold
     same = options.method == clips.BASELINE
-    usual = own if same else clips.METHODS[clips.BASELINE].threshold
+    typical = own if same else clips.METHODS[clips.BASELINE].threshold
 
     def run(name, clip, threshold):
         # `record_norms` measures the same norm in all runs, whatever the clip measures.
@@ -76,7 +76,7 @@ def plan(options: Options) -> list[Run]:
 
     return [
         run("no clip", optax.identity(), float("inf")),
-        run(f"optax.{clips.BASELINE}", optax.clip_by_global_norm(usual), usual),
+        run(f"optax.{clips.BASELINE}", optax.clip_by_global_norm(typical), typical),
         run(f"optclip.{options.method}", method.factory(own), own),
     ]
 

@@ -81,14 +81,14 @@ def _total(number) -> float:
     return float(np.sqrt(np.sum(np.square(np.asarray(number, float)))))
 
 
-def _usual(number) -> float:
+def _typical(number) -> float:
     """Returns the rms over all steps."""
     return float(np.sqrt(np.mean(np.square(np.asarray(number, float)))))
 
 
 def _columns(site: Site) -> list[tuple[float, ...]]:
     """Returns the five statistics of a site, one tuple per layer it represents."""
-    figures = (
+    statistics = (
         site.signal_in,
         site.signal_out,
         site.rms_in,
@@ -96,9 +96,9 @@ def _columns(site: Site) -> list[tuple[float, ...]]:
         site.rms_weight,
     )
     if not site.stacked:
-        over = (_total, _total, _usual, _usual, _usual)
-        return [tuple(f(x) for f, x in zip(over, figures, strict=True))]
-    rows = [np.asarray(x, float) for x in figures]
+        over = (_total, _total, _typical, _typical, _typical)
+        return [tuple(f(x) for f, x in zip(over, statistics, strict=True))]
+    rows = [np.asarray(x, float) for x in statistics]
     rows = [r.reshape(-1, r.shape[-1]) for r in rows]
     sums = [np.sqrt(np.sum(np.square(r), 0)) for r in rows[:2]]
     means = [np.sqrt(np.mean(np.square(r), 0)) for r in rows[2:]]
@@ -191,7 +191,7 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
     for leaf in repeated(sites):
         uses = [s for s in sites if s.leaf == leaf and _is_layer(s)]
         signal = np.array([_total(s.signal_out) for s in uses])
-        rms = np.array([_usual(s.rms_in) for s in uses])
+        rms = np.array([_typical(s.rms_in) for s in uses])
         found.append(_time(signal, rms, leaf))
     grown = [g for g in found if g is not None]
     if not grown:

@@ -146,7 +146,7 @@ class Probe:
         seen = self._read(params, batch)
         if seen is None:
             loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
-            figures, signals = [], []
+            statistics, signals = [], []
         else:
 
             def loss_of(params, probes):
@@ -154,13 +154,13 @@ class Probe:
 
             both = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
             probes = no_probes(seen.plan)
-            (loss, figures), (grads, signals) = both(params, probes)
+            (loss, statistics), (grads, signals) = both(params, probes)
         fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
         norm, each = norms.global_norm(grads), _each_norm(grads)
         # For complex parameters, JAX's gradient is the conjugate of the ascent
         # direction.
         grads = jax.tree.map(jnp.conj, grads)
-        return (loss, norm, each, jnp.stack(fine), figures, signals), grads
+        return (loss, norm, each, jnp.stack(fine), statistics, signals), grads
 
     def _changed_norm(self, params, batch, change):
         """Returns the loss and gradient norm of the changed program."""
@@ -199,10 +199,10 @@ class Probe:
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns the measurements of one batch and its gradients."""
         found, grads = self._gradient(params, batch)
-        loss, norm, each, fine, figures, signals = found
+        loss, norm, each, fine, statistics, signals = found
         seen = self._read(params, batch)
         flags = zip(self.paths, np.asarray(fine), strict=True)
-        sites = seen.sites(figures, signals) if seen else ()
+        sites = seen.sites(statistics, signals) if seen else ()
         bad = tuple(path for path, good in flags if not good)
         sizes = tuple(np.asarray(each, float).tolist())
         return Batch(float(loss), float(norm), bad, sites, sizes), grads

@@ -37,8 +37,8 @@ def magnitude(x: jax.Array, mean: bool = False) -> jax.Array:
         return jnp.zeros([], jnp.float32)
     sizes = jnp.abs(x).astype(jnp.float32)
     top = jnp.max(sizes)
-    usual = (top > 0) & jnp.isfinite(top)
-    unit = jnp.where(usual, top, 1.0)
+    typical = (top > 0) & jnp.isfinite(top)
+    unit = jnp.where(typical, top, 1.0)
     squares = jnp.square(sizes / unit)
     return unit * jnp.sqrt(jnp.mean(squares) if mean else jnp.sum(squares))
 

@@ -192,7 +192,7 @@ def _learning_rate(s: Signals) -> Candidate | None:
         _promise(trust, s.trust.get(part, math.nan), part)
         + _run_of(s, part, start, peak),
         f"Multiply the learning rate by about {part:g}, or warm it up. An adaptive "
-        "optimizer such as AdamW stands more than plain SGD.",
+        "optimizer such as AdamW tolerates larger steps than plain SGD.",
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
         "by elimination" if hopeless and not rehearsed else "measured",
         (Remedy("scale_learning_rate", part),),

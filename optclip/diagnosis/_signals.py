@@ -27,7 +27,7 @@ class Signals:
     Attributes:
         batches: The measurements of each batch.
         outliers: Indices of the batches that differ from the others.
-        usual: Index of the batch that represents the others.
+        typical: Index of the batch that represents the others.
         layers: The layers of the program, in the order of depth.
         depth: Growth over the layers, or None.
         time: Growth over the steps of a recurrence, or None.
@@ -66,7 +66,7 @@ class Signals:
 
     batches: tuple[Batch, ...]
     outliers: tuple[int, ...]
-    usual: int
+    typical: int
     layers: list[_growth.Layer]
     depth: _growth.Growth | None
     time: _growth.Growth | None
@@ -96,7 +96,7 @@ class Signals:
     @property
     def first(self) -> Batch:
         """The measurements of the representative batch."""
-        return self.batches[self.usual]
+        return self.batches[self.typical]
 
     @property
     def norm(self) -> float:
@@ -121,7 +121,7 @@ def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(bad).tolist()) if bad.mean() <= LIMITS.few else ()
 
 
-def _usual(batches: list[Batch], outliers: tuple[int, ...]) -> int:
+def _typical(batches: list[Batch], outliers: tuple[int, ...]) -> int:
     """Returns the index of the batch with the median norm."""
     fine = [i for i, b in enumerate(batches) if b.finite and i not in outliers]
     fine = fine or [i for i in range(len(batches)) if i not in outliers] or [0]
@@ -206,8 +206,8 @@ def measure(
     probe.show(f"gradients of {len(batches)} batches")
     seen = [_seen(probe, params, b, number) for number, b in enumerate(batches)]
     outliers = outliers_of(seen)
-    usual = _usual(seen, outliers)
-    batch, this = batches[usual], seen[usual]
+    typical = _typical(seen, outliers)
+    batch, this = batches[typical], seen[typical]
     grads = probe.batch(params, batch)[1]
     layers = _growth.layers_of(this.sites)
     he = _growth.he_ratios(layers)
@@ -215,7 +215,7 @@ def measure(
     signals = Signals(
         tuple(seen),
         outliers,
-        usual,
+        typical,
         layers,
         _growth.depth_growth(layers) if len(layers) >= _growth.FEWEST else None,
         _growth.time_growth(this.sites),
@@ -238,7 +238,7 @@ def measure(
         more["wide_norm"] = probe.changed(params, batch, Change(wide=True))[1]
     large = _factors(signals)
     if large:
-        probe.show("the same with weights of the usual size")
+        probe.show("the same with weights of the typical size")
         scaled = _scale(params, large, probe.tapped.paths if probe.tapped else ())
         after, after_grads = probe.batch(scaled, batch)
         more |= {

@@ -113,7 +113,7 @@ def _open_cause(diagnosis: Diagnosis | None) -> str | None:
 
 
 def _reason(
-    history: History, usual: np.ndarray, diagnosis: Diagnosis | None
+    history: History, typical: np.ndarray, diagnosis: Diagnosis | None
 ) -> str | None:
     """Returns the reason why no threshold can be suggested, or None."""
     cause = _open_cause(diagnosis)
@@ -126,10 +126,10 @@ def _reason(
         )
     if history.missing:
         return history.missing
-    if len(usual) < FEWEST:
+    if len(typical) < FEWEST:
         return (
-            f"{len(usual)} usable norms are too few to know what is usual. Record at "
-            f"least {FEWEST}, better 100."
+            f"{len(typical)} usable norms are too few to know what is typical. Record "
+            f"at least {FEWEST}, better 100."
         )
     return None
 
@@ -224,17 +224,17 @@ def suggest_threshold(
     zeros = int(np.sum(history.norms == 0))
     logs = np.log10(positive)
     far = _outliers(logs) if len(logs) else np.zeros(0, bool)
-    usual, outliers = positive[~far], int(np.sum(far))
+    typical, outliers = positive[~far], int(np.sum(far))
 
     spread = drift = None
     words: list[str] = []
-    if len(usual):
+    if len(typical):
         low, high = np.quantile(logs[~far], [0.1, 0.9])
         spread = float(high - low)
         drift = _drift(logs[~far]) if history.ordered else None
         words = _warnings(history, spread, drift, outliers, zeros)
-    declined = _reason(history, usual, diagnosis)
-    max_norm = None if declined else float(np.quantile(usual, quantile))
+    declined = _reason(history, typical, diagnosis)
+    max_norm = None if declined else float(np.quantile(typical, quantile))
     return Suggestion(
         max_norm,
         spread,

@@ -98,7 +98,7 @@ def _vector(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax
 
 
 def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns a leaf and the cap in units of its largest entry, the unit, and the norm.
+    """Returns a leaf, the cap and the norm in units of the largest entry, and the unit.
 
     In these units, powers of the entries can't overflow. The unit is a power of two
     near the largest entry, and small enough that its inverse is a normal number.
@@ -192,7 +192,7 @@ def _svd_slope(y, bound, x_dot, cap_dot):
     """Returns the derivative of U min(S, c) Vt, using divided differences of min.
 
     JAX's derivative of the SVD divides by differences of singular values, so it is not
-    finite where two of them are equal. Divided differences of min are finite there.
+    finite if two of them are equal. Divided differences of min are always finite.
     """
     left, s, right = jnp.linalg.svd(y, full_matrices=False)
     cap = bound[..., 0]

@@ -51,7 +51,7 @@ def update_cap(
         c = ratio * max(w, floor)
         m = m + (min(r / c, 3 * max(m, 1)) - m) / k
         d = ratio * w * max(0, 1 - k / ramp_steps)
-        t = min(c - d, r / max(m, 1))
+        t = c - d if m <= 1 else min(c - d, r / m)
 
     Args:
         ratio: As in `optclip.cap_update`.
@@ -70,7 +70,7 @@ def update_cap(
         >>> import optclip
         >>> tx = optclip.clip_by_rule(optclip.rules.update_cap(0.04), ord="rms")
     """
-    validation.non_negative(ratio=ratio)
+    validation.threshold(ratio=ratio)
     if floor is not None:
         validation.non_negative(floor=floor)
     validation.steps(ramp_steps=ramp_steps)
@@ -80,24 +80,31 @@ def update_cap(
         return UpdateCapState(ones, counts(norm))
 
     def update(norm, state, context):
-        lower: Any = context.initial_norm() if floor is None else floor
+        # Arguments may be arrays of other dtypes, which strict promotion rejects.
+        share, steps, lower = (
+            jnp.asarray(x).astype(norm.dtype)
+            for x in (
+                ratio,
+                jnp.maximum(ramp_steps, 1),
+                context.initial_norm() if floor is None else floor,
+            )
+        )
         size = context.params_norm().astype(norm.dtype)
-        large = jnp.maximum(size, lower)
-        cap = (ratio * large).astype(norm.dtype)
+        cap = share * jnp.maximum(size, lower)
         count = increment(state.recorded)
         number = count.astype(norm.dtype)
         excess = jnp.where(cap > 0, quotient(norm, jnp.where(cap > 0, cap, 1)), 0)
         most = LARGEST_JUMP * jnp.maximum(state.mean_excess, 1)
         mean = state.mean_excess
         mean = mean + (jnp.minimum(excess, most) - mean) / number
-        missing = jnp.maximum(0, 1 - number / jnp.maximum(ramp_steps, 1))
+        grown = jnp.minimum(1, number / steps)
         # The floor has no ramp: steps that are small relative to a typical initial
         # scale are safe, and parameters that start at zero need them.
-        limit = ratio * (large - missing * size)
+        limit = share * jnp.maximum(grown * size, lower - (1 - grown) * size)
         if lasting:
             lowered = jnp.minimum(limit, norm / jnp.maximum(mean, 1))
             limit = jnp.where(mean > 1, lowered, limit)
-        return one(limit.astype(norm.dtype)), UpdateCapState(mean, count)
+        return one(limit), UpdateCapState(mean, count)
 
     return guard_statistics(init, update, "update_cap", zeros=False)
 

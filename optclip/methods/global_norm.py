@@ -26,10 +26,10 @@ def clip_by_global_norm(
 ) -> Clip:
     """Clips updates by their global norm.
 
-    u' = u * min(1, max_norm / (n + eps)) with n the norm of all updates together. With
-    ``eps=0`` the result is that of `optax.clip_by_global_norm` wherever the latter is
-    correct; with ``eps=1e-6`` it is that of ``torch.nn.utils.clip_grad_norm_``. Entries
-    whose squares overflow or underflow are clipped like all others.
+    u' = u * min(1, max_norm / (n + eps)), where n is the norm of all updates together.
+    With ``eps=0``, this agrees with `optax.clip_by_global_norm` wherever that is
+    accurate. With ``eps=1e-6``, it agrees with ``torch.nn.utils.clip_grad_norm_``.
+    Entries whose squares overflow or underflow are clipped like all others.
 
     Args:
         max_norm: The largest norm, at least 0: a number, an array or a schedule. At 0,

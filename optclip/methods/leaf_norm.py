@@ -27,10 +27,10 @@ def clip_by_leaf_norm(
 ) -> Clip:
     """Clips each leaf by its norm.
 
-    For each leaf, u' = u * min(1, max_norm / (n + eps)) with n the norm of the leaf.
-    Use it where the gradients of one part of a model explode and should not slow down
-    the other parts. Unlike clipping by the global norm, it changes the direction of the
-    update.
+    For each leaf, u' = u * min(1, max_norm / (n + eps)), where n is the norm of the
+    leaf. Use it if the gradients of one part of a model explode and should not slow
+    down the other parts. Unlike clipping by the global norm, it changes the direction
+    of the update.
 
     Args:
         max_norm: The largest norm of a leaf, at least 0: a number, a schedule, or an

@@ -27,8 +27,8 @@ def previous_norm(
 ) -> Rule:
     """Returns the rule that limits the growth of the norm from step to step.
 
-    The threshold is t = growth * (s + eps) with s the norm of the previous step;
-    nothing is clipped at the first step. This is `ema_ratio` with ``decay=0``, except
+    The threshold is t = growth * (s + eps), where s is the norm of the previous step.
+    Nothing is clipped in the first step. This is `ema_ratio` with ``decay=0``, except
     that ``eps`` is added to the norm, as in Fira and APOLLO. The rule is scale
     invariant with ``eps=0``.
 
@@ -79,17 +79,17 @@ def norm_growth_limiter(
 ) -> Clip:
     """Limits the growth of the norm from one step to the next (Fira, APOLLO).
 
-    u' = u * min(1, gamma * n0 / n) with n0 the norm of the previous step, after
+    u' = u * min(1, gamma * n0 / n), where n0 is the norm of the previous step after
     clipping. The papers apply it to the updates, after Adam's scaling. The method is
     scale invariant.
 
     Args:
         gamma: Largest ratio of the norm to the previous one, at least 0.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the originals: record norms of zero, and use gamma * (n0 +
-            1e-8). After one zero gradient, the norm of a leaf restarts at about 1e-8.
-            If False, n0 is reset to the current norm after 200 consecutive clipped
-            steps.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementations: record norms of zero,
+            and use gamma * (n0 + 1e-8). After one zero gradient, the norm of a leaf
+            restarts at about 1e-8. If False, n0 is reset to the current norm after 200
+            consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

@@ -38,7 +38,7 @@ def normalize_by_norm(
         target: The norm to scale to, at least 0: a number, array or schedule. At 0, all
             updates are zero, which stops training; inf leaves the updates unchanged.
         eps: Added to the norm, at least 0.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.

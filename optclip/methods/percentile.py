@@ -1,4 +1,4 @@
-"""The percentile clipping of bitsandbytes, by a rank among the last norms."""
+"""The percentile clipping of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def percentile_clip(
 ) -> Clip:
     """Clips to a percentile of the last hundred norms, as bitsandbytes did.
 
-    u' = u * min(1, t / n) with t entry ``percentile * window / 100`` of the last norms,
-    including this one, in ascending order. The first norm fills the whole window, so it
-    dominates the first steps. bitsandbytes removed this option in 2026. The method is
-    scale invariant.
+    u' = u * min(1, t / n), where t is the entry with index ``percentile * window /
+    100`` of the last norms, including the current one, in ascending order. The first
+    norm fills the whole window, so it dominates the first steps. bitsandbytes removed
+    this option in 2026. The method is scale invariant.
 
     Args:
         percentile: Between 0 and 100.
         window: Number of norms kept, at least 1.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Record norms of zero, as the original does.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to record norms of zero, as in the original implementation.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

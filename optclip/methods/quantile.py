@@ -1,4 +1,4 @@
-"""Clips to a low quantile of the norm, tracked in its logarithm."""
+"""Clips by a low quantile of the norm, which is estimated on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from optclip.methods._history import guard_statistics, one
 
 __all__ = ["QuantileState", "geometric_quantile", "quantile_clip"]
 
-# Smaller norms are replaced by this one: its logarithm is finite, and the estimate
-# recovers from a tiny first norm within 1,500 steps.
+# Smaller norms are replaced by this value, so that the logarithm is finite and the
+# estimate recovers from a tiny first norm within 1,500 steps.
 LEAST = 1e-30
 
 
@@ -43,29 +43,30 @@ def geometric_quantile(
     rate: jax.typing.ArrayLike = 0.05,
     warmup_steps: jax.typing.ArrayLike = 5,
 ) -> Rule:
-    """Returns the rule that tracks a quantile of the norm with a single number.
+    """Returns a rule that tracks a quantile of the norm with a single number.
 
-    With x = log n and the estimate q, which starts as the smallest x of the first
-    ``warmup_steps`` steps:
+    Let n be the norm, x = log(n), and q an estimate of the quantile of x. Each step
+    computes the threshold t and updates q:
 
         t = margin * exp(q)
         q = q + max(rate, 1 / step) * (quantile if x > q else quantile - 1)
 
-    except that q rises by max(rate, 1 / step) where n is more than ten times the
-    threshold, to recover from a tiny first norm. A spike of any size therefore raises q
-    by at most 1 / step in the first ``1 / rate`` steps, and by at most ``rate`` from
-    then on. A norm of less than ten times the threshold raises q by only ``quantile``
-    of that, so a low quantile rises slowly and falls quickly. The rule is scale
-    invariant: gradients a hundred times as large have thresholds a hundred times as
-    large.
+    During the first ``warmup_steps`` steps, q is the smallest x so far instead. If n is
+    more than ten times the threshold after that, q rises by max(rate, 1 / step), to
+    recover from a tiny first norm. A spike of any size therefore raises q by at most
+    1 / step in the first ``1 / rate`` steps, and by at most ``rate`` after that. A norm
+    above exp(q) that is less than ten times the threshold raises q by only ``quantile``
+    times as much, so the estimate of a low quantile rises slowly and falls quickly. The
+    rule is scale invariant: if all gradients are multiplied by a constant, so are the
+    thresholds.
 
     Args:
-        quantile: Between 0 and 1.
+        quantile: The quantile to track, between 0 and 1.
         margin: Ratio of the threshold to the quantile, above 0.
-        rate: The largest change of q per step, above 0, after the first ``1 / rate``
+        rate: The largest change in q per step, above 0, after the first ``1 / rate``
             steps.
-        warmup_steps: Number of steps in which q is the smallest x so far; 0 is treated
-            as 1.
+        warmup_steps: Number of initial steps in which q is the smallest x so far; 0 is
+            treated as 1.
 
     Returns:
         A rule whose state is one float32 and one int32 value per group.
@@ -79,7 +80,7 @@ def geometric_quantile(
 
     Reference:
         Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
-        https://arxiv.org/abs/1905.03871 (the update of its threshold, without noise)
+        https://arxiv.org/abs/1905.03871 (the threshold update, without noise)
     """
     validation.fraction(quantile=quantile)
     validation.positive(margin=margin, rate=rate)
@@ -122,27 +123,29 @@ def quantile_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to twice a low quantile of the norm, which it estimates during training.
+    """Clips to twice a low quantile of the norm, which is estimated during training.
 
-    u' = u * min(1, t / n), t = margin * exp(q), where q is an estimate of a quantile of
-    log n (see `optclip.rules.geometric_quantile`). From step 20 on, a spike of any size
-    raises q by at most 0.05, and the threshold by 5%. Between the warm-up and step 20,
-    it raises q by at most 1 / step: at step 6, the threshold rises by 18%. While norms
-    stay below ten times the threshold, exp(q) needs 140 steps to double and 15 to
-    halve. No argument has the units of the gradient, so the same defaults fit any loss
-    scale.
+    u' = u * min(1, t / n) with t = margin * exp(q), where q is an estimate of a
+    quantile of log(n) (see `optclip.rules.geometric_quantile`). After step 20, a spike
+    of any size raises q by at most 0.05, and the threshold by 5%. Between the warm-up
+    and step 20, a spike raises q by at most 1 / step, so the threshold rises by at most
+    18% at step 6. If all norms are below ten times the threshold, exp(q) takes 140
+    steps to double and 15 steps to halve. No argument has the units of the gradient, so
+    the same defaults fit any loss scale.
 
-    This bounds the harm of bad batches, but not that of a learning rate that is too
-    high: when norms rise permanently, so does the threshold. `optclip.cap_update`
-    covers that case, and `optclip.stabilize` wraps an optimizer in both.
+    This limits the effect of bad batches. It does not help against a learning rate that
+    is too high, because a permanent increase in the norm also raises the threshold.
+    `optclip.cap_update` handles that case, and `optclip.stabilize` wraps an optimizer
+    in both.
 
     Args:
-        quantile: Between 0 and 1.
+        quantile: The quantile to track, between 0 and 1.
         margin: Ratio of the threshold to the quantile, above 0.
-        rate: The largest change of q per step, above 0, after the first ``1 / rate``
+        rate: The largest change in q per step, above 0, after the first ``1 / rate``
             steps.
-        warmup_steps: Number of steps in which exp(q) is the smallest norm so far.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        warmup_steps: Number of initial steps in which exp(q) is the smallest norm so
+            far.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
@@ -159,7 +162,7 @@ def quantile_clip(
 
     Reference:
         Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
-        https://arxiv.org/abs/1905.03871 (the update of its threshold, without noise)
+        https://arxiv.org/abs/1905.03871 (the threshold update, without noise)
     """
     rule = geometric_quantile(
         quantile, margin=margin, rate=rate, warmup_steps=warmup_steps

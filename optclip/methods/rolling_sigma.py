@@ -39,13 +39,13 @@ def window_sigma(
     record: RecordedNorm = "raw",
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of Levanter: mean plus deviations of the last ``window`` norms.
+    """Returns Levanter's rule: mean plus deviations of the last ``window`` norms.
 
     The threshold is t = m + sigmas * max(s, floor) with the mean m and the standard
-    deviation s of the norms before this one. Nothing is clipped until half the window,
-    and at least two norms, is filled. This is the only rule with a history that accepts
-    values that may be negative, such as losses. The rule is scale invariant with the
-    default ``floor``.
+    deviation s of the previous norms. Nothing is clipped until half the window, and at
+    least two norms, have been recorded. This is the only rule with a history that
+    accepts values that may be negative, such as losses. The rule is scale invariant
+    with the default ``floor``.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
@@ -57,7 +57,7 @@ def window_sigma(
         unbiased: Whether s divides the sum of squares by the number of norms minus one,
             as in OLMo-core and MaxText, instead of by their number, as in Levanter.
         record: "raw" or "clipped": record the norm before or after clipping.
-        record_zeros: Whether norms of zero are recorded, as in the original.
+        record_zeros: Whether to record norms of zero, as in the original.
 
     Returns:
         A rule whose state is ``window`` float32 values and one int32 value per group.
@@ -123,9 +123,9 @@ def rolling_sigma_clip(
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
         window: Number of norms kept, at least 2.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the original: record norms of zero, and bound s from below by
-            1e-6.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementation: record norms of zero,
+            and bound s from below by 1e-6.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

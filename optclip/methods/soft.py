@@ -36,7 +36,7 @@ def soft_clip(
         max_norm: Upper bound on the norm, at least 0: a number, array or schedule. At
             0, all updates are zero, which stops training; inf disables clipping.
         kind: "rational", "tanh", "atan" or "sqrt".
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.

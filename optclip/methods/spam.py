@@ -1,4 +1,4 @@
-"""SPAM: clips entries far above their own second moment."""
+"""SPAM: clips entries that are large relative to their own second moment."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class SecondMomentState(NamedTuple):
     """State of `second_moment`.
 
     Attributes:
-        root_moment: float32, in the shape of the leaf. Square root of the moving mean
+        root_moment: float32, with the shape of the leaf. Square root of the moving mean
             square.
-        recorded: int32, one per leaf. Number of updates so far; with ``reset_every``,
-            it falls back to a smaller number in the same phase at the largest int32.
+        recorded: int32, one per leaf. Number of updates so far. With ``reset_every``,
+            the count is reduced by ``reset_every`` before it would exceed int32.
     """
 
     root_moment: jax.Array
@@ -50,25 +50,26 @@ def second_moment(
     reset_every: jax.typing.ArrayLike | None = None,
     pass_unseen: bool = True,
 ) -> Rule:
-    """Returns the rule of SPAM and AdamWClip: a multiple of each entry's own RMS.
+    """Returns the rule for SPAM and AdamWClip: a multiple of each entry's own RMS.
 
     The threshold is t = max(ratio * sqrt(v), floor), where v is the moving mean square
-    of the clipped entry: after each step, v = decay * v + (1 - decay) * u'**2. The rule
-    is scale invariant with ``floor=0``.
+    of the clipped entry. Each step updates v = decay * v + (1 - decay) * u'**2. The
+    rule is scale invariant with ``floor=0``.
 
     Args:
         ratio: Ratio of the threshold to sqrt(v), at least 0; SPAM uses sqrt(5000).
         decay: Decay rate of v, at least 0 and below 1.
         floor: Lower bound on the threshold, at least 0, in the units of the entries.
-        debias: Whether v is divided by 1 - decay**step, as in AdamWClip but not in
-            SPAM.
+        debias: Whether to divide v by 1 - decay**step. AdamWClip does this, but SPAM
+            does not.
         warmup_steps: Number of the first update that may be clipped, counted from 1
             (SPAM: 20).
-        reset_every: v is reset to 0 at each update whose number is a multiple of this,
-            and ``warmup_steps`` updates are not clipped from there on. None: never.
-        pass_unseen: Whether an entry whose v is 0 passes unchanged. The originals clip
-            it to ``floor``: with ``floor=0``, an entry that was zero so far then stays
-            zero.
+        reset_every: Number of updates between resets. At each update whose number is a
+            multiple of this, v is reset to 0 and the warm-up restarts. None disables
+            the reset.
+        pass_unseen: Whether an entry whose v is 0 passes through unchanged. The
+            original implementations clip it to ``floor``, so with ``floor=0`` an entry
+            that has always been zero stays zero.
 
     Returns:
         A rule for `optclip.scopes.element`, whose state is one float32 value per entry
@@ -138,17 +139,19 @@ def spam_clip(
     """Clips entries whose square is thousands of times their mean square (SPAM).
 
     u' = sign(u) * min(|u|, sqrt(threshold * v)), where v is the moving mean square of
-    the clipped entry. SPAM also resets the optimizer's momentum periodically; this
-    resets only v, every ``reset_every`` updates. The method is scale invariant.
+    the clipped entry. SPAM also resets the optimizer's momentum periodically. This
+    function resets only v, every ``reset_every`` updates. The method is scale
+    invariant.
 
     Args:
-        threshold: Largest ratio of a squared entry to v, at least 0.
-        decay: Decay rate of v, at least 0 and below 1; Adam's ``b2``.
+        threshold: The largest ratio of a squared entry to v, at least 0.
+        decay: Decay rate of v, at least 0 and below 1, like ``b2`` in Adam.
         warmup_steps: Number of the first update that may be clipped, counted from 1.
-        reset_every: v and the warm-up restart after this many updates; SPAM uses 500.
-            None: never.
-        original: Follow the original and clip an entry whose v is 0 to 0. An entry
-            without a gradient during the warm-up then stays at zero.
+        reset_every: Number of updates after which v and the warm-up restart; SPAM uses
+            500. None disables the reset.
+        original: Whether to follow the original implementation and set an entry to 0 if
+            its v is 0. An entry that has no gradient during the warm-up then stays at
+            zero.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

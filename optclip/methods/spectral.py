@@ -22,7 +22,7 @@ __all__ = ["spectral_clip"]
 
 
 def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
-    """Returns the norms of the leaves, the global norm, and the non-finite kinds."""
+    """Returns the leaf norms, the global norm, and the kinds of non-finite entries."""
     layout = grouping.whole_leaf_layout(range(len(found.leaves)), found.leaves)
     cut = group_norms.cut_by(layout, updates, found, order=2.0, axis_name=None)
     measured = group_norms.norms_of(found.leaves, cut)
@@ -38,8 +38,8 @@ def spectral_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the singular values of each matrix and keeps its singular vectors.
 
-    The last two axes of a leaf are a matrix u = U S Vt; other axes are batch axes. With
-    c = ``max_sigma``, u' = U f(S) Vt:
+    The last two axes of a leaf form a matrix u = U S Vt; all other axes are batch axes.
+    The result is u' = U f(S) Vt, where f depends on ``method`` and c = ``max_sigma``:
 
     | method    | f(s)                  | algorithm and accuracy                      |
     | --------- | --------------------- | ------------------------------------------- |
@@ -50,16 +50,17 @@ def spectral_clip(
     If the Frobenius norm of a matrix is above 1,000 c, "hardcap" and "soft" first scale
     the whole matrix down to that norm, including its small singular values.
 
-    A leaf of rank 0 or 1 is treated as a single column, so its norm is bounded by the
-    same f. A sharded matrix is gathered. Matrix products are computed in float32; five
-    steps of Muon's quintic iteration are not accurate enough for clipping. Derivatives
-    are finite everywhere, including where singular values are equal or zero.
+    A scalar or vector leaf is treated as a single column, so f is applied to its norm.
+    Sharded matrices are gathered. Matrix products are computed in float32. Muon's
+    quintic iteration is not used, because five steps of it are not accurate enough for
+    clipping. Derivatives are finite everywhere, even if singular values are equal or
+    zero.
 
     Args:
         max_sigma: The largest singular value c, at least 0: a number or schedule. At 0,
             all updates are zero, which stops training; inf disables clipping.
         method: "svd", "hardcap" or "soft".
-        nonfinite: What happens to a leaf with NaN or inf: "propagate" leaves it
+        nonfinite: How to handle a leaf that contains NaN or inf: "propagate" leaves it
             unchanged, "zero" sets it to zero, "drop" sets the non-finite entries to
             zero and clips the rest, and "skip" sets all updates to zero.
 
@@ -70,8 +71,8 @@ def spectral_clip(
         ``params`` is not used.
 
     Raises:
-        ValueError: If ``max_sigma`` is negative or NaN, or an option is not one of
-            those allowed; in ``update``, if a leaf is complex.
+        ValueError: If ``max_sigma`` is negative or NaN, or ``method`` or ``nonfinite``
+            is unknown; in ``update``, if a leaf is complex.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -127,7 +128,7 @@ def spectral_clip(
         after, rest, _ = _lengths(out, found._replace(leaves=new))
         usable = jnp.isfinite(length) & (length > 0)
         share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
-        # Only leaves whose norm fell by more than a rounding error.
+        # Count only leaves whose norm decreased by more than a rounding error.
         smaller = after < before * (1 - 2.0**-20)
         clipped = jnp.mean(smaller.astype(jnp.float32))
         steps, clipped_steps = states.count_event(

@@ -1,4 +1,4 @@
-"""Adam with update clipping where its second moment lags behind the gradient."""
+"""Adam with clipped updates when its second moment lags behind the gradient."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class StableAdamState(NamedTuple):
         stable_count: int32 scalar. Number of updates so far.
         stable_mu: float32, with the structure of the parameters. First moments.
         stable_nu: float32, with the structure of the parameters. Second moments.
-        largest_rms: float32 scalar. The largest ``rms`` of a leaf at the last update.
-            If it is above 1, the step of that leaf was divided by it.
+        largest_rms: float32 scalar. The largest ``rms`` of any leaf at the last update.
+            If it is above 1, the update of that leaf was divided by it.
     """
 
     stable_count: jax.Array
@@ -44,25 +44,25 @@ def scale_by_stable_adam(
     mask: Any | Callable[[Any], Any] | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales updates by Adam with the update clipping of StableAdamW.
+    """Scales updates by Adam, with update clipping as in StableAdamW.
 
     For each leaf, with the moments m and v updated by its gradient g:
 
         rms = sqrt(mean(g**2 / max(v, eps**2)))
         u'  = (m / (sqrt(v) + eps) + weight_decay * w) / max(1, rms)
 
-    Followed by a learning rate, this is StableAdamW, which lowers the learning rate of
-    each leaf, and with it the weight decay. The bias of the averages is corrected
-    through their decay rates, b' = (b**t - b) / (b**t - 1). A leaf whose gradient is
-    not finite, or whose squared gradient overflows float32, keeps its moments, and its
-    update is zero.
+    Chained with a learning rate, this is StableAdamW. Dividing by max(1, rms) lowers
+    both the learning rate and the weight decay of a leaf. To correct the bias of the
+    averages, step t uses the decay rate b' = (b**t - b) / (b**t - 1) in place of b. If
+    the gradient of a leaf is not finite, or its square overflows float32, the leaf
+    keeps its moments and its update is zero.
 
     Args:
         b1: Decay rate of the first moment, at least 0 and below 1.
         b2: Decay rate of the second moment, at least 0 and below 1.
-        eps: Added to sqrt(v), above 0.
-        weight_decay: Decoupled weight decay, at least 0; needs ``params`` unless it is
-            0.
+        eps: Value added to sqrt(v), above 0.
+        weight_decay: Coefficient of the decoupled weight decay, at least 0. Unless it
+            is 0, ``params`` must be passed to ``update``.
         mask: Which leaves are decayed, as in `optax.add_decayed_weights`: a pytree of
             booleans, or a function of the parameters that returns one.
         axis_name: As in `optclip.clip_by_rule`.
@@ -112,7 +112,7 @@ def scale_by_stable_adam(
             )
         state = states.validate_state(state, lambda: init_fn(updates))
         count = increment(state.stable_count)
-        # 1 - b' = (1 - b) / (1 - b**t), to full precision even for b near 1.
+        # 1 - b' = (1 - b) / (1 - b**t), computed to full precision even for b near 1.
         new1 = (1 - b1) / ema_weight_sum(b1, count, jnp.float32)
         new2 = (1 - b2) / ema_weight_sum(b2, count, jnp.float32)
         found = pytrees.leaves_of(updates)

@@ -1,4 +1,4 @@
-"""AdaClip of Stable-SPAM: clips entries above a moving average of the largest one."""
+"""AdaClip (Stable-SPAM): clips entries above a moving average of the maximum."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ class MaximumState(NamedTuple):
 
 
 def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) -> Rule:
-    """Returns the rule of AdaClip: a moving average of the largest entry of a leaf.
+    """Returns the AdaClip rule: a moving average of the largest entry of a leaf.
 
     Let G be the largest magnitude in a leaf, and T the bias-corrected moving average of
     G, including this step. An entry above T is multiplied by T / G, so the largest
-    entry becomes T. This is not a clamp: as in the original, an entry just above T ends
-    up smaller than one just below T. Entries that are NaN or infinite are ignored in G,
-    and an infinite entry becomes T.
+    entry becomes T. Unlike a clamp, this makes an entry just above T smaller than an
+    entry just below T, as in the original implementation. G ignores entries that are
+    NaN or infinite. An infinite entry becomes T.
 
     Args:
         decay: Decay rate of the average, at least 0 and below 1.
-        record_zeros: Whether leaves of zeros are recorded, as in the official code.
+        record_zeros: Whether to record leaves that are all zero, as in the official
+            code.
 
     Returns:
         A rule for `optclip.scopes.element`, whose state is one float32 and one int32
@@ -72,9 +73,10 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
         level = decay * state.ema_maximum + (1 - decay) * top
         count = increment(state.recorded)
         threshold = level / ema_weight_sum(decay, count, level.dtype)
-        # At the first step both are the same number, up to rounding.
+        # At the first step, the average equals the maximum up to rounding.
         threshold = jnp.where(state.recorded == 0, top, threshold)
-        # Divide the entries first: in a derivative, their sum might overflow.
+        # Divide each entry by the maximum before multiplying by the threshold. The
+        # derivative of entries * (T / G) sums undivided entries, which might overflow.
         unit = jnp.broadcast_to(jnp.where(top > 0, top, 1.0), norm.shape)
         target = jnp.where(threshold < top, quotient(norm, unit) * threshold, norm)
         return Limit(threshold, target), MaximumState(level, count)
@@ -93,15 +95,15 @@ def stable_spam_clip(
 ) -> Clip:
     """Scales down entries above the moving average of their leaf's maximum (AdaClip).
 
-    Where |u| > T, u' = u * T / G, with G the largest magnitude of the leaf and T its
-    bias-corrected moving average, including this step. This is the first half of
+    If |u| > T, u' = u * T / G, where G is the largest magnitude in the leaf and T is
+    its bias-corrected moving average, including this step. This is the first half of
     Stable-SPAM; chain `adagn` after it for the second half. The official code
     mistakenly resets the bias correction of T when the momentum is reset; this function
     follows the fixed version.
 
     Args:
         theta: Decay rate of the average, at least 0 and below 1.
-        original: Record leaves of zeros, as the official code does.
+        original: Whether to record leaves that are all zero, as in the official code.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

@@ -1,4 +1,4 @@
-"""Pure functions with the names and results of ``torch.nn.utils``."""
+"""Pure counterparts of the gradient clipping functions in ``torch.nn.utils``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def clip_grad_norm(
 ) -> tuple[Any, jax.Array]:
     """Returns clipped gradients and their original norm, like ``clip_grad_norm_``.
 
-    grads' = grads * min(1, max_norm / (n + 1e-6)). This is
-    ``torch.nn.utils.clip_grad_norm_``, except that nothing is modified in place. In an
-    optimizer, prefer `clip_by_global_norm`, which keeps the norms in its state.
+    grads' = grads * min(1, max_norm / (n + 1e-6)), where n is the norm of all gradients
+    together. The results are those of ``torch.nn.utils.clip_grad_norm_``, but the
+    gradients are not modified in place. In an optimizer, prefer `clip_by_global_norm`,
+    which records the norms in its state.
 
     | gradients    | returned                                                     |
     | ------------ | ------------------------------------------------------------ |
@@ -35,10 +36,10 @@ def clip_grad_norm(
 
     Args:
         grads: A pytree of gradients.
-        max_norm: The largest norm, at least 0. At 0, all updates are zero, which stops
-            training; inf disables clipping.
-        norm_type: Order of the norm: a number of at least 1, or inf.
-        error_if_nonfinite: Whether a norm that is NaN or inf raises an error. Under
+        max_norm: The largest norm, at least 0. At 0, all gradients become zero, which
+            stops training; inf disables clipping.
+        norm_type: The order of the norm: a number that is at least 1, or inf.
+        error_if_nonfinite: Whether to raise an error if the norm is NaN or inf. Under
             `jax.jit`, wrap the function in `jax.experimental.checkify.checkify`.
 
     Returns:
@@ -47,7 +48,8 @@ def clip_grad_norm(
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If ``max_norm`` is a container of arrays.
-        checkify.JaxRuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
+        checkify.JaxRuntimeError: If ``error_if_nonfinite`` is True and the norm is not
+            finite.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -67,7 +69,7 @@ def clip_grad_norm(
         )
     tx = clip_by_global_norm(max_norm, ord=norm_type, eps=1e-6)
     clipped, _ = tx.update(grads, tx.init(grads))
-    # PyTorch multiplies by max_norm / (norm + 1e-6) even where that is NaN or 0.
+    # PyTorch multiplies by max_norm / (norm + 1e-6) even if this factor is NaN or 0.
     unknown = jnp.isnan(norm) | jnp.isinf(max_norm)
     coefficient = jnp.where(unknown, jnp.nan, 0.0)
 
@@ -81,7 +83,7 @@ def clip_grad_norm(
 
 
 def _check_order(**named: Any) -> None:
-    """Raises an error if a number is a container: the arguments were swapped."""
+    """Raises an error if a number is a pytree, as it is if arguments are swapped."""
     for name, value in named.items():
         if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
             raise TypeError(
@@ -95,7 +97,8 @@ def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
 
     Args:
         grads: A pytree of gradients.
-        clip_value: The largest magnitude of an entry, at least 0; 0 gives zeros.
+        clip_value: The largest magnitude of an entry, at least 0. At 0, all
+            entries become zero.
 
     Returns:
         The clipped gradients. NaN stays NaN; inf becomes ``clip_value``.

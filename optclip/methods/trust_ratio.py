@@ -1,4 +1,4 @@
-"""The clipping form of LARC and LAMB: scales updates by a bounded trust ratio."""
+"""Scales updates by a clipped trust ratio, as in LARC and LAMBC."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def trust_ratio_clip(
 ) -> Clip:
     """Scales each leaf by its trust ratio, which is clipped at 1 (LAMBC, LARC).
 
-    u' = u * min(1, coefficient * w / n) with the norms n of the leaf and w of its
-    parameters; a leaf is unchanged where w is 0. Chained after `optax.scale_by_adam`
-    and the weight decay, this is LAMB with its trust ratio clipped at 1. For LARC,
-    apply it to the gradients, with LARC's trust coefficient divided by the learning
-    rate as ``coefficient``.
+    u' = u * min(1, coefficient * w / n), where n is the norm of the leaf and w is the
+    norm of its parameters. A leaf is unchanged if w is 0. Chained after
+    `optax.scale_by_adam` and the weight decay, this is LAMB with its trust ratio
+    clipped at 1. For LARC, apply it to the gradients, and set ``coefficient`` to LARC's
+    trust coefficient divided by the learning rate.
 
     Args:
-        coefficient: Factor on the trust ratio, at least 0. At 0, all updates are zero,
-            which stops training; inf disables clipping.
-        scope: Which entries share one ratio; a scope of `optclip.scopes`.
+        coefficient: Factor that multiplies the trust ratio, at least 0. At 0, all
+            updates are zero, which stops training; inf disables clipping.
+        scope: Which entries share one ratio; a scope from `optclip.scopes`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:
-        A gradient transformation whose state is a `ClipState`; it needs ``params``.
+        A gradient transformation whose state is a `ClipState`; ``params`` is required.
 
     Raises:
-        ValueError: If ``coefficient`` is negative or NaN, or ``params`` are missing.
+        ValueError: If ``coefficient`` is negative or NaN, or ``params`` is missing.
 
     Example:
         >>> import optax, optclip

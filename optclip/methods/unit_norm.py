@@ -28,10 +28,10 @@ def clip_by_unit_norm(
 ) -> Clip:
     """Clips each output unit (neuron or filter) by its norm.
 
-    For each unit, u' = u * min(1, max_norm / (n + eps)) with n the norm of its entries.
+    For each unit, u' = u * min(1, max_norm / (n + eps)), where n is its norm.
     By default, the norms of a matrix [in, out] are taken over axis 0. A unit of an
-    embedding [vocab, dim] is then a column across the whole vocabulary, so that one bad
-    row scales down all rows: pass ``axis={"embedding": 1}`` to make each row a unit.
+    embedding [vocab, dim] is then a column across the whole vocabulary, so one bad row
+    scales down all rows. To make each row a unit, pass ``axis={"embedding": 1}``.
 
     Args:
         max_norm: The largest norm of a unit, at least 0: a number or schedule. At 0,
@@ -49,7 +49,7 @@ def clip_by_unit_norm(
 
     Raises:
         ValueError: As for `clip_by_global_norm`, and in ``init`` if ``axis`` does not
-            fit.
+            match the parameters.
 
     Example:
         >>> import jax.numpy as jnp, optclip

@@ -26,19 +26,20 @@ def clip_by_value(
     """Clips each entry to [-max_value, max_value], or to [low, high].
 
     u' = sign(u) * min(|u|, max_value). The magnitude of a complex entry is bounded, and
-    its phase is unchanged. Infinite entries become the bound; NaN stays NaN unless
-    ``nonfinite`` says otherwise.
+    its phase is unchanged. Infinite entries are clipped to the bound. NaN stays NaN
+    unless ``nonfinite`` is set to replace it.
 
     Args:
-        max_value: The largest magnitude, at least 0: a number, an array, a schedule; or
-            a pair (low, high) of numbers or arrays, for real updates. At 0, all updates
-            are zero, which stops training; inf disables clipping.
+        max_value: The largest magnitude, at least 0: a number, an array or a schedule.
+            For real updates, it can also be a pair (low, high) of numbers or arrays. At
+            0, all updates are zero, which stops training; inf disables clipping.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
-        record: Whether to keep statistics for `metrics` and `nonfinite_leaves`; their
-            norms are the largest magnitudes. This takes one more pass over the updates.
-            Without it, XLA fuses the clipping into the optimizer update, at no cost.
+        record: Whether to record statistics for `metrics` and `nonfinite_leaves`, in
+            which the norms are the largest magnitudes. This takes one more pass over
+            the updates. If False, XLA fuses the clipping into the optimizer update at
+            no cost.
 
     Returns:
         A gradient transformation whose state is an `UnrecordedState`, or a `ClipState`

@@ -1,4 +1,4 @@
-"""ZClip: clips by the z-score of the norm among the previous norms."""
+"""ZClip: clips norms with a high z-score relative to the previous norms."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ __all__ = ["ScoreState", "ema_zscore", "zclip"]
 
 Mode: TypeAlias = Literal["zscore", "percentile"]
 ClipOption: TypeAlias = Literal["adaptive_scaling", "mean"]
-# A norm that exceeds the mean by less than this fraction of it does so by rounding
-# only. The deviation does not show this, since it is 0 where all norms were equal.
+# Fraction of the mean that is added to the standard deviation, so that a norm that
+# exceeds the mean only by rounding is not a spike. The standard deviation alone is 0 if
+# all previous norms were equal.
 ROUNDING = 1e-6
 
 
@@ -39,7 +40,7 @@ class ScoreState(NamedTuple):
         spread_norm: float32, one per group. Moving standard deviation; initially 0.
         recorded: int32, one per group. Number of norms recorded.
         clipped_run: int32, one per group. Number of consecutive steps that count
-            towards ``escape_steps``; None with ``escape_steps=None``.
+            toward ``escape_steps``; None if ``escape_steps`` is None.
     """
 
     mean_norm: jax.Array
@@ -49,7 +50,7 @@ class ScoreState(NamedTuple):
 
 
 def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
-    """Returns the initial state of the rules with a mean and a spread."""
+    """Returns the initial `ScoreState`, in which no norm has been recorded."""
     run = init_consecutive(norm, escape_steps)
     return ScoreState(
         jnp.zeros(norm.shape, jnp.float32),
@@ -60,8 +61,8 @@ def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
 
 
 def followed(state: ScoreState, value: jax.Array, decay: Any, count: Any, run: Any):
-    """Returns the state after ``value``, with the spread around the new mean."""
-    # In this form the weights add up to 1 even in float32.
+    """Records ``value`` and returns the state, with the spread around the new mean."""
+    # In this form, the weights sum to 1 even in float32.
     step = value - state.mean_norm
     mean = state.mean_norm + (1 - decay) * step
     spread = rms_of_two(decay, state.spread_norm, decay * step)
@@ -82,47 +83,51 @@ def ema_zscore(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule of ZClip: a norm far above the moving mean is a spike.
+    """Returns the ZClip rule: a norm far above the moving mean is a spike.
 
-    With the moving mean m and standard deviation s of the recorded norms, and z = (n -
-    m) / (s + eps), a group with z > z_thresh is scaled to the norm
+    Let n be the norm of a group, m and s the moving mean and standard deviation of the
+    recorded norms, and z = (n - m) / (s + eps). A group with z > z_thresh is a spike,
+    and it is scaled to the target norm:
 
-    | mode         | clip_option        | target                              |
-    | ------------ | ------------------ | ----------------------------------- |
-    | "zscore"     | "adaptive_scaling" | (m + z_thresh**2 * s / z) * factor  |
-    | "zscore"     | "mean"             | m                                   |
-    | "percentile" | either             | m + z_thresh * s, also the trigger  |
+    | mode         | clip_option        | target                                  |
+    | ------------ | ------------------ | --------------------------------------- |
+    | "zscore"     | "adaptive_scaling" | (m + z_thresh**2 * s / z) * clip_factor |
+    | "zscore"     | "mean"             | m                                       |
+    | "percentile" | either             | m + z_thresh * s                        |
 
-    and the norm of every group is bounded by ``max_grad_norm``. The recorded value x is
-    the norm or, for a spike, its target: m = alpha * m + (1 - alpha) * x, s**2 = alpha
-    * s**2 + (1 - alpha) * (x - m)**2 with the new m. In the first ``warmup_steps``
-    steps, only ``max_grad_norm`` applies, and m and s are those of the norms so far.
+    In mode "percentile", the target is also the norm above which a group is a spike.
+    The norm of every group is also bounded by ``max_grad_norm``.
+
+    The recorded value x is the norm of the group, or the target if the group is a
+    spike. Each step updates m = alpha * m + (1 - alpha) * x, and then, with the new m,
+    s**2 = alpha * s**2 + (1 - alpha) * (x - m)**2. In the first ``warmup_steps`` steps,
+    only ``max_grad_norm`` applies, and m and s are the mean and standard deviation of
+    all norms so far.
 
     The rule is scale invariant with the default ``eps`` and without ``max_grad_norm``,
-    which has the units of the norm. The state holds s and not its square, which could
-    overflow or underflow.
+    which has the units of the norm. The state stores s instead of s**2, because s**2
+    could overflow or underflow.
 
     Args:
-        z_thresh: Number of standard deviations above the mean that make a spike, above
-            0.
+        z_thresh: The z-score above which a norm is a spike, greater than 0.
         alpha: Decay rate of the averages, at least 0 and below 1.
         warmup_steps: Number of warm-up steps, at least 1.
         max_grad_norm: An additional constant bound on the norm, at least 0; None for no
             bound.
         mode: "zscore" or "percentile".
         clip_option: "adaptive_scaling" or "mean".
-        clip_factor: Factor on the target in "adaptive_scaling", above 0.
-        skip_update_on_spike: Whether spikes are left out of the statistics.
-        eps: Added to s in mode "zscore", at least 0, in the units of the norm, such as
-            the original's 1e-6. None adds a millionth of m, in both modes, so that a
-            norm that exceeds a constant history only by rounding is not a spike.
-        escape_steps: After this many consecutive steps that are spikes, or whose norm
-            is below a hundredth of the mean, the rule restarts with its warm-up. During
-            the warm-up, each norm is capped at ten times the previous mean before it is
-            recorded.
-            None disables both, as in the original, where a deviation of zero stays
-            zero.
-        record_zeros: Whether norms of zero are recorded, as in the original.
+        clip_factor: Factor that multiplies the target in "adaptive_scaling", above 0.
+        skip_update_on_spike: Whether to leave spikes out of the statistics.
+        eps: Value added to s in mode "zscore", at least 0, in the units of the norm.
+            The original implementation uses 1e-6. None adds 1e-6 * m in both modes, so
+            that a norm that exceeds a constant mean only by rounding is not a spike.
+        escape_steps: Number of consecutive steps after which the rule restarts with its
+            warm-up. A step counts if it is a spike or if its norm is below 1% of the
+            mean. During the warm-up, each norm is capped at ten times the previous mean
+            before it is recorded. None disables the restart and the cap, as in the
+            original implementation, in which a deviation of zero stays zero.
+        record_zeros: Whether norms of zero are recorded, as in the original
+            implementation.
 
     Returns:
         A rule whose state is two float32 and two int32 values per group.
@@ -189,11 +194,11 @@ def ema_zscore(
                 lambda old, new: jnp.where(spike, old, new), state, main
             )
             main = main._replace(clipped_run=run)
-        # Welford's recursion, for the deviation instead of its square.
+        # Welford's algorithm, with the standard deviation instead of the variance.
         number = count.astype(norm.dtype)
         share = (number - 1) / number
         value = norm
-        if escape_steps is not None:  # one outlier must not set the scale
+        if escape_steps is not None:  # limit the effect of a single outlier
             bound = jnp.where(state.recorded > 0, 10 * state.mean_norm, jnp.inf)
             value = jnp.minimum(norm, bound)
         step = value - state.mean_norm
@@ -234,30 +239,31 @@ def zclip(
     """Clips spikes: norms many standard deviations above their moving mean (ZClip).
 
     With the moving mean m and standard deviation s of the norm n, let z = (n - m) / s.
-    Where z > z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so the larger a
-    spike, the closer to the mean it is clipped. The formulas of all options are given
-    in `optclip.rules.ema_zscore`; they follow the official code where it differs from
-    the paper.
+    If z > z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so larger spikes
+    are clipped closer to the mean. `optclip.rules.ema_zscore` lists the formulas for
+    all options. If the paper and the official code differ, the formulas follow the
+    code.
 
-    With the published ``max_grad_norm=1.0`` all norms above 1 are also clipped to 1, as
-    by `clip_by_global_norm`; pass None for the z-score alone, which is scale invariant.
+    With the published ``max_grad_norm=1.0``, all norms above 1 are also clipped to 1,
+    as in `clip_by_global_norm`. Pass None to use only the z-score, which is scale
+    invariant.
 
     Args:
-        z_thresh: Number of standard deviations above the mean that make a spike, above
-            0.
+        z_thresh: The z-score above which a norm is a spike, greater than 0.
         alpha: Decay rate of the averages, at least 0 and below 1.
-        warmup_steps: Number of steps in which only ``max_grad_norm`` applies, at least
-            1.
+        warmup_steps: Number of initial steps in which only ``max_grad_norm`` applies,
+            at least 1.
         max_grad_norm: An additional constant bound on the norm, at least 0, in the
             units of the gradient; None for no bound.
-        clip_option: What a spike is scaled to, "adaptive_scaling" or "mean".
+        clip_option: The norm that a spike is scaled to, "adaptive_scaling" or "mean".
         mode: "zscore", or "percentile" for t = m + z_thresh * s.
-        clip_factor: Factor on t in "adaptive_scaling", above 0.
-        skip_update_on_spike: Whether spikes are left out of the statistics.
-        scope: Which entries share one norm; a scope of `optclip.scopes`.
-        original: Follow the original: record norms of zero, add 1e-6 to s and n, and
-            never restart. If False, the statistics restart after 50 consecutive spikes,
-            and 1e-6 * m is added to s, which keeps the z-score scale invariant.
+        clip_factor: Factor that multiplies t in "adaptive_scaling", above 0.
+        skip_update_on_spike: Whether to leave spikes out of the statistics.
+        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        original: Whether to follow the original implementation: record norms of zero,
+            add 1e-6 to s and n, and never restart. If False, the statistics restart
+            after 50 consecutive spikes, and 1e-6 * m is added to s, which keeps the
+            z-score scale invariant.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
