@@ -321,6 +321,35 @@ def test_first_gradient_that_overflows_squares_does_not_stop_stabilize():
     chex.assert_tree_all_finite(state.optimizer_state)
 
 
+def dots(jaxpr):
+    """Yields the parameters of all matrix products in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.params
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from dots(inner)
+
+
+@pytest.mark.parametrize("method", ["svd", "hardcap", "soft"])
+def test_matrix_products_of_spectral_clip_have_full_precision(method):
+    # A CPU computes them in full precision in any case.
+    tx = optclip.spectral_clip(1.0, method=method)
+    x = jnp.eye(4)
+
+    def norm(x):
+        return jnp.sum(tx.update(x, tx.init(x))[0] ** 2)
+
+    for function in (norm, jax.grad(norm)):
+        found = [p["precision"] for p in dots(jax.make_jaxpr(function)(x).jaxpr)]
+        highest = jax.lax.Precision.HIGHEST
+        assert found
+        assert set(found) == {(highest, highest)}
+
+
 @functools.cache
 def spectral_slope(method):
     """Returns a jitted (x, cap, weights, move) -> value, gradients, derivative."""

@@ -78,7 +78,7 @@ def _each_norm(grads: Any) -> jax.Array:
 
 def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
     wide = jnp.promote_types(jnp.result_type(g, u), jnp.float32)
-    return jnp.vdot(g.astype(wide), u.astype(wide)).real
+    return jnp.vdot(g.astype(wide), u.astype(wide), precision="highest").real
 
 
 @dataclasses.dataclass

@@ -51,10 +51,10 @@ def spectral_clip(
     the whole matrix down to that norm, including its small singular values.
 
     A scalar or vector leaf is treated as a single column, so f is applied to its norm.
-    Sharded matrices are gathered. Matrix products are computed in float32. Muon's
-    quintic iteration is not used, because five steps of it are not accurate enough for
-    clipping. Derivatives are finite everywhere, even if singular values are equal or
-    zero.
+    Sharded matrices are gathered. Matrix products are computed in float32 or wider.
+    Muon's quintic iteration is not used, because five steps of it are not accurate
+    enough for clipping. Derivatives are finite everywhere, even if singular values are
+    equal or zero.
 
     Args:
         max_sigma: The largest singular value c, at least 0: a number or schedule. At 0,
