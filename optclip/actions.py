@@ -1,7 +1,7 @@
-"""Actions: functions that map the norm and limit of a group to its scale.
+"""Actions, which compute the scale of each group from its norm and limit.
 
-An action is a function ``(norm, limit) -> scale`` of arrays of norms. It must be
-invariant to a change of units: ``action(c * norm, c * limit) == action(norm, limit)``.
+An action is a function ``(norm, limit) -> scale`` that operates on arrays of norms. It
+must be scale invariant: ``action(c * norm, c * limit) == action(norm, limit)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CurveName: TypeAlias = Literal["rational", "tanh", "atan", "sqrt"]
 
 
 def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns ``target / norm`` if ``where`` is set, else 1; derivatives are finite."""
+    """Returns ``target / norm`` if ``where``, else 1. Its derivatives are finite."""
     divides = where & (norm > 0)
     target = jnp.where(divides, target, 1.0)
     scale = quotient(target, jnp.where(divides, norm, 1.0))
@@ -36,18 +36,18 @@ def _ratio(where: jax.Array, target: jax.Array, norm: jax.Array) -> jax.Array:
 def rescale(
     norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """Scales a group whose norm is above its threshold to its target: hard clipping.
+    """Scales groups with norms above their thresholds to their targets (hard clipping).
 
     The scale is ``target / (norm + eps)`` if ``norm + eps > threshold``, else 1. With
-    ``eps=1e-6`` it matches ``torch.nn.utils.clip_grad_norm_``.
+    ``eps=1e-6``, it matches ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
         norm: The norms of the groups.
-        limit: Their thresholds and targets.
-        eps: Added to the norm, in the units of the norm.
+        limit: The thresholds and targets of the groups.
+        eps: Value added to the norm, in the units of the norm.
 
     Returns:
-        The scales, which are at most 1 if the target is at most the threshold.
+        The scales. They are at most 1 if no target is above its threshold.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -62,7 +62,7 @@ def rescale(
 def normalize(
     norm: jax.Array, limit: Limit, *, eps: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """Scales every group to its target, even if its norm is small.
+    """Scales every group to its target, even if its norm is below the target.
 
     The scale is ``target / (norm + eps)``, or 1 if the norm is zero, so that zero
     groups stay zero. `optclip.clip_by_rule` never changes a group whose threshold is
@@ -70,8 +70,8 @@ def normalize(
 
     Args:
         norm: The norms of the groups.
-        limit: Their thresholds (unused) and targets.
-        eps: Added to the norm, in the units of the norm.
+        limit: The thresholds (unused) and targets of the groups.
+        eps: Value added to the norm, in the units of the norm.
 
     Returns:
         The scales. A scale that overflows is replaced by the largest finite number.
@@ -80,12 +80,12 @@ def normalize(
 
 
 def zero(norm: jax.Array, limit: Limit) -> jax.Array:
-    """Sets a group whose norm is above its threshold to zero: scale 0, else scale 1."""
+    """Sets groups whose norm is above their threshold to zero; the scale is 0 or 1."""
     return jnp.where(norm > limit.threshold, 0.0, jnp.ones_like(norm))
 
 
-# Each curve f satisfies f(0) = 0, f'(0) = 1 and f(inf) = 1, so groups with a small norm
-# hardly change, and no norm exceeds its target.
+# Each curve f is increasing with f(0) = 0, f'(0) = 1 and f(inf) = 1. Groups with small
+# norms hardly change, and no clipped norm exceeds its target.
 _CURVES: dict[CurveName, Callable[[jax.Array], jax.Array]] = {
     "rational": lambda r: r / (1 + r),
     "tanh": jnp.tanh,
@@ -95,10 +95,11 @@ _CURVES: dict[CurveName, Callable[[jax.Array], jax.Array]] = {
 
 
 def soften(kind: CurveName = "rational") -> Action:
-    """Returns an action for soft clipping: smooth, and never above the target.
+    """Returns an action for soft clipping, in which no norm exceeds its target.
 
-    Small norms hardly change, and large norms approach the target. With
-    r = norm / target, a group is scaled to norm ``target * f(r)``, where f(r) is
+    Small norms hardly change, and large norms smoothly approach the target. A group is
+    scaled to the norm ``target * f(r)``, where r = norm / target and f is one of these
+    curves:
 
     | kind         | f(r)                  |
     | ------------ | --------------------- |
@@ -111,8 +112,8 @@ def soften(kind: CurveName = "rational") -> Action:
         kind: The name of the curve.
 
     Returns:
-        An action. Zero groups stay zero. If the target is 0, every group becomes zero;
-        if it is inf, no group changes.
+        An action. Zero groups stay zero. If the target of a group is 0, the group
+        becomes zero. If the target is inf, the group does not change.
 
     Raises:
         ValueError: If ``kind`` is not the name of a curve.
@@ -127,11 +128,12 @@ def soften(kind: CurveName = "rational") -> Action:
     def action(norm, limit):
         target = jnp.broadcast_to(limit.target, norm.shape)
         usable = (norm > 0) & (target > 0) & (target < jnp.inf)
-        # Above r = 1e6, every curve is 1 up to rounding. Below it, r * r is finite.
+        # Above r = 1e6, the group is scaled to its target, since every curve is within
+        # 1e-6 of 1. Below r = 1e6, r * r is finite.
         far = usable & (norm > 1e6 * target)
         near = usable & ~far
         r = quotient(jnp.where(near, norm, 1.0), jnp.where(near, target, 1.0))
-        # Below r = 1e-12 the scale f(r) / r is 1 up to rounding.
+        # Below r = 1e-12, the scale is 1, since f(r) / r is within 1e-12 of 1.
         changes = near & (r > 1e-12)
         r = jnp.where(changes, r, 1.0)
         scale = jnp.where(changes, curve(r) / r, 1.0)

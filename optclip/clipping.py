@@ -1,9 +1,10 @@
-"""The engine: measures norms, finds thresholds, scales updates, and records statistics.
+"""The clipping engine, which measures norms, computes thresholds and scales updates.
 
     updates -> scope -> norms -> rule -> limits -> action -> scales -> updates'
 
-Only the engine handles pytrees, non-finite values, state and mesh axes. A published
-method is a rule, a scope and an action passed to `clip_by_rule`.
+The engine also records statistics. Only the engine handles pytrees, non-finite values,
+state and mesh axes. A published method is implemented by passing a rule, a scope and an
+action to `clip_by_rule`.
 """
 
 from __future__ import annotations
@@ -61,13 +62,14 @@ def clip_by_rule(
     update_dtype: DType = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips updates by any rule, in any scope, with any action.
+    """Clips updates using any rule, scope and action.
 
     All other clips in optclip are built on this function. The ``scope`` splits the
-    updates into groups. For each group with norm n (of order ``ord``), the ``rule``
-    computes a threshold t and the ``action`` a scale, by which the group is multiplied.
-    By default, all updates form one group, and u' = u * min(1, t / n). Products are
-    computed in float32 or wider and rounded once.
+    updates into groups. For each group, the ``rule`` computes a threshold t from the
+    norm n (of order ``ord``), and the ``action`` computes a scale from n and t. The
+    group is multiplied by this scale. By default, all updates form one group, and
+    u' = u * min(1, t / n). Products are computed in float32 or higher precision and
+    rounded once.
 
     | updates                     | returned                                        |
     | --------------------------- | ----------------------------------------------- |
@@ -88,22 +90,24 @@ def clip_by_rule(
             schedule (a function of the step), or a map from labels or path patterns to
             any of these, as in `optclip.rules.by_name`. A threshold of 0 sets all
             updates to zero; inf disables clipping.
-        scope: Which entries share one norm, from `optclip.scopes`.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         ord: The order of the norm: a number that is at least 1, inf or "rms".
-        action: How a group is scaled, from `optclip.actions`; None means
-            `actions.rescale`. `optax.inject_hyperparams` treats every function as a
-            schedule, so pass ``static_args=("action",)`` to it.
-        nonfinite: What to do with NaN and inf: "propagate", "zero", "drop" or "skip".
+        action: An action from `optclip.actions`, which determines how groups are
+            scaled. None means `actions.rescale`. `optax.inject_hyperparams` treats
+            every function as a schedule, so pass ``static_args=("action",)`` to it.
+        nonfinite: How to handle NaN and inf: "propagate", "zero", "drop" or "skip".
         axis_name: Inside `jax.shard_map` or `jax.pmap`, the mesh axes that the updates
             are sharded over: one or more names, "auto" to read the axes of each leaf
             from its type, or a pytree of names or PartitionSpecs. Not needed under
             `jax.jit`.
-        update_dtype: A wider dtype in which to return half-precision updates without
-            rounding them; `jnp.float32` saves XLA a copy. By default, dtypes are kept.
+        update_dtype: A wider dtype in which half-precision updates are returned without
+            rounding. `jnp.float32` also saves XLA a copy. By default, the dtypes of the
+            updates do not change.
         record: Whether the state records the statistics that `metrics`, `leaf_metrics`
-            and `nonfinite_leaves` return. This costs a few small kernels. In element
-            scope, it costs one more pass over the updates, unless the rule or "skip"
-            requires that pass anyway.
+            and `nonfinite_leaves` return. This adds a few small kernels. In element
+            scope, it adds one more pass over the updates, unless the rule or
+            ``nonfinite="skip"`` requires that pass anyway.
 
     Returns:
         A transformation whose state is a `ClipState`, or an `UnrecordedState` if
@@ -163,9 +167,9 @@ def clip_by_rule(
         record,
     )
 
-    # Caches: results that depend only on the types of the updates, and the types of
-    # updates and states that passed `validate_state`. If there is an ``axis_name``,
-    # groups also depend on the mesh, so they are not memoized.
+    # ``cuts`` caches results that depend only on the types of the updates. With an
+    # ``axis_name``, these results also depend on the mesh, so they are not cached.
+    # ``validated`` caches the types of updates and states that passed `validate_state`.
     cuts: dict = {}
     validated: dict = {}
 
@@ -240,8 +244,8 @@ def clip_by_rule(
         call = measure_updates(options, updates, found, cut, params, state.steps)
         pipeline = clamp_elements if scope.by_element else scale_groups
         done = pipeline(call, state.rule_state)
-        # A state without arrays is returned unchanged, so that its structure never
-        # changes.
+        # If the state of the rule has no arrays, return it unchanged, so that its
+        # structure never changes.
         has_state = jax.tree.leaves(state.rule_state)
         rule_state = done.rule_state if has_state else state.rule_state
         updates = call.found.rebuild(done.leaves)

@@ -1,4 +1,4 @@
-"""Norms of pytrees that are accurate even if squares of entries overflow or underflow.
+"""Norms of pytrees, computed accurately even if squares overflow or underflow.
 
 Norms are float32, or float64 if a leaf is float64 or complex128. Leaves that don't hold
 real or complex numbers (integers, booleans, float0, PRNG keys, None,
@@ -47,7 +47,7 @@ def _norms_of(tree: Any, layout_of: Any, ord: Any, axis_name: Any):
 def global_norm(
     tree: Any, *, ord: Order = EUCLIDEAN, axis_name: Any = None
 ) -> jax.Array:
-    """Returns the global norm of a pytree: the norm of all leaves as one vector.
+    """Returns the global norm of a pytree, which treats all leaves as one vector.
 
     For entries x_1 ... x_n, this is (sum |x_i|**p) ** (1/p) if ``ord=p``, the largest
     |x_i| if ``ord=inf``, and the root mean square if ``ord="rms"``. The relative error
@@ -96,7 +96,7 @@ def leaf_norms(tree: Any, *, ord: Order = EUCLIDEAN, axis_name: Any = None) -> A
         axis_name: As in `global_norm`.
 
     Returns:
-        The pytree, with each leaf replaced by its norm, a scalar.
+        The pytree, with each leaf replaced by a scalar, the norm of the leaf.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm.
@@ -119,13 +119,14 @@ def unit_norms(
     Args:
         tree: Any pytree of arrays. Leaves that don't hold real or complex numbers are
             returned unchanged.
-        axis: The axes that a unit sums over, as in `optclip.scopes.unit`.
+        axis: The axes over which the norm of a unit is taken, as in
+            `optclip.scopes.unit`.
         ord: As in `global_norm`.
         axis_name: As in `global_norm`, except that "auto" is not supported.
 
     Returns:
-        The pytree, with each leaf replaced by an array of norms. Its axes are the axes
-        of the leaf that are not summed over.
+        The pytree, with each leaf replaced by an array of norms. This array has the
+        axes of the leaf over which the norm is not taken.
 
     Raises:
         ValueError: If ``ord`` is not the order of a norm, or ``axis`` contains an axis

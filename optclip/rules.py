@@ -1,7 +1,8 @@
-"""Rules: functions that compute the thresholds of groups from their norms.
+"""Rules, which compute the threshold of each group from its norm.
 
-A `Rule` is a pair of pure functions on *one* array of norms. It does not depend on
-pytrees, sharding or Optax, so the same rule works in every scope. For example:
+A `Rule` is a pair of pure functions that operate on *one* array of norms. It does not
+depend on pytrees, sharding or Optax, so the same rule works in every scope. For
+example:
 
     def half_of_first(fraction=0.5):
         def init(norm):
@@ -14,10 +15,10 @@ pytrees, sharding or Optax, so the same rule works in every scope. For example:
 
         return Rule(init, update)
 
-The state of a rule is float32. A float64 norm above the largest float32 is treated as
-the largest float32, and one below the smallest normal float32 (1e-38) as zero. With
-their default arguments, rules that keep a history are scale-invariant: if all norms are
-multiplied by a constant, so are the thresholds.
+The state of a rule is float32. Float64 norms above the largest float32 are treated as
+the largest float32, and norms below the smallest normal float32 (1e-38) are treated as
+zero. With their default arguments, rules that keep a history are scale invariant: if
+all norms are multiplied by a constant, the thresholds are multiplied by it too.
 """
 
 from __future__ import annotations

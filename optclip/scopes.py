@@ -1,7 +1,8 @@
-"""Scopes: ways to split updates into groups that share one norm and one scale.
+"""Scopes, which split updates into groups that share one norm and one scale.
 
-The functions of this module return scopes, which are passed to `optclip.clip_by_rule`.
-A scope depends only on shapes and paths, so it costs nothing at run time.
+The functions in this module return scopes that can be passed to `optclip.clip_by_rule`.
+The groups depend only on the shapes and paths of the leaves, so a scope adds no cost at
+run time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
 
 class Scope(NamedTuple):
-    """A way to split updates into groups, as returned by the functions of this module.
+    """A way to split updates into groups, as returned by the functions in this module.
 
     Attributes:
         name: The name of the scope in error messages.
@@ -52,7 +53,7 @@ def _slices(
 
 
 def tree() -> Scope:
-    """Puts all leaves into one group: the global norm.
+    """Puts all leaves into one group, with a single global norm.
 
     Example:
         >>> import optclip
@@ -68,7 +69,7 @@ def _all(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def leaf() -> Scope:
-    """Puts each leaf into its own group: one norm per parameter array."""
+    """Puts each leaf into its own group, with one norm per parameter array."""
     return Scope("leaf", _each)
 
 
@@ -78,12 +79,12 @@ def _each(tree: Any, paths: list[str], leaves: list[Any]) -> Layout:
 
 
 def label(labels: Callable[[str], Any] | Any) -> Scope:
-    """Puts all leaves with the same label into one group: one norm per label.
+    """Puts all leaves with the same label into one group, with one norm per label.
 
     To give each label its own threshold, pass a map, as in
     ``clip_by_rule({"encoder": 1.0, "decoder": 5.0}, scope=...)``; see
-    `optclip.rules.by_name`. An array of thresholds is an error, since JAX sorts dict
-    keys, which makes the order of the labels unclear.
+    `optclip.rules.by_name`. An array of thresholds is not accepted: JAX sorts dict
+    keys, so the order of the labels would be ambiguous.
 
     Args:
         labels: A function from the path of a leaf ("encoder/0/kernel") to its label, or
@@ -135,14 +136,14 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
 
 
 def layer(stack_axes: Any) -> Scope:
-    """Puts each layer of a leaf that is stacked for `jax.lax.scan` into its own group.
+    """Puts each layer of a leaf stacked for `jax.lax.scan` into its own group.
 
     A layer with three stacked parameter arrays forms three groups, one per array.
 
     Args:
         stack_axes: The number of leading axes of a leaf that index layers: an int for
             all leaves, a function of the path, or a map from regular expressions to
-            ints. It defaults to 0 for leaves that no pattern matches. If it is 0, the
+            ints. The number is 0 for leaves that match no pattern. If it is 0, the
             whole leaf is one group.
 
     Raises:
@@ -178,15 +179,16 @@ def layer(stack_axes: Any) -> Scope:
 def unit(axis: Axis = None) -> Scope:
     """Puts each output unit (neuron or filter) into its own group.
 
-    The default axes match Optax's AGC. A scalar or vector is one unit. A leaf of rank 2
-    or 3 is summed over axis 0, a leaf of rank 4 (HWIO) over axes 0 to 2, and a leaf of
-    rank 5 over axes 0 to 3. Unlike in Optax, axes of length 1 are not squeezed, so the
-    default depends only on the rank.
+    The default axes match Optax's AGC. A scalar or a vector is one unit. The norm is
+    taken over axis 0 for leaves of rank 2 or 3, over axes 0 to 2 for leaves of rank 4
+    (HWIO), and over axes 0 to 3 for leaves of rank 5. Unlike in Optax, axes of length 1
+    are not squeezed, so the default depends only on the rank.
 
     Args:
-        axis: The axes that one unit sums over: an int or tuple of ints for all leaves,
-            a function of the path, or a map from regular expressions to either. The
-            default axes are used if it is None, or for leaves that no pattern matches.
+        axis: The axes over which the norm of a unit is taken: an int or tuple of ints
+            for all leaves, a function of the path, or a map from regular expressions to
+            either. The default axes are used if it is None, and for leaves that match
+            no pattern.
 
     Raises:
         ValueError: In ``init``, if an axis is out of range, if a leaf of rank 6 or more
@@ -202,11 +204,12 @@ def unit(axis: Axis = None) -> Scope:
 
 
 def element() -> Scope:
-    """Puts each entry into its own group: clipping by value.
+    """Puts each entry into its own group, as in clipping by value.
 
     The state does not record per-entry statistics; ``norm_before`` and ``norm_after``
     are the largest magnitude in the tree. An infinite entry is clipped like any other
     large entry.
     """
-    # The layout is per leaf, since the telemetry needs the largest magnitude per leaf.
+    # The layout has one group per leaf, since the telemetry requires the largest
+    # magnitude of each leaf.
     return Scope("element", _each, by_element=True, summary=True)

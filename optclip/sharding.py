@@ -14,7 +14,7 @@ __all__ = ["state_specs"]
 
 # A dimension of a parameter is multiplied by this factor to find out which dimensions
 # of the state depend on it. Some states store leaves of the same shape in one array, so
-# the factor must not make different shapes equal. A large prime makes this unlikely.
+# the factor must not make different shapes equal. This is unlikely for a large prime.
 FACTOR = 127
 
 # The mesh axes that one dimension is sharded over.
@@ -91,10 +91,10 @@ def _children(shapes: Shapes) -> dict[tuple, set]:
 
 
 def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
-    """Returns a predicate for whether a leaf can be compared across the two states.
+    """Returns a function that checks whether a leaf is comparable across the states.
 
-    A leaf can be compared if both states have the same structure at its path, and each
-    dimension is either equal or multiplied by `FACTOR`.
+    A leaf is comparable if both states have the same structure at its path, and each
+    dimension in ``other`` is equal to the one in ``base`` or multiplied by `FACTOR`.
     """
     before, after = _children(base), _children(other)
     changed = {node for node, keys in before.items() if after.get(node) != keys}
@@ -110,32 +110,32 @@ def _comparable(base: Shapes, other: Shapes) -> Callable[[tuple], bool]:
 
 
 def _like_a_parameter(path: tuple, shape: tuple, params: Shapes) -> tuple | None:
-    """Returns the path of the parameter that matches a state's leaf."""
+    """Returns the path of the parameter that matches a leaf of the state, or None."""
     tails = (path[k:] for k in range(len(path)))
     found = [t for t in tails if t in params and params[t].shape == shape]
     return found[0] if found else None
 
 
 def state_specs(optimizer: Any, params: Any, specs: Any) -> Any:
-    """Returns PartitionSpecs for an optimizer's state, given those of its parameters.
+    """Returns the PartitionSpecs of an optimizer state, given those of the parameters.
 
     Each dimension of the state is sharded like the parameter dimension that determines
-    its size, and all other dimensions are replicated. So moments are sharded like their
-    parameters, and norms per layer or unit are sharded over the mesh axes of the layers
-    or units. Dimensions are matched using shapes alone: ``init`` is evaluated
-    abstractly for the parameters, and again with the sharded dimensions enlarged.
-    Neither a mesh nor devices are needed.
+    its size, and all other dimensions are replicated. For example, moments are sharded
+    like their parameters, and norms per layer or unit are sharded over the mesh axes of
+    the layers or units. Dimensions are matched using shapes alone: ``init`` is
+    evaluated abstractly with the shapes of the parameters, and again with the sharded
+    dimensions enlarged. This requires neither a mesh nor devices.
 
     If the layout of the state depends on shapes, some leaves can't be matched this way.
     Such a leaf gets the spec of the parameter with the same path and shape, or is
-    replicated if there is none. Adafactor factors a leaf over its two largest axes. For
-    sharded square matrices, check the specs of ``v_row`` and ``v_col``, which may be
-    swapped.
+    replicated if there is no such parameter. Adafactor, for example, factors a leaf
+    over its two largest axes. For sharded square matrices, check the specs of ``v_row``
+    and ``v_col``, which may be swapped.
 
     Args:
-        optimizer: Any Optax optimizer, or another object with an ``init`` function.
-        params: The parameters or their shapes. Shapes are global, so call this function
-            outside of `jax.shard_map`.
+        optimizer: Any Optax optimizer, or any other object with an ``init`` function.
+        params: The parameters or their shapes. The shapes must be global, so call this
+            function outside of `jax.shard_map`.
         specs: A pytree of PartitionSpecs with the structure of ``params``, or a prefix
             of it; None means that a parameter is replicated.
 

@@ -1,7 +1,8 @@
-"""The states of all transformations, which `optclip.metrics` reads.
+"""The states of all transformations.
 
-Each state is a named tuple of arrays. `optax.tree.get` finds a field in any optimizer
-state, as in ``optax.tree.get(opt_state, "norm_before")``.
+Each state is a named tuple of arrays. Use `optclip.metrics` to read the recorded
+statistics, or `optax.tree.get` to read a single field of any optimizer state, as in
+``optax.tree.get(opt_state, "norm_before")``.
 """
 
 from optclip._engine.state import ClipState, GroupStats, UnrecordedState

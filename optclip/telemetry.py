@@ -1,8 +1,8 @@
 """Reads the statistics of clips from any optimizer state, as flat dicts of scalars.
 
-These functions never access gradients: the clips have already recorded everything in
-their states, which are found in the optimizer state at any depth of nesting. `metrics`
-also works inside jit.
+Each clip records its statistics in its state, so reading them does not require access
+to the gradients. The states of clips are found at any depth of the optimizer state.
+`metrics` also works inside jit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RecordNormsState(NamedTuple):
 
     Attributes:
         leaf_norm: float32[leaves]. The norm of each leaf at the last update.
-        recorded_norm: float32 scalar. The norm of all leaves together.
+        recorded_norm: float32 scalar. The global norm at the last update.
         recorded_steps: int32 scalar. The number of updates so far.
         nonfinite: The `NonfiniteStats` of the updates.
     """
@@ -63,9 +63,9 @@ def record_norms(
 ) -> optax.GradientTransformationExtraArgs:
     """Records the norm of each leaf of the updates, and returns them unchanged.
 
-    Place it before a clip to record gradients, or last in the chain to record the
+    Place it before a clip to record the gradients, or last in the chain to record the
     updates that are applied. Directly before a clip, it requires no extra pass over the
-    gradients: XLA computes the shared sums only once.
+    gradients, because XLA computes the sums that both transformations need only once.
 
     Args:
         ord: The order of the norm: a number that is at least 1, inf or "rms".
@@ -158,20 +158,22 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ----------------------- | ------------------------------------------------------ |
     | `clip/norm_before`      | norm of all updates before clipping                    |
     | `clip/norm_after`       | norm of all updates after clipping                     |
-    | `clip/threshold`        | threshold; 3.4028235e38 if there is none, as during    |
-    |                         | warm-up                                                |
+    | `clip/threshold`        | threshold; 3.4028235e38 if none, as during warm-up     |
     | `clip/scale`            | factor that the updates were multiplied by             |
-    | `clip/worst_threshold`, | replace these two if there are several groups: values  |
-    | `clip/worst_scale`      | for the group with the smallest scale                  |
+    | `clip/worst_threshold`  | threshold of the group with the smallest scale         |
+    | `clip/worst_scale`      | smallest scale of any group                            |
     | `clip/clipped`          | fraction of groups above their threshold at this step  |
     | `clip/steps`            | number of updates so far                               |
     | `clip/clipped_steps`    | number of updates with a group above its threshold     |
     | `clip/clipped_fraction` | `clip/clipped_steps` divided by `clip/steps`           |
-    | `clip/nonfinite_steps`  | number of updates with a NaN or inf                    |
+    | `clip/nonfinite_steps`  | number of updates that contained NaN or inf            |
+
+    If there are several groups, `clip/worst_threshold` and `clip/worst_scale` replace
+    `clip/threshold` and `clip/scale`.
 
     The second clip in the chain is called `clip_2`, the third `clip_3`, and so on.
-    Inside `optax.partition`, the label of the group is added, as in
-    `clip/encoder/norm_before`, and clips are numbered per group. `record_norms` adds
+    Inside `optax.partition`, the label of the partition is added, as in
+    `clip/encoder/norm_before`, and clips are numbered per label. `record_norms` adds
     `norms/global_norm`, `norms/steps` and `norms/nonfinite_steps`. `skip_steps` adds
     the following:
 
@@ -179,28 +181,29 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | ------------------------ | ----------------------------------------------------- |
     | `skip/norm`, `skip/loss` | norm and loss of the last step, skipped or not        |
     | `skip/threshold`         | norm above which the last step counted as a spike     |
-    | `skip/loss_threshold`    | the same for the loss; 0 if it was not checked        |
+    | `skip/loss_threshold`    | the same for the loss; 0 if the loss was not checked  |
     | `skip/steps`             | number of steps so far                                |
     | `skip/skipped_steps`     | number of skipped steps                               |
     | `skip/spike_steps`       | number of skipped steps with only finite values       |
-    | `skip/nonfinite_steps`   | number of steps with a NaN or inf in the gradients    |
-    | `skip/in_a_row`          | consecutive skipped steps; 0 if the last was taken    |
+    | `skip/nonfinite_steps`   | number of steps with NaN or inf in the gradients      |
+    | `skip/in_a_row`          | consecutive skips; 0 if the last step was not skipped |
     | `skip/recent_fraction`   | fraction of the last 512 steps that were skipped      |
-    | `skip/recent_since`      | first skipped step after 512 taken ones; -1 if none   |
+    | `skip/recent_since`      | first skip after 512 steps without a skip; -1 if none |
     | `skip/last_skipped_step` | number of the last skipped step; -1 if there is none  |
 
     Args:
         opt_state: Any pytree that contains states of clips, such as the state of a
             chain, of `optax.MultiSteps` or of `flax.nnx.Optimizer`, or a whole train
             state.
-        prefix: The prefix of the keys of clips. Unless it is "clip", the other keys get
-            it too, as in ``prefix/skip/norm``, so that the metrics of several
-            optimizers can be merged.
+        prefix: The prefix of the keys of clips. If it is not "clip", it is also added
+            to all other keys, as in ``prefix/skip/norm``, so that the metrics of
+            several optimizers can be merged.
 
     Returns:
-        A dict of float32 and int32 scalars on the device, or of tracers inside jit.
-        Fetch it with one ``jax.device_get``. The dict is empty if the state contains no
-        statistics, so the same training step also works without a clip.
+        A dict of float32 and int32 scalars on the device, or of tracers inside jit. To
+        transfer all values at once, use ``jax.device_get``. The dict is empty if the
+        state contains no statistics, so the same training step also works without a
+        clip.
 
     Raises:
         ValueError: If ``prefix`` is empty.
@@ -292,20 +295,21 @@ def leaf_metrics(
     """Returns per-leaf norms, thresholds and scales, as a flat dict of scalars.
 
     Clips in leaf, label and layer scope provide `PATH/norm_before`, `PATH/threshold`
-    and `PATH/scale`. In label scope, these are the values of the leaf's group. In layer
-    scope, the layer index follows the path, as in `blocks/kernel/3/scale`.
-    `record_norms` provides `PATH/norm`. If several clips, or several `record_norms`,
-    track the same leaf, the keys of the second one end in `_2`.
+    and `PATH/scale`. In label scope, these are the values of the group that the leaf
+    belongs to. In layer scope, the layer index follows the path, as in
+    `blocks/kernel/3/scale`. `record_norms` provides `PATH/norm`. If several clips, or
+    several `record_norms`, record the same leaf, the keys of the second one end in
+    `_2`.
 
-    Call this function outside of jit, since it looks up the names of leaves by codes
-    that are stored in the state.
+    Call this function outside of jit. It uses codes that are stored in the state to
+    look up the names of leaves, which is not possible with traced values.
 
     Args:
         opt_state: Any pytree that contains states of clips.
         params: The parameters that the optimizer was initialized with, as arrays or
-            shapes; only their paths are used. Not needed if the optimizer keeps state
-            for each parameter, such as the moments of Adam, under the same paths.
-        prefix: If it is not empty, keys begin with ``prefix/``.
+            shapes. Only their paths are used. Not needed if the optimizer keeps state
+            for each parameter under the same path, such as the moments of Adam.
+        prefix: If it is not empty, all keys begin with ``prefix/``.
 
     Returns:
         A dict of NumPy float32 scalars on the host, fetched in one transfer.
@@ -375,7 +379,7 @@ class NonfiniteLeaf(NamedTuple):
     Attributes:
         path: The path of the parameter, such as "encoder/0/kernel"; None if
             `skip_steps` skipped the step only because of the loss.
-        step: The number of the update, counted from 0.
+        step: The number of the update at which this happened, counted from 0.
         nan: Whether the leaf contained NaN.
         pos_inf: Whether the leaf contained +inf.
         neg_inf: Whether the leaf contained -inf.
@@ -422,8 +426,9 @@ def _read(state: Any) -> dict[str, Any]:
 def _event(leaf: NonfiniteLeaf, steps: int) -> _Event:
     # States of one optimizer may count different steps: a state inside `MultiSteps`
     # counts only full batches, and one inside `skip_steps` only steps that were taken.
-    # So step numbers are compared as fractions of the steps that each state counted. If
-    # all states count the same steps, this is equivalent to comparing step numbers.
+    # Step numbers are therefore compared as fractions of the steps that each state
+    # counted. If all states count the same steps, this is equivalent to comparing step
+    # numbers.
     return _Event((leaf.step + 1) / max(steps, 1), leaf)
 
 
@@ -463,34 +468,35 @@ def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
 
     All states in ``opt_state`` are searched, at any depth of nesting. The result lists
     every leaf that contained NaN or inf at the last update at which any state
-    encountered one, without duplicates. If the optimizer uses `skip_steps`, leaves that
-    caused a spike are also returned: the worst leaf of each recent skipped step, or all
-    non-finite leaves of the last skipped step with a NaN or inf. The newest step comes
-    first; the leaves of a step are in the order of the pytree.
+    encountered a non-finite value. If the optimizer uses `skip_steps`, the result also
+    lists the leaves that caused recent steps to be skipped: all non-finite leaves for
+    the last skipped step with NaN or inf, and the worst leaf for every other skipped
+    step. Each leaf is listed at most once per step. The most recent step comes first,
+    and the leaves of each step are in the order of the pytree.
 
     Each state counts its own steps. `skip_steps` and `optax.MultiSteps` do not pass
     every step to the states inside them, so those states count fewer steps. If states
     have different counts, steps are ordered by ``step`` divided by the count of the
     state.
 
-    Call this function outside of jit. It fetches everything in one transfer.
+    Call this function outside of jit. It fetches all values in one transfer.
 
     Args:
         opt_state: Any pytree that contains states of clips, of `record_norms` or of
             `skip_steps`.
-        params: The parameters that the optimizer was initialized with; only their paths
-            are used. Not needed if the optimizer keeps state for each parameter, such
-            as the moments of Adam, under the same paths.
+        params: The parameters that the optimizer was initialized with. Only their paths
+            are used. Not needed if the optimizer keeps state for each parameter under
+            the same path, such as the moments of Adam.
 
     Returns:
-        One `NonfiniteLeaf` per leaf and step. The list is empty if everything has been
-        finite so far and no step was skipped. Compare ``step`` with `clip/steps` to see
-        how long ago the step was.
+        One `NonfiniteLeaf` per leaf and step. The list is empty if all updates so far
+        were finite and no step was skipped. Compare ``step`` with `clip/steps` to see
+        how recent the step is.
 
     Raises:
         ValueError: If ``params`` are not the ones that the optimizer was initialized
             with, if they are required but missing, if ``opt_state`` contains no state
-            to read, or if it is a batch of states (index one of them first).
+            to read, or if it is a batch of states (select one of them first).
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -511,11 +517,11 @@ def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
             f"contains: {contents_of(opt_state)}."
         )
     reads = jax.device_get([_read(state) for state in states])
-    if params is not None:  # a mismatch raises even if there is nothing to report
+    if params is not None:  # raise on a mismatch even if there is nothing to report
         for read in reads:
             paths(read["stats"].leaf_code)
-    # Events of `skip_steps` come first because they have a norm and a loss: if there
-    # are two events for a leaf and step, only the first is kept.
+    # Only the first event for each leaf and step is kept. Events of `skip_steps` come
+    # first, because they also have a norm and a loss.
     skipped = [_event(c, r["steps"]) for r in reads for c in _skipped(r, paths)]
     nonfinite = [_event(c, r["steps"]) for r in reads for c in _nonfinite(r, paths)]
     last = max((event.when for event in nonfinite), default=-1.0)

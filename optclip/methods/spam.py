@@ -30,10 +30,11 @@ class SecondMomentState(NamedTuple):
     """State of `second_moment`.
 
     Attributes:
-        root_moment: float32, with the shape of the leaf. Square root of the moving mean
-            square.
-        recorded: int32, one per leaf. Number of updates so far. With ``reset_every``,
-            the count is reduced by ``reset_every`` before it would exceed int32.
+        root_moment: float32, with the shape of the leaf. The square root of the moving
+            mean square.
+        recorded: int32, one per leaf. The number of updates so far. With
+            ``reset_every``, the count is reduced by ``reset_every`` before it would
+            exceed int32.
     """
 
     root_moment: jax.Array
@@ -50,7 +51,7 @@ def second_moment(
     reset_every: jax.typing.ArrayLike | None = None,
     pass_unseen: bool = True,
 ) -> Rule:
-    """Returns the rule for SPAM and AdamWClip: a multiple of each entry's own RMS.
+    """Returns the rule of SPAM and AdamWClip, a multiple of the RMS of each entry.
 
     The threshold is t = max(ratio * sqrt(v), floor), where v is the moving mean square
     of the clipped entry. Each step updates v = decay * v + (1 - decay) * u'**2. The
@@ -62,18 +63,18 @@ def second_moment(
         floor: Lower bound on the threshold, at least 0, in the units of the entries.
         debias: Whether to divide v by 1 - decay**step. AdamWClip does this, but SPAM
             does not.
-        warmup_steps: Number of the first update that may be clipped, counted from 1
-            (SPAM: 20).
-        reset_every: Number of updates between resets. At each update whose number is a
-            multiple of this, v is reset to 0 and the warm-up restarts. None disables
-            the reset.
+        warmup_steps: The number of the first update that may be clipped, counted from
+            1. SPAM uses 20.
+        reset_every: The number of updates between resets. At each update whose number
+            is a multiple of ``reset_every``, v is reset to 0 and the warm-up restarts.
+            None disables the reset.
         pass_unseen: Whether an entry whose v is 0 passes through unchanged. The
             original implementations clip it to ``floor``, so with ``floor=0`` an entry
             that has always been zero stays zero.
 
     Returns:
-        A rule for `optclip.scopes.element`, whose state is one float32 value per entry
-        and one int32 value per leaf.
+        A rule for `optclip.scopes.element`. Its state consists of one float32 value per
+        entry and one int32 value per leaf.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -136,7 +137,7 @@ def spam_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips entries whose square is thousands of times their mean square (SPAM).
+    """Clips entries whose square is far above their moving mean square, as in SPAM.
 
     u' = sign(u) * min(|u|, sqrt(threshold * v)), where v is the moving mean square of
     the clipped entry. SPAM also resets the optimizer's momentum periodically. This
@@ -146,9 +147,10 @@ def spam_clip(
     Args:
         threshold: The largest ratio of a squared entry to v, at least 0.
         decay: Decay rate of v, at least 0 and below 1, like ``b2`` in Adam.
-        warmup_steps: Number of the first update that may be clipped, counted from 1.
-        reset_every: Number of updates after which v and the warm-up restart; SPAM uses
-            500. None disables the reset.
+        warmup_steps: The number of the first update that may be clipped, counted from
+            1.
+        reset_every: The number of updates after which v is reset and the warm-up
+            restarts. SPAM uses 500. None disables the reset.
         original: Whether to follow the original implementation and set an entry to 0 if
             its v is 0. An entry that has no gradient during the warm-up then stays at
             zero.

@@ -1,4 +1,4 @@
-"""Adam with clipped updates when its second moment lags behind the gradient."""
+"""Adam with update clipping, as in StableAdamW."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class StableAdamState(NamedTuple):
     """State of `scale_by_stable_adam`.
 
     Attributes:
-        stable_count: int32 scalar. Number of updates so far.
-        stable_mu: float32, with the structure of the parameters. First moments.
-        stable_nu: float32, with the structure of the parameters. Second moments.
+        stable_count: int32 scalar. The number of updates so far.
+        stable_mu: float32, with the structure of the parameters. The first moments.
+        stable_nu: float32, with the structure of the parameters. The second moments.
         largest_rms: float32 scalar. The largest ``rms`` of any leaf at the last update.
             If it is above 1, the update of that leaf was divided by it.
     """
@@ -46,25 +46,27 @@ def scale_by_stable_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates by Adam, with update clipping as in StableAdamW.
 
-    For each leaf, with the moments m and v updated by its gradient g:
+    For each leaf, let g be its gradient, w its parameters, and m and v its first and
+    second moments, including the current step. The update u' is computed as
 
         rms = sqrt(mean(g**2 / max(v, eps**2)))
         u'  = (m / (sqrt(v) + eps) + weight_decay * w) / max(1, rms)
 
     Chained with a learning rate, this is StableAdamW. Dividing by max(1, rms) lowers
     both the learning rate and the weight decay of a leaf. To correct the bias of the
-    averages, step t uses the decay rate b' = (b**t - b) / (b**t - 1) in place of b. If
-    the gradient of a leaf is not finite, or its square overflows float32, the leaf
-    keeps its moments and its update is zero.
+    averages, step t uses the decay rate b' = (b**t - b) / (b**t - 1) instead of b. If
+    the gradient of a leaf is not finite, or its square overflows float32, the moments
+    of the leaf do not change and its update is zero.
 
     Args:
         b1: Decay rate of the first moment, at least 0 and below 1.
         b2: Decay rate of the second moment, at least 0 and below 1.
         eps: Value added to sqrt(v), above 0.
-        weight_decay: Coefficient of the decoupled weight decay, at least 0. Unless it
-            is 0, ``params`` must be passed to ``update``.
-        mask: Which leaves are decayed, as in `optax.add_decayed_weights`: a pytree of
-            booleans, or a function of the parameters that returns one.
+        weight_decay: Coefficient of the decoupled weight decay, at least 0. If it is
+            not 0, ``params`` must be passed to ``update``.
+        mask: Which leaves to decay, as in `optax.add_decayed_weights`: a pytree of
+            booleans, or a function of the parameters that returns one. None decays all
+            leaves.
         axis_name: As in `optclip.clip_by_rule`.
 
     Returns:
@@ -72,8 +74,8 @@ def scale_by_stable_adam(
         `optax.scale_by_learning_rate` after it.
 
     Raises:
-        ValueError: If an argument is out of range, ``params`` are missing, or a
-            parameter is complex.
+        ValueError: If an argument is out of range, if ``params`` is required but
+            missing, or if a parameter is complex.
 
     Example:
         >>> import optax, optclip

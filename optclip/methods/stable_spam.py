@@ -23,9 +23,9 @@ class MaximumState(NamedTuple):
     """State of `max_ema`.
 
     Attributes:
-        ema_maximum: float32 scalar, one per leaf. Moving average of the largest
+        ema_maximum: float32 scalar, one per leaf. The moving average of the largest
             magnitude.
-        recorded: int32 scalar, one per leaf. Number of updates so far.
+        recorded: int32 scalar, one per leaf. The number of updates so far.
     """
 
     ema_maximum: jax.Array
@@ -33,13 +33,13 @@ class MaximumState(NamedTuple):
 
 
 def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) -> Rule:
-    """Returns the AdaClip rule: a moving average of the largest entry of a leaf.
+    """Returns the AdaClip rule, a moving average of the largest magnitude in a leaf.
 
     Let G be the largest magnitude in a leaf, and T the bias-corrected moving average of
-    G, including this step. An entry above T is multiplied by T / G, so the largest
-    entry becomes T. Unlike a clamp, this makes an entry just above T smaller than an
-    entry just below T, as in the original implementation. G ignores entries that are
-    NaN or infinite. An infinite entry becomes T.
+    G, including the current step. An entry above T is multiplied by T / G, so the
+    largest entry becomes T. Unlike clamping, this makes an entry just above T smaller
+    than an entry just below T, as in the original implementation. G ignores entries
+    that are NaN or infinite. An infinite entry becomes T.
 
     Args:
         decay: Decay rate of the average, at least 0 and below 1.
@@ -47,8 +47,8 @@ def max_ema(decay: jax.typing.ArrayLike = 0.999, *, record_zeros: bool = False) 
             code.
 
     Returns:
-        A rule for `optclip.scopes.element`, whose state is one float32 and one int32
-        value per leaf.
+        A rule for `optclip.scopes.element`. Its state consists of one float32 value and
+        one int32 value per leaf.
 
     Raises:
         ValueError: If ``decay`` is out of range.
@@ -93,13 +93,13 @@ def stable_spam_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales down entries above the moving average of their leaf's maximum (AdaClip).
+    """Scales down entries above a moving average of the maximum of their leaf.
 
     If |u| > T, u' = u * T / G, where G is the largest magnitude in the leaf and T is
-    its bias-corrected moving average, including this step. This is the first half of
-    Stable-SPAM; chain `adagn` after it for the second half. The official code
-    mistakenly resets the bias correction of T when the momentum is reset; this function
-    follows the fixed version.
+    the bias-corrected moving average of G, including the current step. This is AdaClip,
+    the first half of Stable-SPAM. For the second half, chain `adagn` after it. The
+    official code mistakenly resets the bias correction of T when the momentum is reset.
+    This function follows the fixed version.
 
     Args:
         theta: Decay rate of the average, at least 0 and below 1.

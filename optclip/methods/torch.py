@@ -23,21 +23,21 @@ def clip_grad_norm(
 ) -> tuple[Any, jax.Array]:
     """Returns clipped gradients and their original norm, like ``clip_grad_norm_``.
 
-    grads' = grads * min(1, max_norm / (n + 1e-6)), where n is the norm of all gradients
-    together. The results are those of ``torch.nn.utils.clip_grad_norm_``, but the
-    gradients are not modified in place. In an optimizer, prefer `clip_by_global_norm`,
-    which records the norms in its state.
+    grads' = grads * min(1, max_norm / (n + 1e-6)), where n is the norm of all
+    gradients, concatenated into a single vector. The results match
+    ``torch.nn.utils.clip_grad_norm_``, but the gradients are not modified in place. In
+    an optimizer, prefer `clip_by_global_norm`, which records the norms in its state.
 
-    | gradients    | returned                                                     |
-    | ------------ | ------------------------------------------------------------ |
-    | contain NaN  | all NaN, norm NaN                                            |
-    | contain inf  | NaN where inf was, else 0; with ``max_norm=inf`` all NaN;    |
-    |              | norm inf                                                     |
+    | gradients                     | returned                                       |
+    | ----------------------------- | ---------------------------------------------- |
+    | contain NaN                   | all entries NaN; norm NaN                      |
+    | contain inf                   | NaN at infinite entries, 0 elsewhere; norm inf |
+    | contain inf, ``max_norm=inf`` | all entries NaN; norm inf                      |
 
     Args:
         grads: A pytree of gradients.
-        max_norm: The largest norm, at least 0. At 0, all gradients become zero, which
-            stops training; inf disables clipping.
+        max_norm: The largest norm, at least 0. A value of 0 sets all gradients to zero,
+            which stops training; inf disables clipping.
         norm_type: The order of the norm: a number that is at least 1, or inf.
         error_if_nonfinite: Whether to raise an error if the norm is NaN or inf. Under
             `jax.jit`, wrap the function in `jax.experimental.checkify.checkify`.
@@ -47,7 +47,7 @@ def clip_grad_norm(
 
     Raises:
         ValueError: If an argument is out of range.
-        TypeError: If ``max_norm`` is a container of arrays.
+        TypeError: If ``max_norm`` is not a number.
         checkify.JaxRuntimeError: If ``error_if_nonfinite`` is True and the norm is not
             finite.
 
@@ -83,7 +83,7 @@ def clip_grad_norm(
 
 
 def _check_order(**named: Any) -> None:
-    """Raises an error if a number is a pytree, as it is if arguments are swapped."""
+    """Raises an error if an argument is a pytree, which suggests swapped arguments."""
     for name, value in named.items():
         if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
             raise TypeError(
@@ -97,11 +97,11 @@ def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
 
     Args:
         grads: A pytree of gradients.
-        clip_value: The largest magnitude of an entry, at least 0. At 0, all
-            entries become zero.
+        clip_value: The largest magnitude of an entry, at least 0. A value of 0 sets all
+            gradients to zero.
 
     Returns:
-        The clipped gradients. NaN stays NaN; inf becomes ``clip_value``.
+        The clipped gradients. NaN stays NaN, and inf becomes ``clip_value``.
 
     Raises:
         ValueError: If ``clip_value`` is negative or NaN.

@@ -25,7 +25,7 @@ def trust_ratio_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales each leaf by its trust ratio, which is clipped at 1 (LAMBC, LARC).
+    """Scales each leaf by its trust ratio, clipped at 1, as in LAMBC and LARC.
 
     u' = u * min(1, coefficient * w / n), where n is the norm of the leaf and w is the
     norm of its parameters. A leaf is unchanged if w is 0. Chained after
@@ -34,9 +34,10 @@ def trust_ratio_clip(
     trust coefficient divided by the learning rate.
 
     Args:
-        coefficient: Factor that multiplies the trust ratio, at least 0. At 0, all
-            updates are zero, which stops training; inf disables clipping.
-        scope: Which entries share one ratio; a scope from `optclip.scopes`.
+        coefficient: Factor that multiplies the trust ratio, at least 0. A value of 0
+            sets all updates to zero, which stops training; inf disables clipping.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one ratio.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

@@ -1,4 +1,4 @@
-"""Clips each output unit by its norm."""
+"""Clips each output unit (neuron or filter) by its norm."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ def clip_by_unit_norm(
 ) -> Clip:
     """Clips each output unit (neuron or filter) by its norm.
 
-    For each unit, u' = u * min(1, max_norm / (n + eps)), where n is its norm.
-    By default, the norms of a matrix [in, out] are taken over axis 0. A unit of an
-    embedding [vocab, dim] is then a column across the whole vocabulary, so one bad row
-    scales down all rows. To make each row a unit, pass ``axis={"embedding": 1}``.
+    For each unit, u' = u * min(1, max_norm / (n + eps)), where n is the norm of the
+    unit. By default, the norms of a matrix of shape [in, out] are taken over axis 0. A
+    unit of an embedding of shape [vocab, dim] is then a column across the whole
+    vocabulary, so a single row with a large gradient scales down all rows. To make each
+    row a unit, pass ``axis={"embedding": 1}``.
 
     Args:
-        max_norm: The largest norm of a unit, at least 0: a number or schedule. At 0,
-            all updates are zero, which stops training; inf disables clipping.
+        max_norm: The largest norm of a unit, at least 0: a number or a schedule. A
+            value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
         axis: The axes over which the norm of a unit is taken, as in
             `optclip.scopes.unit`.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
-        axis_name: As in `optclip.clip_by_rule`, but not "auto".
+        axis_name: As in `optclip.clip_by_rule`, except that "auto" is not supported.
         update_dtype: As in `optclip.clip_by_rule`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Clips each entry to an interval."""
+"""Clips each entry of the updates to an interval."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ def clip_by_value(
 
     Args:
         max_value: The largest magnitude, at least 0: a number, an array or a schedule.
-            For real updates, it can also be a pair (low, high) of numbers or arrays. At
-            0, all updates are zero, which stops training; inf disables clipping.
+            For real updates, it can also be a pair (low, high) of numbers or arrays. A
+            value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
-        record: Whether to record statistics for `metrics` and `nonfinite_leaves`, in
-            which the norms are the largest magnitudes. This takes one more pass over
-            the updates. If False, XLA fuses the clipping into the optimizer update at
-            no cost.
+        record: Whether to record statistics for `metrics` and `nonfinite_leaves`. The
+            recorded norms are the largest magnitudes. Recording requires one more pass
+            over the updates. Without it, XLA fuses the clipping into the optimizer
+            update at no cost.
 
     Returns:
         A gradient transformation whose state is an `UnrecordedState`, or a `ClipState`
-        with ``record=True``; ``params`` is not used.
+        if ``record`` is True; ``params`` is not used.
 
     Raises:
         ValueError: If a bound is negative or NaN, or ``low`` is above ``high``.

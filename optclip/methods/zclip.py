@@ -36,10 +36,11 @@ class ScoreState(NamedTuple):
     """State of `ema_zscore` and `ema_sigma`.
 
     Attributes:
-        mean_norm: float32, one per group. Moving average of the norms; initially 0.
-        spread_norm: float32, one per group. Moving standard deviation; initially 0.
-        recorded: int32, one per group. Number of norms recorded.
-        clipped_run: int32, one per group. Number of consecutive steps that count
+        mean_norm: float32, one per group. The moving average of the norms; initially 0.
+        spread_norm: float32, one per group. The moving standard deviation of the norms;
+            initially 0.
+        recorded: int32, one per group. The number of norms recorded so far.
+        clipped_run: int32, one per group. The number of consecutive steps that count
             toward ``escape_steps``; None if ``escape_steps`` is None.
     """
 
@@ -61,8 +62,9 @@ def first_score(norm: jax.Array, escape_steps: Any) -> ScoreState:
 
 
 def followed(state: ScoreState, value: jax.Array, decay: Any, count: Any, run: Any):
-    """Records ``value`` and returns the state, with the spread around the new mean."""
-    # In this form, the weights sum to 1 even in float32.
+    """Returns the state after recording ``value``."""
+    # Written this way, the weights of the average sum to 1 even in float32. The spread
+    # is computed relative to the new mean.
     step = value - state.mean_norm
     mean = state.mean_norm + (1 - decay) * step
     spread = rms_of_two(decay, state.spread_norm, decay * step)
@@ -83,7 +85,7 @@ def ema_zscore(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the ZClip rule: a norm far above the moving mean is a spike.
+    """Returns the rule of ZClip, which scales down norms far above the moving mean.
 
     Let n be the norm of a group, m and s the moving mean and standard deviation of the
     recorded norms, and z = (n - m) / (s + eps). A group with z > z_thresh is a spike,
@@ -112,8 +114,8 @@ def ema_zscore(
         z_thresh: The z-score above which a norm is a spike, greater than 0.
         alpha: Decay rate of the averages, at least 0 and below 1.
         warmup_steps: Number of warm-up steps, at least 1.
-        max_grad_norm: An additional constant bound on the norm, at least 0; None for no
-            bound.
+        max_grad_norm: An additional constant bound on the norm, at least 0. None means
+            that there is no such bound.
         mode: "zscore" or "percentile".
         clip_option: "adaptive_scaling" or "mean".
         clip_factor: Factor that multiplies the target in "adaptive_scaling", above 0.
@@ -125,12 +127,12 @@ def ema_zscore(
             warm-up. A step counts if it is a spike or if its norm is below 1% of the
             mean. During the warm-up, each norm is capped at ten times the previous mean
             before it is recorded. None disables the restart and the cap, as in the
-            original implementation, in which a deviation of zero stays zero.
-        record_zeros: Whether norms of zero are recorded, as in the original
+            original implementation, in which a standard deviation of zero stays zero.
+        record_zeros: Whether to record norms of zero, as in the original
             implementation.
 
     Returns:
-        A rule whose state is two float32 and two int32 values per group.
+        A rule whose state consists of two float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range, or ``mode`` or ``clip_option`` is
@@ -194,7 +196,8 @@ def ema_zscore(
                 lambda old, new: jnp.where(spike, old, new), state, main
             )
             main = main._replace(clipped_run=run)
-        # Welford's algorithm, with the standard deviation instead of the variance.
+        # Welford's algorithm for the mean of all norms, with the standard deviation
+        # instead of the variance.
         number = count.astype(norm.dtype)
         share = (number - 1) / number
         value = norm
@@ -236,16 +239,16 @@ def zclip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips spikes: norms many standard deviations above their moving mean (ZClip).
+    """Clips norms that are many standard deviations above their moving mean (ZClip).
 
-    With the moving mean m and standard deviation s of the norm n, let z = (n - m) / s.
-    If z > z_thresh, u' = u * t / n with t = m + z_thresh**2 * s / z, so larger spikes
-    are clipped closer to the mean. `optclip.rules.ema_zscore` lists the formulas for
-    all options. If the paper and the official code differ, the formulas follow the
-    code.
+    Let n be the norm, m and s its moving mean and standard deviation, and
+    z = (n - m) / s. If z > z_thresh, the norm is a spike and u' = u * t / n, where
+    t = m + z_thresh**2 * s / z. Larger spikes are therefore clipped closer to the mean.
+    `optclip.rules.ema_zscore` lists the formulas for all options. If the paper and the
+    official code differ, the formulas follow the code.
 
-    With the published ``max_grad_norm=1.0``, all norms above 1 are also clipped to 1,
-    as in `clip_by_global_norm`. Pass None to use only the z-score, which is scale
+    With the published value ``max_grad_norm=1.0``, all norms above 1 are also clipped
+    to 1, as in `clip_by_global_norm`. Pass None to use only the z-score, which is scale
     invariant.
 
     Args:
@@ -254,12 +257,13 @@ def zclip(
         warmup_steps: Number of initial steps in which only ``max_grad_norm`` applies,
             at least 1.
         max_grad_norm: An additional constant bound on the norm, at least 0, in the
-            units of the gradient; None for no bound.
+            units of the gradient. None means that there is no such bound.
         clip_option: The norm that a spike is scaled to, "adaptive_scaling" or "mean".
-        mode: "zscore", or "percentile" for t = m + z_thresh * s.
+        mode: "zscore", or "percentile" to use t = m + z_thresh * s.
         clip_factor: Factor that multiplies t in "adaptive_scaling", above 0.
         skip_update_on_spike: Whether to leave spikes out of the statistics.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         original: Whether to follow the original implementation: record norms of zero,
             add 1e-6 to s and n, and never restart. If False, the statistics restart
             after 50 consecutive spikes, and 1e-6 * m is added to s, which keeps the
