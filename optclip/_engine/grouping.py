@@ -90,7 +90,7 @@ class WholeLeafGroups(NamedTuple):
 
 
 class SliceGroups(NamedTuple):
-    """Groups that are slices of leaves: one array of norms per shape bucket.
+    """Groups that are slices of leaves, with one array of norms per shape bucket.
 
     Attributes:
         buckets: The indices of the leaves whose norms share an array: leaves with the

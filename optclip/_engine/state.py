@@ -222,7 +222,8 @@ def count_event(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the counts of steps and events after one more step.
 
-    Both counts stop together at the largest int32, so their ratio never exceeds 1.
+    Both counts stop increasing once ``steps`` reaches the largest int32, so their ratio
+    never exceeds 1.
     """
     counting = steps < LAST_COUNT
     return (

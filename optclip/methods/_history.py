@@ -128,9 +128,10 @@ def count_consecutive(
 ) -> tuple[Any, Any]:
     """Counts consecutive steps whose norm is far from the statistics of a rule.
 
-    A step counts if it is clipped (``over``) or if its norm is below 1% of ``level``.
-    Returns the new count and a mask of the groups that must restart, because they have
-    reached ``steps`` consecutive steps. With ``steps=None``, no group ever restarts.
+    A step is counted if it is clipped (``over``) or if its norm is below 1% of
+    ``level``. Returns the new count and a mask of the groups that must restart, because
+    they have reached ``steps`` consecutive steps. With ``steps=None``, no group ever
+    restarts.
     """
     if steps is None:
         return None, jnp.zeros_like(over)

@@ -67,7 +67,7 @@ def _sign(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _hardcap(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns ``x``, given in units of the cap, with singular values of at most 1."""
+    """Takes ``x`` in units of the cap, and limits its singular values to 1."""
     del like
     sign = _sign(x, 30)
     rest = sign - x

@@ -86,8 +86,9 @@ def ema_ratio(
         eps: Lower bound on the average, at least 0; AdaGC uses 1e-8.
         floor: Lower bound on the threshold after the warm-up, at least 0.
         escape_steps: Number of consecutive steps after which the average is reset to
-            the current norm. A step counts if it is clipped or if its norm is below 1%
-            of the average. None disables the reset, as in the original implementation.
+            the current norm. A step is counted if it is clipped or if its norm is below
+            1% of the average. None disables the reset, as in the original
+            implementation.
         record_zeros: Whether norms of zero are recorded, as in the original
             implementations. A zero gradient at the first step then keeps the threshold
             at about ``ratio * eps`` permanently.

@@ -74,8 +74,8 @@ def dual_ema(
             clipping. "target" records ``target * f`` if the group was clipped, even if
             n is smaller, as in the original implementation.
         escape_steps: Number of consecutive steps after which both averages restart from
-            the current norm. A step counts if it is clipped or if its norm is below 1%
-            of the slow average. None disables the restart, as in the original
+            the current norm. A step is counted if it is clipped or if its norm is below
+            1% of the slow average. None disables the restart, as in the original
             implementation.
         record_zeros: Whether norms of zero are recorded.
 

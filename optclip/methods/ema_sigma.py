@@ -43,7 +43,7 @@ def ema_sigma(
             original value of 1.0 and ``escape_steps=None``, a run with norms above 1 is
             clipped to 1 permanently.
         escape_steps: Number of consecutive steps after which the rule restarts with m =
-            3 * n. A step counts if it is clipped or if its norm is below 1% of the
+            3 * n. A step is counted if it is clipped or if its norm is below 1% of the
             mean. None disables the restart and the tolerance of a millionth of m, as in
             the original implementation.
         record_zeros: Whether norms of zero are recorded, as in the original

@@ -124,9 +124,9 @@ def ema_zscore(
             The original implementation uses 1e-6. None adds 1e-6 * m in both modes, so
             that a norm that exceeds a constant mean only by rounding is not a spike.
         escape_steps: Number of consecutive steps after which the rule restarts with its
-            warm-up. A step counts if it is a spike or if its norm is below 1% of the
-            mean. During the warm-up, each norm is capped at ten times the previous mean
-            before it is recorded. None disables the restart and the cap, as in the
+            warm-up. A step is counted if it is a spike or if its norm is below 1% of
+            the mean. During the warm-up, each norm is capped at ten times the previous
+            mean before it is recorded. None disables the restart and the cap, as in the
             original implementation, in which a standard deviation of zero stays zero.
         record_zeros: Whether to record norms of zero, as in the original
             implementation.

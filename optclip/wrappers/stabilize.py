@@ -104,8 +104,8 @@ def stabilize(
        norms (`quantile_clip`). This guards against bad batches at any loss scale.
     2. A step whose gradients contain NaN or inf, or whose clipped norm is above 1e18,
        is skipped: its updates are zeros, and the optimizer's state is unchanged.
-    3. If the norm of one of the first ``warmup_steps`` steps is less than a fifth of
-       the smallest previous norm, the earlier steps were bad. The optimizer restarts at
+    3. If a norm in the first ``warmup_steps`` steps falls below a fifth of the smallest
+       previous norm, the earlier steps are treated as bad. The optimizer restarts at
        this step from the state that its ``init`` returns for the current parameters.
        This also resets its step count and therefore delays any learning rate schedule
        by at most ``warmup_steps`` steps. The hyperparameters of
