@@ -128,11 +128,12 @@ def _uphill(s: Signals) -> Candidate | None:
         "uphill",
         (),
         f"The gradient predicts that the next step raises the loss by {s.slope:.3g}. "
-        "An optimizer's updates are added to the parameters, so they must point down "
-        "the gradient.",
-        "Look whether the chain ends with a negative learning rate, as in "
-        "`optax.sgd(0.1)` or `optax.scale(-0.1)`: a clip alone hands the gradient on "
-        "as it is, and so does `optax.masked` where it does not apply.",
+        "The updates of an optimizer are added to the parameters, so they must point "
+        "down the gradient.",
+        "Check that the chain ends with a negative learning rate, as in "
+        "`optax.sgd(0.1)` or `optax.scale(-0.1)`. A clip alone does not change the "
+        "sign of the gradient, and neither does `optax.masked` for the leaves that it "
+        "excludes.",
         "high",
         "measured",
     )

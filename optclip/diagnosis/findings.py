@@ -171,7 +171,8 @@ class Diagnosis:
             numbered = enumerate(self.findings, 1)
             head = "\n\n".join(f"{n}. {finding}" for n, finding in numbered)
             if len(self.findings) > 1:
-                head += "\n\nDo the first, then ask again: others may go away with it."
+                head += "\n\nApply the first remedy and diagnose again: "
+                head += "the others may not be needed."
         notes = [f"Not seen: {words}." for words in self.not_seen]
         if self.signals.get("uses"):
             seen, total = self.signals["uses"]
