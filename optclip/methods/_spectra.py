@@ -17,8 +17,8 @@ __all__ = ["Method", "clipped"]
 def _full_precision(function: Callable) -> Callable:
     """Returns ``function`` with matrix products in the precision of their inputs.
 
-    By default, XLA rounds the inputs of float32 products to fewer bits on GPUs (TF32)
-    and TPUs (bfloat16), which would not reach the documented accuracy.
+    By default, XLA rounds the inputs of float32 matrix products to TF32 on GPUs and to
+    bfloat16 on TPUs. The results would not have the documented accuracy.
     """
 
     @functools.wraps(function)
@@ -35,19 +35,23 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 def _by_svd(x: jax.Array, cap: jax.Array) -> jax.Array:
     left, values, right = jnp.linalg.svd(x, full_matrices=False)
-    # Subtract the excess, so that what is not clipped keeps full precision.
+    # Subtract only the excess over the cap, so that the part of the matrix that is not
+    # clipped keeps full precision.
     over = jnp.maximum(values - cap[..., 0], 0.0)
     clipped = x - (left * over[..., None, :]) @ right
-    # Far above the cap, the subtraction would cancel almost all digits.
+    # If the largest singular value is far above the cap, the subtraction cancels most
+    # of the significant digits. In that case, multiply the factors of the SVD instead.
     rebuilt = (left * jnp.minimum(values, cap[..., 0])[..., None, :]) @ right
     far = values[..., :1, None] > FAR_ABOVE * cap
     clipped = jnp.where(far, rebuilt, clipped)
     return jnp.where(jnp.any(over > 0, axis=-1)[..., None, None], clipped, x)
 
 
-# Above this ratio to the cap, the difference above is less accurate than a product.
+# In `_by_svd`, the ratio of the largest singular value to the cap above which the
+# product of the factors is more accurate than the subtraction.
 FAR_ABOVE = 4
-# Above this ratio to the cap, the iterations below do not converge in time.
+# The ratio of the Frobenius norm to the cap above which the iterations below do not
+# converge in their fixed number of steps.
 MOST_CAPS = 1e3
 
 
@@ -67,8 +71,9 @@ def _sign(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _hardcap(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Takes ``x`` in units of the cap, and limits its singular values to 1."""
+    """Clips the singular values of ``x``, which is in units of the cap, to 1."""
     del like
+    # Use min(s, 1) = (1 + s - |1 - s|) / 2 for each singular value s.
     sign = _sign(x, 30)
     rest = sign - x
     return 0.5 * (sign + x - rest @ (_transposed(_sign(rest, 30)) @ sign))
@@ -99,7 +104,7 @@ ITERATIONS = {"hardcap": _hardcap, "soft": _soft}
 
 
 def _matrix(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
-    """Returns wide matrices with bounded singular values."""
+    """Bounds the singular values of matrices that are wide or square."""
     if method == "svd":
         return _by_svd(y, bound)
     y = y * jnp.minimum(1.0, MOST_CAPS * (bound / jnp.where(size > 0, size, 1.0)))
@@ -108,16 +113,17 @@ def _matrix(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax
 
 
 def _vector(y: jax.Array, bound: jax.Array, size: jax.Array, method: str) -> jax.Array:
-    """Returns a leaf of rank 0 or 1 with a bounded norm, in units of the cap."""
+    """Bounds the norm of a scalar or vector. The result is in units of the cap."""
     size = jnp.where(size > 0, size, 1.0)
     return y / size * (size / jnp.hypot(bound, size) if method == "soft" else 1.0)
 
 
 def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns a leaf, the cap and the norm in units of the largest entry, and the unit.
+    """Returns the scaled leaf, the scaled cap, the unit, and the scaled norm.
 
-    In these units, powers of the entries can't overflow. The unit is a power of two
-    near the largest entry, and small enough that its inverse is a normal number.
+    The leaf, the cap and the norm are divided by the unit, so that powers of the
+    entries can't overflow. The unit is a power of two near the largest entry of each
+    matrix, and it is small enough that its inverse is a normal number.
     """
     axes, info = tuple(range(x.ndim))[-2:], jnp.finfo(x.dtype)
     top = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
@@ -130,14 +136,16 @@ def _in_units(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, ...]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @_full_precision
 def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
-    """Returns a finite leaf with its singular values bounded by ``cap``."""
+    """Bounds the singular values of a leaf with finite entries by ``cap``."""
     if x.size == 0:
         return x
     y, bound, unit, size = _in_units(x, cap)
-    if method != "soft":  # makes an infinite cap finite, too
+    # For "svd" and "hardcap", a cap above the Frobenius norm has no effect, so it can
+    # be reduced. This also makes an infinite cap finite.
+    if method != "soft":
         bound = jnp.minimum(bound, 2 * jnp.maximum(size, 1e-3))
     if x.ndim < 2:
-        # In units of the cap, since in units of the leaf the cap may be subnormal.
+        # Multiply by the original cap, because the scaled cap may be subnormal.
         out = _vector(y, bound, size, method) * cap
         short = (size <= bound) if method != "soft" else (size < 1e-5 * bound)
         return jnp.where(cap > 0, jnp.where(short, x, out), jnp.zeros_like(x))
@@ -155,13 +163,13 @@ def clipped(x: jax.Array, cap: jax.Array, method: str) -> jax.Array:
 @clipped.defjvp
 @_full_precision
 def _clipped_jvp(method, primals, tangents):
-    """Computes the derivative in units of the leaf, where nothing overflows."""
+    """Computes the derivative for the scaled leaf, whose powers can't overflow."""
     (x, cap), (x_dot, cap_dot) = primals, tangents
     out = clipped(x, cap, method)
     if x.size == 0:
         return out, x_dot
     y, bound, _, size = _in_units(x, cap)
-    bound = jnp.minimum(bound, 1e30)  # far above every entry, but finite
+    bound = jnp.minimum(bound, 1e30)  # finite, but far above every entry
     if x.ndim < 2:
         slope = _vector_slope(y, bound, size, x_dot, cap_dot, method)
     elif x.shape[-2] > x.shape[-1]:
@@ -173,7 +181,10 @@ def _clipped_jvp(method, primals, tangents):
 
 
 def _parts(y, size, x_dot, axes):
-    """Returns a leaf's direction, and its tangent parallel and orthogonal to that."""
+    """Returns the direction of ``y`` and two components of ``x_dot``.
+
+    The components are parallel and orthogonal to ``y``.
+    """
     way = y / jnp.where(size > 0, size, 1.0)
     along = way * jnp.sum(way * x_dot, axis=axes, keepdims=True)
     return way, along, x_dot - along
@@ -181,7 +192,9 @@ def _parts(y, size, x_dot, axes):
 
 def _vector_slope(y, bound, size, x_dot, cap_dot, method):
     way, along, across = _parts(y, size, x_dot, tuple(range(y.ndim)))
-    if method == "soft":  # cap * h(r) with h(r) = r / sqrt(1 + r**2)
+    # The "soft" method maps the norm n to cap * h(n / cap), where
+    # h(r) = r / sqrt(1 + r**2).
+    if method == "soft":
         whole = jnp.hypot(bound, size)
         share, rise = bound / whole, (size / whole) ** 3
         return share * across + share**3 * along + cap_dot * rise * way

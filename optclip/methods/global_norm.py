@@ -26,17 +26,19 @@ def clip_by_global_norm(
 ) -> Clip:
     """Clips updates by their global norm.
 
-    u' = u * min(1, max_norm / (n + eps)), where n is the norm of all updates together.
-    With ``eps=0``, this agrees with `optax.clip_by_global_norm` wherever that is
-    accurate. With ``eps=1e-6``, it agrees with ``torch.nn.utils.clip_grad_norm_``.
-    Entries whose squares overflow or underflow are clipped like all others.
+    u' = u * min(1, max_norm / (n + eps)), where n is the norm of all updates,
+    concatenated into a single vector. With ``eps=0``, the results match
+    `optax.clip_by_global_norm` wherever Optax's results are accurate. With
+    ``eps=1e-6``, they match ``torch.nn.utils.clip_grad_norm_``. The norm is accurate
+    even if the squares of some entries overflow or underflow.
 
     Args:
-        max_norm: The largest norm, at least 0: a number, an array or a schedule. At 0,
-            all updates are zero, which stops training; inf disables clipping.
-        ord: The norm's order: a number of at least 1, inf or "rms".
-        eps: Added to the norm, at least 0, in the units of the norm. Norms that are not
-            far above ``eps`` are scaled down as well.
+        max_norm: The largest norm, at least 0: a number, an array or a schedule. A
+            value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
+        ord: The order of the norm: a number that is at least 1, inf or "rms".
+        eps: Value added to the norm, at least 0, in the units of the norm. Norms
+            between ``max_norm - eps`` and ``max_norm`` are then also scaled down.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
@@ -45,7 +47,7 @@ def clip_by_global_norm(
         A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: If an argument is negative or NaN, or not one of the allowed
+        ValueError: If an argument is negative or NaN, or is not one of the allowed
             options.
 
     Example:

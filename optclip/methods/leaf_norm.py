@@ -28,14 +28,14 @@ def clip_by_leaf_norm(
     """Clips each leaf by its norm.
 
     For each leaf, u' = u * min(1, max_norm / (n + eps)), where n is the norm of the
-    leaf. Use it if the gradients of one part of a model explode and should not slow
-    down the other parts. Unlike clipping by the global norm, it changes the direction
-    of the update.
+    leaf. Large gradients in one part of the model do not scale down the updates of the
+    other parts. Unlike clipping by the global norm, clipping each leaf changes the
+    direction of the update.
 
     Args:
         max_norm: The largest norm of a leaf, at least 0: a number, a schedule, or an
-            array with one entry per leaf. At 0, all updates are zero, which stops
-            training; inf disables clipping.
+            array with one entry per leaf. A value of 0 sets all updates to zero, which
+            stops training; inf disables clipping.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.

@@ -1,4 +1,4 @@
-"""The norm-growth limiter of Fira and APOLLO, relative to the previous norm."""
+"""The norm-growth limiter of Fira and APOLLO, which bounds the norm's growth."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ def previous_norm(
     escape_steps: int | None = 200,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the rule that limits the growth of the norm from step to step.
+    """Returns a rule that limits the growth of the norm from one step to the next.
 
-    The threshold is t = growth * (s + eps), where s is the norm of the previous step.
-    Nothing is clipped in the first step. This is `ema_ratio` with ``decay=0``, except
-    that ``eps`` is added to the norm, as in Fira and APOLLO. The rule is scale
-    invariant with ``eps=0``.
+    The threshold is t = growth * (s + eps), where s is the last recorded norm. The
+    first step is not clipped. This is `ema_ratio` with ``decay=0``, except that ``eps``
+    is added to the recorded norm, as in Fira and APOLLO. With ``eps=0``, the rule is
+    scale invariant.
 
     Args:
-        growth: Largest ratio of the norm to the previous one, at least 0.
-        record: "clipped" or "raw": record the norm after or before clipping.
-        eps: Added to the previous norm, at least 0; the originals use 1e-8.
+        growth: The largest ratio of the norm to the last recorded norm, at least 0.
+        record: "clipped" records the norm after clipping, and "raw" the norm before
+            clipping.
+        eps: Value added to the last recorded norm, at least 0. The original
+            implementations use 1e-8.
         escape_steps: As in `ema_ratio`.
         record_zeros: As in `ema_ratio`.
 
     Returns:
-        A rule whose state is one float32 and two int32 values per group.
+        A rule whose state consists of one float32 and two int32 values per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,17 +81,18 @@ def norm_growth_limiter(
 ) -> Clip:
     """Limits the growth of the norm from one step to the next (Fira, APOLLO).
 
-    u' = u * min(1, gamma * n0 / n), where n0 is the norm of the previous step after
-    clipping. The papers apply it to the updates, after Adam's scaling. The method is
-    scale invariant.
+    u' = u * min(1, gamma * n0 / n), where n is the norm of the update and n0 is the
+    norm of the previous update after clipping. The papers apply the limiter to the
+    updates after Adam's scaling. The method is scale invariant.
 
     Args:
-        gamma: Largest ratio of the norm to the previous one, at least 0.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        gamma: The largest ratio of the norm to the previous norm, at least 0.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         original: Whether to follow the original implementations: record norms of zero,
-            and use gamma * (n0 + 1e-8). After one zero gradient, the norm of a leaf
-            restarts at about 1e-8. If False, n0 is reset to the current norm after 200
-            consecutive clipped steps.
+            and use the threshold gamma * (n0 + 1e-8). After a single zero gradient, the
+            norm of a leaf then restarts at about 1e-8. If False, n0 is reset to the
+            current norm after 200 consecutive clipped steps.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

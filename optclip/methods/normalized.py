@@ -1,4 +1,4 @@
-"""Normalized gradients: every group is scaled to the same norm."""
+"""Scales every group of updates to the same norm (normalized gradients)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ def normalize_by_norm(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales each group up or down to the norm ``target`` (normalized gradients).
+    """Scales each group of updates to the norm ``target`` (normalized gradients).
 
-    u' = u * target / (n + eps); a group of zeros stays zero. With ``eps=1e-6`` this is
-    `optax.normalize_by_update_norm`. The norm of the gradient no longer affects the
-    update, so tune the learning rate again, and let it decay.
+    u' = u * target / (n + eps), where n is the norm of the group. A group of zeros
+    stays zero. With ``eps=1e-6``, this is `optax.normalize_by_update_norm`. The norm of
+    the gradient no longer affects the size of the update, so tune the learning rate
+    again, and use a learning rate schedule that decays.
 
     Args:
-        target: The norm to scale to, at least 0: a number, array or schedule. At 0, all
-            updates are zero, which stops training; inf leaves the updates unchanged.
-        eps: Added to the norm, at least 0.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        target: The norm of each scaled group, at least 0: a number, an array or a
+            schedule. A value of 0 sets all updates to zero, which stops training; inf
+            leaves the updates unchanged.
+        eps: Value added to the norm, at least 0.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.

@@ -28,14 +28,16 @@ def clip_per_layer(
 ) -> Clip:
     """Clips each layer of scan-stacked leaves by its norm.
 
-    Like `clip_by_leaf_norm`, except that each layer of a leaf of shape [layers, ...]
-    that ``jax.lax.scan`` iterates over is clipped as a leaf of its own.
+    This is `clip_by_leaf_norm` for models whose layers are stacked for
+    ``jax.lax.scan``. Each layer of a leaf of shape [layers, ...] is clipped as if it
+    were a separate leaf.
 
     Args:
-        max_norm: The largest norm of a layer, at least 0: a number, array or schedule.
-            At 0, all updates are zero, which stops training; inf disables clipping.
-        stack_axes: Number of leading axes that index layers: an int for all leaves, a
-            function of the path, or a mapping from regular expressions to ints.
+        max_norm: The largest norm of a layer, at least 0: a number, an array or a
+            schedule. A value of 0 sets all updates to zero, which stops training; inf
+            disables clipping.
+        stack_axes: The number of leading axes that index layers: an int for all leaves,
+            a function of the path, or a mapping from regular expressions to ints.
         ord: As in `clip_by_global_norm`.
         eps: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
@@ -46,7 +48,7 @@ def clip_per_layer(
         A gradient transformation whose state is a `ClipState`; ``params`` is not used.
 
     Raises:
-        ValueError: As for `clip_by_global_norm`, and in ``init`` if a leaf has too few
+        ValueError: As for `clip_by_global_norm`. In ``init``, if a leaf has too few
             axes.
 
     Example:

@@ -1,4 +1,4 @@
-"""The percentile clipping of bitsandbytes."""
+"""Percentile clipping, as in bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optclip.methods.autoclip import window_percentile
 
 __all__ = ["percentile_clip"]
 
-# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
+# An int default would be converted to an array by `optax.inject_hyperparams`.
 WINDOW = Static(100)
 
 
@@ -29,17 +29,19 @@ def percentile_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to a percentile of the last hundred norms, as bitsandbytes did.
+    """Clips to a percentile of the last hundred norms, as in bitsandbytes.
 
-    u' = u * min(1, t / n), where t is the entry with index ``percentile * window /
-    100`` of the last norms, including the current one, in ascending order. The first
-    norm fills the whole window, so it dominates the first steps. bitsandbytes removed
-    this option in 2026. The method is scale invariant.
+    u' = u * min(1, t / n), where t is a percentile of the last ``window`` norms,
+    including the current norm. These norms are sorted in ascending order, and t is the
+    norm at index ``percentile * window / 100``, rounded down. The first norm fills the
+    whole window, so it determines the threshold of the first steps. The method is scale
+    invariant. bitsandbytes removed this option in 2026.
 
     Args:
-        percentile: Between 0 and 100.
-        window: Number of norms kept, at least 1.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        percentile: The percentile, between 0 and 100.
+        window: Number of norms in the window, at least 1.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         original: Whether to record norms of zero, as in the original implementation.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
@@ -57,7 +59,7 @@ def percentile_clip(
 
     Reference:
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022,
-        https://arxiv.org/abs/2110.02861 (the option is the library's, not the paper's)
+        https://arxiv.org/abs/2110.02861 (the paper does not describe this option)
     """
     rule = window_percentile(
         percentile, window=window, by_rank=True, record_zeros=original

@@ -1,4 +1,4 @@
-"""Clips by a low quantile of the norm, which is estimated on a logarithmic scale."""
+"""Clips by a low quantile of the norm, estimated on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from optclip.methods._history import guard_statistics, one
 
 __all__ = ["QuantileState", "geometric_quantile", "quantile_clip"]
 
-# Smaller norms are replaced by this value, so that the logarithm is finite and the
-# estimate recovers from a tiny first norm within 1,500 steps.
+# Lower bound on the norm. It keeps the logarithm finite, and it lets the estimate
+# recover from a tiny first norm within 1,500 steps.
 LEAST = 1e-30
 
 
@@ -28,8 +28,8 @@ class QuantileState(NamedTuple):
     """State of `geometric_quantile`.
 
     Attributes:
-        log_quantile: float32, one per group. Natural logarithm of the quantile.
-        recorded: int32, one per group. Number of norms recorded.
+        log_quantile: float32, one per group. The natural logarithm of the quantile.
+        recorded: int32, one per group. The number of norms recorded so far.
     """
 
     log_quantile: jax.Array
@@ -51,25 +51,25 @@ def geometric_quantile(
         t = margin * exp(q)
         q = q + max(rate, 1 / step) * (quantile if x > q else quantile - 1)
 
-    During the first ``warmup_steps`` steps, q is the smallest x so far instead. If n is
-    more than ten times the threshold after that, q rises by max(rate, 1 / step), to
-    recover from a tiny first norm. A spike of any size therefore raises q by at most
-    1 / step in the first ``1 / rate`` steps, and by at most ``rate`` after that. A norm
-    above exp(q) that is less than ten times the threshold raises q by only ``quantile``
-    times as much, so the estimate of a low quantile rises slowly and falls quickly. The
-    rule is scale invariant: if all gradients are multiplied by a constant, so are the
-    thresholds.
+    During the first ``warmup_steps`` steps, q is instead the smallest x so far. After
+    the warm-up, if n is more than ten times the threshold, q rises by
+    max(rate, 1 / step). This lets the estimate recover from a tiny first norm. A spike
+    of any size therefore raises q by at most 1 / step in the first ``1 / rate`` steps,
+    and by at most ``rate`` after that. A norm above exp(q) that is less than ten times
+    the threshold raises q by only ``quantile`` times as much, so the estimate of a low
+    quantile rises slowly and falls quickly. The rule is scale invariant: multiplying
+    all gradients by a constant multiplies all thresholds by the same constant.
 
     Args:
         quantile: The quantile to track, between 0 and 1.
         margin: Ratio of the threshold to the quantile, above 0.
-        rate: The largest change in q per step, above 0, after the first ``1 / rate``
-            steps.
-        warmup_steps: Number of initial steps in which q is the smallest x so far; 0 is
-            treated as 1.
+        rate: The largest change in q per step, above 0. This limit applies after the
+            first ``1 / rate`` steps.
+        warmup_steps: Number of initial steps in which q is the smallest x so far. A
+            value of 0 is treated as 1.
 
     Returns:
-        A rule whose state is one float32 and one int32 value per group.
+        A rule whose state consists of one float32 and one int32 value per group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -123,29 +123,30 @@ def quantile_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips to twice a low quantile of the norm, which is estimated during training.
+    """Clips to twice a low quantile of the norm, estimated during training.
 
-    u' = u * min(1, t / n) with t = margin * exp(q), where q is an estimate of a
-    quantile of log(n) (see `optclip.rules.geometric_quantile`). After step 20, a spike
-    of any size raises q by at most 0.05, and the threshold by 5%. Between the warm-up
-    and step 20, a spike raises q by at most 1 / step, so the threshold rises by at most
-    18% at step 6. If all norms are below ten times the threshold, exp(q) takes 140
-    steps to double and 15 steps to halve. No argument has the units of the gradient, so
-    the same defaults fit any loss scale.
+    u' = u * min(1, t / n) with t = margin * exp(q), where n is the norm and q is an
+    estimate of a quantile of log(n). See `optclip.rules.geometric_quantile` for how q
+    is updated. After step 20, a spike of any size raises q by at most 0.05, and the
+    threshold by 5%. Between the warm-up and step 20, a spike raises q by at most
+    1 / step, so the threshold rises by at most 18% at step 6. If all norms are below
+    ten times the threshold, exp(q) takes 140 steps to double and 15 steps to halve. No
+    argument is in the units of the gradient, so the defaults work with any loss scale.
 
-    This limits the effect of bad batches. It does not help against a learning rate that
-    is too high, because a permanent increase in the norm also raises the threshold.
-    `optclip.cap_update` handles that case, and `optclip.stabilize` wraps an optimizer
-    in both.
+    This transformation limits the effect of bad batches. It does not help if the
+    learning rate is too high, because a permanent increase in the norm also raises the
+    threshold. Use `optclip.cap_update` in that case, or `optclip.stabilize`, which
+    wraps an optimizer in both transformations.
 
     Args:
         quantile: The quantile to track, between 0 and 1.
         margin: Ratio of the threshold to the quantile, above 0.
-        rate: The largest change in q per step, above 0, after the first ``1 / rate``
-            steps.
+        rate: The largest change in q per step, above 0. This limit applies after the
+            first ``1 / rate`` steps.
         warmup_steps: Number of initial steps in which exp(q) is the smallest norm so
             far.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

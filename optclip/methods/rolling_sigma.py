@@ -1,4 +1,4 @@
-"""Levanter's clipping: mean plus standard deviations of the last norms."""
+"""Levanter's clipping, based on the mean and standard deviation of recent norms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optclip.methods.autoclip import ROUNDING, empty, put
 
 __all__ = ["rolling_sigma_clip", "window_sigma"]
 
-# Not a plain int, which `optax.inject_hyperparams` would convert to an array.
+# An int default would be converted to an array by `optax.inject_hyperparams`.
 WINDOW = Static(128)
 
 
@@ -39,28 +39,32 @@ def window_sigma(
     record: RecordedNorm = "raw",
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns Levanter's rule: mean plus deviations of the last ``window`` norms.
+    """Returns Levanter's rule, based on the mean and deviation of recent norms.
 
-    The threshold is t = m + sigmas * max(s, floor) with the mean m and the standard
-    deviation s of the previous norms. Nothing is clipped until half the window, and at
-    least two norms, have been recorded. This is the only rule with a history that
-    accepts values that may be negative, such as losses. The rule is scale invariant
-    with the default ``floor``.
+    The threshold is t = m + sigmas * max(s, floor), where m and s are the mean and the
+    standard deviation of the previous ``window`` norms. Nothing is clipped until the
+    window is half full and contains at least two norms. Unlike the other rules that
+    keep a history, this rule also accepts values that can be negative, such as losses.
+    With the default ``floor``, the rule is scale invariant.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
-        window: Number of norms kept, at least 2.
+        window: Number of norms in the window, at least 2.
         floor: Lower bound on s, at least 0, in the units of the norm, such as
             Levanter's 1e-6. None uses a millionth of the largest magnitude in the
-            window, so that a norm that exceeds a constant history only by rounding is
-            not clipped.
-        unbiased: Whether s divides the sum of squares by the number of norms minus one,
-            as in OLMo-core and MaxText, instead of by their number, as in Levanter.
-        record: "raw" or "clipped": record the norm before or after clipping.
-        record_zeros: Whether to record norms of zero, as in the original.
+            window. If all norms in the window are equal, a norm that exceeds them only
+            by a rounding error is then not clipped.
+        unbiased: Whether to divide the sum of squares by the number of norms minus one,
+            as in OLMo-core and MaxText. If False, the sum is divided by the number of
+            norms, as in Levanter.
+        record: "raw" records the norm before clipping, and "clipped" the norm after
+            clipping.
+        record_zeros: Whether to record norms of zero, as in the original
+            implementation.
 
     Returns:
-        A rule whose state is ``window`` float32 values and one int32 value per group.
+        A rule whose state consists of ``window`` float32 values and one int32 value per
+        group.
 
     Raises:
         ValueError: If an argument is out of range, or ``window`` is not an int.
@@ -80,7 +84,7 @@ def window_sigma(
         ring, count = state
         known = jnp.minimum(count, window)
         valid = places(ring) < known[..., None]
-        # In units of the largest magnitude, so that squares can't overflow.
+        # Divide by the largest magnitude, so that the squares can't overflow.
         largest = jnp.max(jnp.where(valid, jnp.abs(ring), 0.0), axis=-1)
         unit = usable_unit(largest)
         share = jnp.where(valid, ring / unit[..., None], 0.0)
@@ -112,20 +116,21 @@ def rolling_sigma_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Clips norms to the mean plus three deviations of the last 128 norms (Levanter).
+    """Clips to the mean plus three standard deviations of recent norms (Levanter).
 
     u' = u * min(1, t / n) with t = m + sigmas * s, where m and s are the mean and the
-    standard deviation of the previous norms before clipping. Nothing is clipped until
-    half the window is filled. Levanter applies it to the updates, after Adam. s is
-    bounded from below by a millionth of the largest norm in the window, which keeps the
-    method scale invariant.
+    standard deviation of the previous ``window`` norms before clipping. Nothing is
+    clipped until the window is half full. Levanter applies this method to the updates
+    after Adam. The lower bound on s is a millionth of the largest norm in the window,
+    which keeps the method scale invariant.
 
     Args:
         sigmas: Number of standard deviations above the mean, at least 0.
-        window: Number of norms kept, at least 2.
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        window: Number of norms in the window, at least 2.
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         original: Whether to follow the original implementation: record norms of zero,
-            and bound s from below by 1e-6.
+            and use a lower bound of 1e-6 on s.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.
@@ -141,7 +146,7 @@ def rolling_sigma_clip(
         >>> tx = optclip.rolling_sigma_clip(3.0)
 
     Reference:
-        The Levanter trainer, its `ClipUpdateNorm`,
+        The Levanter trainer, `ClipUpdateNorm`,
         https://github.com/stanford-crfm/levanter
     """
     rule = window_sigma(

@@ -25,18 +25,20 @@ def soft_clip(
     axis_name: Any = None,
     update_dtype: DType = None,
 ) -> Clip:
-    """Scales each group down smoothly, so that its norm stays below ``max_norm``.
+    """Scales each group down smoothly so that its norm does not exceed ``max_norm``.
 
     With r = n / max_norm, a group of norm n is scaled to the norm ``max_norm * f(r)``,
-    where f is one of the four curves of `optclip.actions.soften`. There is no kink at
-    the threshold: every group is scaled down, small norms only slightly and large norms
-    strongly.
+    where f is one of the four curves of `optclip.actions.soften`. Unlike in hard
+    clipping, the scale has no kink at the threshold. Every group is scaled down: groups
+    with small norms only slightly, and groups with large norms strongly.
 
     Args:
-        max_norm: Upper bound on the norm, at least 0: a number, array or schedule. At
-            0, all updates are zero, which stops training; inf disables clipping.
-        kind: "rational", "tanh", "atan" or "sqrt".
-        scope: Which entries share one norm; a scope from `optclip.scopes`.
+        max_norm: Upper bound on the norm, at least 0: a number, an array or a schedule.
+            A value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
+        kind: The name of the curve: "rational", "tanh", "atan" or "sqrt".
+        scope: A scope from `optclip.scopes`, which determines the entries that share
+            one norm.
         ord: As in `clip_by_global_norm`.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.

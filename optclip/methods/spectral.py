@@ -22,7 +22,7 @@ __all__ = ["spectral_clip"]
 
 
 def _lengths(updates: Any, found: pytrees.Leaves) -> tuple[jax.Array, ...]:
-    """Returns the leaf norms, the global norm, and the kinds of non-finite entries."""
+    """Returns the leaf norms, the global norm, and the kinds of non-finite values."""
     layout = grouping.whole_leaf_layout(range(len(found.leaves)), found.leaves)
     cut = group_norms.cut_by(layout, updates, found, order=2.0, axis_name=None)
     measured = group_norms.norms_of(found.leaves, cut)
@@ -38,27 +38,30 @@ def spectral_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the singular values of each matrix and keeps its singular vectors.
 
-    The last two axes of a leaf form a matrix u = U S Vt; all other axes are batch axes.
-    The result is u' = U f(S) Vt, where f depends on ``method`` and c = ``max_sigma``:
+    The last two axes of a leaf form a matrix, and all other axes are batch axes. A
+    matrix with the singular value decomposition u = U S Vt becomes u' = U f(S) Vt,
+    where f depends on ``method`` and c = ``max_sigma``:
 
-    | method    | f(s)                  | algorithm and accuracy                      |
-    | --------- | --------------------- | ------------------------------------------- |
-    | "svd"     | min(s, c)             | SVD, to 1e-5                                |
-    | "hardcap" | min(s, c)             | matrix products only, to 0.15 * c           |
-    | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only, to 1e-3 for s < 100 c |
+    | method    | f(s)                  | algorithm            | accuracy           |
+    | --------- | --------------------- | -------------------- | ------------------ |
+    | "svd"     | min(s, c)             | SVD                  | 1e-5               |
+    | "hardcap" | min(s, c)             | matrix products only | 0.15 * c           |
+    | "soft"    | s / sqrt(1 + (s/c)^2) | matrix products only | 1e-3 for s < 100 c |
 
     If the Frobenius norm of a matrix is above 1,000 c, "hardcap" and "soft" first scale
-    the whole matrix down to that norm, including its small singular values.
+    the matrix to a Frobenius norm of 1,000 c, which also reduces its small singular
+    values.
 
-    A scalar or vector leaf is treated as a single column, so f is applied to its norm.
-    Sharded matrices are gathered. Matrix products are computed in float32 or wider.
-    Muon's quintic iteration is not used, because five steps of it are not accurate
-    enough for clipping. Derivatives are finite everywhere, even if singular values are
-    equal or zero.
+    A scalar or vector leaf is treated as a matrix with a single column, so f is applied
+    to its norm. Sharded matrices are gathered. Matrix products are computed in float32
+    or higher precision. Muon's quintic iteration is not used, because five steps of it
+    are not accurate enough for clipping. Derivatives are finite everywhere, even if
+    singular values are equal or zero.
 
     Args:
-        max_sigma: The largest singular value c, at least 0: a number or schedule. At 0,
-            all updates are zero, which stops training; inf disables clipping.
+        max_sigma: The largest singular value c, at least 0: a number or a schedule. A
+            value of 0 sets all updates to zero, which stops training; inf disables
+            clipping.
         method: "svd", "hardcap" or "soft".
         nonfinite: How to handle a leaf that contains NaN or inf: "propagate" leaves it
             unchanged, "zero" sets it to zero, "drop" sets the non-finite entries to
@@ -66,13 +69,13 @@ def spectral_clip(
 
     Returns:
         A gradient transformation whose state is a `ClipState`. ``norm_before`` and
-        ``norm_after`` are Frobenius norms of all updates together, ``scale`` is their
-        ratio, and ``clipped`` is the fraction of leaves whose norm was reduced.
-        ``params`` is not used.
+        ``norm_after`` are the global norms of the updates, and ``scale`` is the ratio
+        of ``norm_after`` to ``norm_before``. ``clipped`` is the fraction of leaves
+        whose norm was reduced. ``params`` is not used.
 
     Raises:
         ValueError: If ``max_sigma`` is negative or NaN, or ``method`` or ``nonfinite``
-            is unknown; in ``update``, if a leaf is complex.
+            is unknown. In ``update``, if a leaf is complex.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -128,7 +131,7 @@ def spectral_clip(
         after, rest, _ = _lengths(out, found._replace(leaves=new))
         usable = jnp.isfinite(length) & (length > 0)
         share = jnp.where(usable, rest / jnp.where(usable, length, 1.0), 1.0)
-        # Count only leaves whose norm decreased by more than a rounding error.
+        # Count only the leaves whose norm decreased by more than a rounding error.
         smaller = after < before * (1 - 2.0**-20)
         clipped = jnp.mean(smaller.astype(jnp.float32))
         steps, clipped_steps = states.count_event(
