@@ -106,7 +106,7 @@ notebooks-check: $(call stamp,notebooks)  ## Run the notebooks; fail if they dif
 bench: $(call stamp,test)  ## Measure what clipping costs in a training step
 	@$(bin)/python benchmarks/step_cost.py $(ARGS)
 
-training: $(call stamp,bench)  ## Compare clipping methods by training small models; ARGS=--quick for 3 minutes
+training: $(call stamp,bench)  ## Compare clipping methods by training small models; ARGS=--quick for a few minutes
 	@$(bin)/python -m benchmarks.training $(ARGS)
 
 test-training: $(call stamp,bench)  ## Test the training benchmark

@@ -22,6 +22,7 @@ import optax
 
 import optclip
 from benchmarks.training import tasks
+from benchmarks.training.candidates import CANDIDATES
 from benchmarks.training.methods import METHODS
 from benchmarks.training.run import program_of, train
 
@@ -29,6 +30,7 @@ OUTPUT = pathlib.Path("benchmarks/results/training")
 # Seeds of the two splits: none of the held-out ones is ever tuned on.
 FIRST_SEED = {"tune": 0, "held_out": 100}
 QUICK = ("logistic_from_zeros", "digits_heavy_tails")
+VARIANTS = {f"stabilize, {name}" for name in CANDIDATES}
 
 
 def settings_of(task, method, seeds):
@@ -102,6 +104,7 @@ def main():
     names = options.tasks or tasks.all_names()
     if options.quick:
         names, options.seeds = [n for n in names if n in QUICK], 2
+        options.methods = [m for m in options.methods if m not in VARIANTS]
     if options.split:
         names = [n for n in names if tasks.load(n).split == options.split]
     pairs = [(name, method) for name in names for method in options.methods]
