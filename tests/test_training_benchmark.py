@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.training import summary
-
 pytest.importorskip("sklearn", reason="the tasks use scikit-learn's digits")
 
-from benchmarks.training import tasks
+from benchmarks.training import summary, tasks
 from benchmarks.training.methods import CONSTANT, METHODS
 from benchmarks.training.run import program_of, train
 
