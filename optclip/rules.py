@@ -1,4 +1,4 @@
-"""Rules, which compute the threshold of each group from its norm.
+"""Rules that compute the threshold of each group from its norm.
 
 A `Rule` is a pair of pure functions that operate on *one* array of norms. It does not
 depend on pytrees, sharding or Optax, so the same rule works in every scope. For

@@ -186,7 +186,7 @@ def _leaf_statistics(
     options: Options,
     max_over_devices: Callable,
 ) -> tuple[jax.Array, ...]:
-    """Returns (largest magnitude after, threshold, clipped, scale) of one leaf."""
+    """Returns (largest clipped magnitude, threshold, clipped, scale) for one leaf."""
     last = _largest_after(y, top, limit, options.action, max_over_devices)
     if options.nonfinite in ("zero", "drop"):
         last = jnp.where(jnp.isnan(top), 0.0, last)

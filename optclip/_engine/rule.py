@@ -93,7 +93,7 @@ def keep_where(
     new: Any,
     max_over_devices: Callable[..., Any] = lambda x: x,
 ) -> Any:
-    """Returns a rule's new state, except that the groups in ``kept`` keep the old one.
+    """Returns a rule's new state, with the groups in ``kept`` left unchanged.
 
     An array that all groups share is kept if all groups on all devices are kept.
     ``max_over_devices`` is ``across`` of the `Context`.

@@ -327,9 +327,9 @@ def validate_state(
 ) -> Any:
     """Returns ``state`` after checking that its layout matches the result of ``init``.
 
-    The types, structure and shapes are compared, except in the fields ``foreign``. This
-    adds no cost to a compiled step. Batched, sharded and NumPy arrays are accepted, and
-    so is a state with rows of telemetry for up to ``absent`` more leaves.
+    The types, structure and shapes are compared, except for the fields in ``foreign``.
+    This adds no cost to a compiled step. Batched, sharded and NumPy arrays are
+    accepted, and so is a state with rows of telemetry for up to ``absent`` more leaves.
     """
     wanted = jax.eval_shape(init)
     kind = type(wanted)

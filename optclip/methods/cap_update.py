@@ -131,8 +131,8 @@ def cap_update(
     parameters, so the same ratio fits any optimizer, loss and schedule. It prevents the
     divergence caused by a learning rate that is too high, which clipping the gradients
     cannot prevent. The factor 1 / m lowers a learning rate that is too high instead of
-    making all updates equally large, so that a schedule still decays them. A single
-    large update counts as at most three times the average.
+    making all updates equally large, so that a schedule still decays them. The
+    contribution of a single update to m is capped at three times m.
 
     Args:
         ratio: Largest ratio of the update to the parameters, at least 0. At 0, all

@@ -28,7 +28,7 @@ def ema_sigma(
     escape_steps: int | None = 50,
     record_zeros: bool = False,
 ) -> Rule:
-    """Returns the Open-Sora-Plan rule: mean plus deviations, excluding outliers.
+    """Returns the Open-Sora-Plan rule: outliers are left out of the mean and deviation.
 
     The threshold is t = m + sigmas * s, where m and s are the moving mean and standard
     deviation of the norms. Norms above t are not recorded. The first step is not

@@ -1,4 +1,4 @@
-"""Spike detection for `skip_steps`: a rule combined with a test of rarity.
+"""Spike detection for `skip_steps`: a rule, and a test of how rare such norms are.
 
 A rule alone is not enough. If it excludes spikes from its history, it never learns that
 they have become normal; if it includes them, a single spike hides the next ones. The

@@ -70,7 +70,7 @@ class SkipState(NamedTuple):
         offered_loss: float32 scalar. The last loss; 0 if none was passed.
         skip_above: float32 scalar. The last threshold for the norm; the largest float32
             if there was none; initially 0.
-        skip_loss_above: float32 scalar. The same for the loss; 0 if no loss was judged.
+        skip_loss_above: float32 scalar. The same for the loss; 0 if none was checked.
         last_bad: The most recently skipped steps, as `BadSteps`.
         nonfinite: Statistics of non-finite entries, as `NonfiniteStats`.
     """
@@ -101,7 +101,7 @@ MAX_CONSECUTIVE, MAX_SIMILAR, KEPT = Static(10), Static(10), Static(8)
 
 
 def _worst(norms: jax.Array, kinds: jax.Array) -> jax.Array:
-    """Returns the index of the first non-finite leaf, otherwise of the largest norm."""
+    """Returns the index of the first non-finite leaf, or else of the largest norm."""
     bad = jnp.any(kinds, axis=1)
     size = jnp.where(jnp.isfinite(norms) & ~bad, norms, 0.0)
     return jnp.argmax(jnp.where(bad, jnp.inf, size)).astype(jnp.int32)
