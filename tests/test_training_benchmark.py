@@ -21,10 +21,11 @@ def implicit_broadcasting():
 
 
 @pytest.mark.parametrize("name", tasks.all_names())
-def test_every_task_trains_with_the_stabilized_optimizer(name):
+def test_every_task_trains(name):
+    # Without a clip: methods must not be run on held-out tasks before they are frozen.
     task = tasks.load(name)
     task = task._replace(steps=10, rates=task.rates[:1])
-    clean = train(program_of(task, METHODS["stabilize"], range(1))).clean
+    clean = train(program_of(task, METHODS["none"], range(1))).clean
     assert clean.shape == (1, 1, 1)
     assert np.isfinite(clean).all()
     assert (clean > 0).all()
