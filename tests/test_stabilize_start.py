@@ -98,6 +98,9 @@ def test_optimizer_restarts_from_its_initial_state_after_a_bad_start():
     chex.assert_trees_all_equal(late.optimizer_state, fresh.optimizer_state)
     assert int(late.restarts) == 1
     assert int(fresh.restarts) == 0
+    # The cap starts over as well: neither its ramp nor its average sees the bad start.
+    chex.assert_trees_all_equal(late.update_cap.rule_state, fresh.update_cap.rule_state)
+    assert int(late.update_cap.rule_state[0].recorded) == 3
 
 
 @pytest.mark.parametrize(

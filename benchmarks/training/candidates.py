@@ -57,6 +57,6 @@ CANDIDATES = {
     "rate 0.2": candidate(quantile(0.1, rate=0.2), cap()),
     "zclip": candidate(rules.ema_zscore(), cap()),
     "log window": candidate(rules.log_window_sigma(2.0), cap()),
-    "no cap": candidate(quantile(0.1), optax.identity()),
+    "no cap": candidate(quantile(0.1), cap(np.inf)),
     "no clip": candidate(np.inf, cap()),
 }

@@ -57,7 +57,7 @@ def clip_grad_norm(
         >>> float(norm), round(float(grads[1]), 4)
         (5.0, 0.8)
     """
-    _check_order(max_norm=max_norm)
+    _check_not_a_pytree(max_norm=max_norm)
     norm = norms.global_norm(grads, ord=norm_type)
     if error_if_nonfinite:
         checkify.check(
@@ -82,7 +82,7 @@ def clip_grad_norm(
     return jax.tree.map(as_torch, grads, clipped), norm
 
 
-def _check_order(**named: Any) -> None:
+def _check_not_a_pytree(**named: Any) -> None:
     """Raises an error if an argument is a pytree, which suggests swapped arguments."""
     for name, value in named.items():
         if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
@@ -112,6 +112,6 @@ def clip_grad_value(grads: Any, clip_value: jax.typing.ArrayLike) -> Any:
         >>> optclip.clip_grad_value(jnp.array([-3.0, 0.5]), 1.0).tolist()
         [-1.0, 0.5]
     """
-    _check_order(clip_value=clip_value)
+    _check_not_a_pytree(clip_value=clip_value)
     tx = clip_by_value(clip_value)
     return tx.update(grads, tx.init(grads))[0]

@@ -112,9 +112,8 @@ def stabilize(
        `optax.inject_hyperparams` are kept.
     4. The root mean square of the final update is capped at ``max_ratio`` times the
        root mean square of the parameters (`cap_update`). The cap rises linearly in the
-       first ``ramp_steps`` steps, and updates that exceed it persistently are scaled
-       down permanently. This guards against a learning rate that is too high and makes
-       up for a missing warm-up.
+       first ``ramp_steps`` steps, and updates that exceed it persistently are divided
+       by their average excess. This guards against a learning rate that is too high.
 
     The clip and the cap each handle failures that the other does not. In the metrics,
     they are the first and the last clip: `clip` and `clip_2`, unless the wrapped
@@ -244,15 +243,16 @@ def guarded(
         # Integer leaves must pass through unchanged, but optimizers return floats for
         # them.
         out = pytrees.leaves_of(updates).rebuild(pytrees.matching(updates, out))
-        # The updates before the restart say nothing about those after it.
-        cap_before = state.update_cap
-        if isinstance(cap_before, ClipState):
-            new: Any = last.init(_masks.kept(flags, params))
-            rule_state = states.tree_where(
-                restart, new.rule_state, cap_before.rule_state
-            )
-            cap_before = cap_before._replace(rule_state=rule_state)
-        capped, cap_state = last.update(_masks.kept(flags, out), cap_before, params)
+        # The cap must not average over updates from before the restart.
+        initial = last.init(_masks.kept(flags, params)).rule_state
+        cap_rule_state = states.tree_where(
+            restart, initial, state.update_cap.rule_state
+        )
+        capped, cap_state = last.update(
+            _masks.kept(flags, out),
+            state.update_cap._replace(rule_state=cap_rule_state),
+            params,
+        )
         least = jnp.minimum(norm, state.least_norm)
         return _masks.restored(flags, capped, out), StabilizeState(
             gradient_clip=clip_state,
