@@ -18,9 +18,9 @@ from optclip.methods._history import counts, guard_statistics, one
 
 __all__ = ["UpdateCapState", "cap_update", "update_cap"]
 
-# One step counts as at most this multiple of the average excess so far. A spike in step
-# k therefore raises the average by a factor of at most 1 + 2 / k, and a persistent
-# excess E is reached after about the square root of E steps.
+# One step counts as at most this multiple of the average excess m so far, or of 1 if m
+# is smaller. A spike in step k therefore multiplies an average above 1 by at most 1 + 2 /
+# k, and a persistent excess E is reached after about sqrt(2 * E) steps.
 LARGEST_JUMP = 3.0
 
 
@@ -132,7 +132,7 @@ def cap_update(
     divergence caused by a learning rate that is too high, which clipping the gradients
     cannot prevent. The factor 1 / m lowers a learning rate that is too high instead of
     making all updates equally large, so that a schedule still decays them. The
-    contribution of a single update to m is capped at three times m.
+    contribution of a single update to m is capped at 3 * max(m, 1).
 
     Args:
         ratio: Largest ratio of the update to the parameters, at least 0. At 0, all
