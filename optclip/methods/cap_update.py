@@ -19,8 +19,8 @@ from optclip.methods._history import counts, guard_statistics, one
 __all__ = ["UpdateCapState", "cap_update", "update_cap"]
 
 # One step counts as at most this multiple of the average excess m so far, or of 1 if m
-# is smaller. A spike in step k therefore multiplies an average above 1 by at most 1 + 2 /
-# k, and a persistent excess E is reached after about sqrt(2 * E) steps.
+# is smaller. A spike in step k therefore multiplies an average above 1 by at most
+# 1 + 2 / k, and a persistent excess E is reached after about sqrt(2 * E) steps.
 LARGEST_JUMP = 3.0
 
 
