@@ -170,7 +170,7 @@ def table(title, rows, data, rounds):
         low, high = np.percentile(ratios, [25, 75])
         spent, kernels = kernel_time[name]
         lines.append(
-            f"| {name} | {np.median(ratios):.3f} | {low:.3f} to {high:.3f} "
+            f"| {name} | {np.median(ratios):.3f} | {low:.3f}\N{EN DASH}{high:.3f} "
             f"| {spent / bare_busy:.3f} | {kernels:.0f} "
             f"| {row.temporaries / 1e6:.1f} |"
         )

@@ -92,7 +92,7 @@ def rows():
 def main():
     options = parser(__doc__).parse_args()
     lines = [
-        "| clip | numbers kept, two entries | steps after a spike x1000 "
+        "| clip | size of the state | steps after a spike x1000 "
         "| after a shift x100 | after a shift x0.01 |",
         "| --- | --- | --- | --- | --- |",
         *rows(),

@@ -204,7 +204,7 @@ def table(name, dtype, rounds, chosen, clips=variants):
         ratios = times[key] / base
         low, high = np.percentile(ratios, [25, 75])
         lines.append(
-            f"| {key} | {np.median(ratios):.2f} | {low:.2f} to {high:.2f} "
+            f"| {key} | {np.median(ratios):.2f} | {low:.2f}\N{EN DASH}{high:.2f} "
             f"| {step.temp_bytes / 1e6:.1f} | {step.accessed_bytes / 1e6:.0f} "
             f"| {step.trace_s:.1f} | {step.compile_s:.1f} | {step.alone_s:.1f} |"
         )

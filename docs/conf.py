@@ -58,7 +58,7 @@ NAMED = {
     "optax.GradientTransformationExtraArgs": "GradientTransformationExtraArgs",
 }
 NAMES = ("ClipOption", "CurveName", "DType", "Mode", "NonfinitePolicy", "Order")
-NAMES += ("RecordedNorm", "Threshold")
+NAMES += ("RecordedNorm", "StackAxes", "Threshold")
 autodoc_type_aliases = {name: name for name in NAMES} | NAMED
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True

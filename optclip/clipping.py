@@ -64,7 +64,7 @@ def clip_by_rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates using any rule, scope and action.
 
-    All other clips in optclip are built on this function. The ``scope`` splits the
+    Most clips in optclip are built on this function. The ``scope`` splits the
     updates into groups. For each group, the ``rule`` computes a threshold t from the
     norm n (of order ``ord``), and the ``action`` computes a scale from n and t. The
     group is multiplied by this scale. By default, all updates form one group, and

@@ -14,7 +14,7 @@ import jax
 
 from optclip._engine import grouping, pytrees
 from optclip._engine.grouping import Axes, Layout
-from optclip._engine.types import Axis
+from optclip._engine.types import Axis, StackAxes
 
 __all__ = ["Scope", "element", "label", "layer", "leaf", "tree", "unit"]
 
@@ -135,7 +135,7 @@ def _broadcast(labels: Any, updates: Any) -> list[Any]:
     return names
 
 
-def layer(stack_axes: Any) -> Scope:
+def layer(stack_axes: StackAxes) -> Scope:
     """Puts each layer of a leaf stacked for `jax.lax.scan` into its own group.
 
     A layer with three stacked parameter arrays forms three groups, one per array.

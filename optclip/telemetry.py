@@ -168,7 +168,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | `clip/clipped_fraction` | `clip/clipped_steps` divided by `clip/steps`           |
     | `clip/nonfinite_steps`  | number of updates that contained NaN or inf            |
 
-    If there are several groups, `clip/worst_threshold` and `clip/worst_scale` replace
+    In all scopes other than tree, `clip/worst_threshold` and `clip/worst_scale` replace
     `clip/threshold` and `clip/scale`.
 
     The second clip in the chain is called `clip_2`, the third `clip_3`, and so on.

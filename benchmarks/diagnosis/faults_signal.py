@@ -120,7 +120,7 @@ def depth():
         held_out=True,
     )
     yield fault(
-        "24 residual layers without normalisation",
+        "24 residual layers without normalization",
         "depth",
         classes(plain.mlp, depth=24, **good),
         knobs=dict(norm=False),

@@ -16,7 +16,7 @@ def confusion(results):
     truths = sorted({t for t, _ in counts})
     said = sorted({s for _, s in counts})
     return [
-        _row(["true \\ said", *said]),
+        _row(["true \\ diagnosed", *said]),
         _row(["---"] * (1 + len(said))),
         *(_row([t, *(counts[t, s] or "." for s in said)]) for t in truths),
     ]
@@ -35,10 +35,10 @@ def summary(results):
     return [
         "| measured | models |",
         "| --- | --- |",
-        f"| with a fault, named first, on most seeds | {right} of {models} |",
-        f"| train after the first remedy | {helped} of {models} |",
-        f"| train after the first remedies of all findings | {both} of {models} |",
-        f"| healthy, called so, on most seeds | {calm} of {healthy} |",
+        f"| faulty: the true cause ranked first, on most seeds | {right} of {models} |",
+        f"| faulty: train after the first remedy | {helped} of {models} |",
+        f"| faulty: train after each finding's first remedy | {both} of {models} |",
+        f"| healthy: no findings, on most seeds | {calm} of {healthy} |",
         "",
         f"False alarms: {', '.join(alarms) or 'none'}.",
         "",
@@ -50,7 +50,9 @@ def summary(results):
 def each(results):
     """Lists the diagnosis of each scenario on each seed."""
     rows = [
-        _row(["model", "seed", "true", "said", "first remedy", "trains then", "s"]),
+        _row(
+            ["model", "seed", "true", "diagnosed", "first remedy", "trains then", "s"]
+        ),
         _row(["---"] * 7),
     ]
     for r in results:

@@ -124,7 +124,7 @@ def initialization():
 def depth():
     good = dict(norm=True, residual=True)
     yield fault(
-        "vision transformer of 16 blocks without normalisation",
+        "vision transformer of 16 blocks without normalization",
         "depth",
         see(nesterov(0.01), depth=16, gain=1.4),
         knobs=dict(norm=False),

@@ -7,7 +7,14 @@ from typing import Literal, TypeAlias
 
 import jax
 
-__all__ = ["Axis", "DType", "NonfinitePolicy", "Order", "RecordedNorm"]
+__all__ = [
+    "Axis",
+    "DType",
+    "NonfinitePolicy",
+    "Order",
+    "RecordedNorm",
+    "StackAxes",
+]
 
 # What happens to a group that contains NaN or infinity.
 NonfinitePolicy: TypeAlias = Literal["propagate", "zero", "drop", "skip"]
@@ -21,3 +28,5 @@ DType: TypeAlias = jax.typing.DTypeLike | None
 # or a map from regular expressions. None means the default axes.
 Axes: TypeAlias = int | Sequence[int] | None
 Axis: TypeAlias = Axes | Callable[[str], Axes] | Mapping[str, Axes]
+# The number of leading axes that index layers, given in the same ways. None means 0.
+StackAxes: TypeAlias = int | Callable[[str], int | None] | Mapping[str, int]

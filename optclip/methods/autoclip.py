@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Static, since `optax.inject_hyperparams` would convert a plain int to an array.
-WINDOW = Static(1000)
+WINDOW: Any = Static(1000)
 # Differences below this fraction of the largest norm are rounding errors.
 ROUNDING = 1e-6
 
@@ -103,7 +103,7 @@ def _percentile(state: WindowState, percentile: Any, by_rank: bool) -> jax.Array
 def window_percentile(
     percentile: jax.typing.ArrayLike,
     *,
-    window: Any = WINDOW,
+    window: int = WINDOW,
     include_current: bool = True,
     by_rank: bool = False,
     record: RecordedNorm = "raw",
@@ -273,7 +273,7 @@ def log_histogram_percentile(
 def autoclip(
     percentile: jax.typing.ArrayLike = 10.0,
     *,
-    window: Any = WINDOW,
+    window: int | None = WINDOW,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
     nonfinite: NonfinitePolicy = "propagate",

@@ -135,8 +135,9 @@ def cap_update(
     contribution of a single update to m is capped at 3 * max(m, 1).
 
     Args:
-        ratio: Largest ratio of the update to the parameters, at least 0. At 0, all
-            updates are zero, which stops training; inf disables the cap.
+        ratio: Largest ratio of the update to the parameters, at least 0. A
+            value of 0 sets all updates to zero, which stops training; inf disables the
+            cap.
         floor: Lower bound on the root mean square of the parameters, at least 0, in the
             units of the parameters, so that parameters that are zero can change. None
             means that each entry of a leaf with N entries counts as N**(-1/4), which

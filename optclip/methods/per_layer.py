@@ -8,7 +8,7 @@ import jax
 
 from optclip import scopes
 from optclip._engine.thresholds import fixed
-from optclip._engine.types import DType, NonfinitePolicy, Order
+from optclip._engine.types import DType, NonfinitePolicy, Order, StackAxes
 from optclip._engine.validation import EUCLIDEAN
 from optclip.clipping import clip_by_rule
 from optclip.methods._common import Clip, Threshold, hard
@@ -18,7 +18,7 @@ __all__ = ["clip_per_layer"]
 
 def clip_per_layer(
     max_norm: Threshold,
-    stack_axes: Any,
+    stack_axes: StackAxes,
     *,
     ord: Order = EUCLIDEAN,
     eps: jax.typing.ArrayLike = 0.0,

@@ -16,13 +16,13 @@ from optclip.methods.autoclip import window_percentile
 __all__ = ["percentile_clip"]
 
 # An int default would be converted to an array by `optax.inject_hyperparams`.
-WINDOW = Static(100)
+WINDOW: Any = Static(100)
 
 
 def percentile_clip(
     percentile: jax.typing.ArrayLike = 5.0,
     *,
-    window: Any = WINDOW,
+    window: int = WINDOW,
     scope: scopes.Scope = scopes.leaf(),
     original: bool = False,
     nonfinite: NonfinitePolicy = "propagate",

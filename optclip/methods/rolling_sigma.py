@@ -27,13 +27,13 @@ from optclip.methods.autoclip import ROUNDING, empty, put
 __all__ = ["rolling_sigma_clip", "window_sigma"]
 
 # An int default would be converted to an array by `optax.inject_hyperparams`.
-WINDOW = Static(128)
+WINDOW: Any = Static(128)
 
 
 def window_sigma(
     sigmas: jax.typing.ArrayLike = 3.0,
     *,
-    window: Any = WINDOW,
+    window: int = WINDOW,
     floor: jax.typing.ArrayLike | None = None,
     unbiased: bool = False,
     record: RecordedNorm = "raw",
@@ -109,7 +109,7 @@ def window_sigma(
 def rolling_sigma_clip(
     sigmas: jax.typing.ArrayLike = 3.0,
     *,
-    window: Any = WINDOW,
+    window: int = WINDOW,
     scope: scopes.Scope = scopes.tree(),
     original: bool = False,
     nonfinite: NonfinitePolicy = "propagate",

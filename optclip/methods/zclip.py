@@ -266,8 +266,8 @@ def zclip(
             one norm.
         original: Whether to follow the original implementation: record norms of zero,
             add 1e-6 to s and n, and never restart. If False, the statistics restart
-            after 50 consecutive spikes, and 1e-6 * m is added to s, which keeps the
-            z-score scale invariant.
+            after 50 consecutive norms that are spikes or at most m / 100, and 1e-6 * m
+            is added to s, which keeps the z-score scale invariant.
         nonfinite: As in `optclip.clip_by_rule`.
         axis_name: As in `optclip.clip_by_rule`.
         update_dtype: As in `optclip.clip_by_rule`.

@@ -18,7 +18,7 @@ from optclip.methods.autoclip import empty, put
 __all__ = ["log_window_sigma"]
 
 # Not a plain int, which `optax.inject_hyperparams` would convert to an array.
-WINDOW = Static(128)
+WINDOW: Any = Static(128)
 # Bounds on the logarithm of a norm. Both are slightly inside the range of the normal
 # float32 numbers, so that `exp` of the upper bound is finite.
 LEAST_LOG, LARGEST_LOG = -87.3, 88.7
@@ -27,7 +27,7 @@ LEAST_LOG, LARGEST_LOG = -87.3, 88.7
 def log_window_sigma(
     sigmas: jax.typing.ArrayLike = 5.0,
     *,
-    window: Any = WINDOW,
+    window: int = WINDOW,
     min_ratio: jax.typing.ArrayLike = 2.0,
 ) -> Rule:
     """Returns the default rule of `skip_steps`: standard deviations of the log norm.
