@@ -26,8 +26,9 @@ class Task(NamedTuple):
         batch: Function of (key, step) that returns a batch. ``step`` is an int32
             scalar, for troubles that begin at some step.
         loss: Function of (params, batch) that returns the loss that is trained on.
-        clean: Function of the parameters that returns the loss, or minus the return, on
-            fixed data without the trouble. Lower is better, and it is above 0.
+        clean: Function of the parameters that returns the loss on fixed data without
+            the trouble, or the largest possible return divided by the return. Lower is
+            better, and it is above 0.
         chance: The clean loss of a model that has learned nothing. Runs that end far
             above it have diverged.
         gradient: Function of (key, step, grads) that returns the gradients that the

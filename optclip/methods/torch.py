@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from optclip import norms
 from optclip.methods.global_norm import clip_by_global_norm
@@ -60,6 +59,9 @@ def clip_grad_norm(
     _check_not_a_pytree(max_norm=max_norm)
     norm = norms.global_norm(grads, ord=norm_type)
     if error_if_nonfinite:
+        # Imported here because it would add a fifth to the import time of optclip.
+        from jax.experimental import checkify
+
         checkify.check(
             jnp.isfinite(norm),
             "The norm of order {order} of the gradients is {norm}, so they can't be "
