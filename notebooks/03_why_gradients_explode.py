@@ -279,7 +279,7 @@ plt.show()
 
 # %%
 right = dict(zip(REMEDIES, table[:, 1:], strict=True))
-usual = dict(zip(REMEDIES, table[:, 0], strict=True))
+typical = dict(zip(REMEDIES, table[:, 0], strict=True))
 growth = {name: bad[0] / bad[-1] for name, (bad, _) in pairs.items()}
 assert growth["initialization"] > 100
 assert growth["activation"] > 1000
@@ -293,8 +293,8 @@ assert np.isnan(right["none"]).all()
 assert right["He initialization"][0] > 0.7
 assert np.isnan(right["He initialization"][2:]).all()
 assert right["layer normalization,\nresidual connections"].min() > 0.7
-assert usual["none"] > 0.8
-assert right["AdamW"].max() < usual["AdamW"]
+assert typical["none"] > 0.8
+assert right["AdamW"].max() < typical["AdamW"]
 assert np.isfinite(right["clip by norm, 1"]).all()
 assert right["clip by norm, 1"][3] > 0.7 > right["clip by norm, 1"][:3].max()
-assert usual["clip by norm, 1"] < usual["none"]
+assert typical["clip by norm, 1"] < typical["none"]

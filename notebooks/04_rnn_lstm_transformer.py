@@ -332,9 +332,9 @@ def clipped(run, key="clip/clipped"):
 print(f"{'':16}{'final loss':>12}{'steps clipped':>20}")
 for name, runs in RUNS.items():
     print(f"{name:15}{'typical':>7}{'high':>6}{'typical':>12}{'high':>8}")
-    for clip, (usual, high) in FINAL[name].items():
+    for clip, (typical, high) in FINAL[name].items():
         shares = "{:12.0%}{:8.0%}".format(*(clipped(run[clip]) for run in runs))
-        print(f"  {clip:14}{usual:6.2f}{high:6.2f}{shares}")
+        print(f"  {clip:14}{typical:6.2f}{high:6.2f}{shares}")
     caps = [clipped(run["stabilize"], "clip_2/clipped") for run in runs]
     print("    its cap on the step{:17.0%}{:8.0%}".format(*caps))
 
@@ -342,11 +342,11 @@ for name, runs in RUNS.items():
 COUNTING = {"color": "0.4", "linestyle": ":", "linewidth": 1.5}
 figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), sharey=True, sharex=True)
 for axis, (name, losses) in zip(axes, FINAL.items(), strict=True):
-    usual, high = np.array(list(losses.values())).T
+    typical, high = np.array(list(losses.values())).T
     places = np.arange(len(losses))
     axis.axvline(TEXT.entropy, label="character frequencies only", **COUNTING)
-    axis.hlines(places, usual, high, color="0.8", linewidth=2, zorder=1)
-    axis.scatter(usual, places, s=55, color=BLUE, label="typical rate")
+    axis.hlines(places, typical, high, color="0.8", linewidth=2, zorder=1)
+    axis.scatter(typical, places, s=55, color=BLUE, label="typical rate")
     axis.scatter(high, places, s=55, color=ORANGE, marker="^", label="4 times as high")
     axis.set(title=name, xscale="log", xlabel="final loss (nats)")
     axis.set_xticks([2, 3, 4, 6, 8], labels=["2", "3", "4", "6", "8"])
@@ -388,19 +388,19 @@ CLIPPED = (*FIXED, "quantile_clip", "stabilize")
 
 for name, runs in RUNS.items():
     losses = FINAL[name]
-    usual, high = losses["no clip"]
+    typical, high = losses["no clip"]
     longest = [run["no clip"]["norms/global_norm"].max() for run in runs]
     assert longest[1] > 3 * longest[0]
-    assert usual < TEXT.entropy < high
+    assert typical < TEXT.entropy < high
     assert all(max(losses[clip]) < TEXT.entropy for clip in CLIPPED)
-    assert all(losses[clip][1] < usual + 0.15 for clip in FIXED)
+    assert all(losses[clip][1] < typical + 0.15 for clip in FIXED)
     assert abs(losses["stabilize"][0] - losses["stabilize"][1]) < 0.3
     assert clipped(runs[1]["stabilize"], "clip_2/clipped") > 0.9
 
 for name in ("RNN", "LSTM"):
-    usual = FINAL[name]["no clip"][0]
+    typical = FINAL[name]["no clip"][0]
     assert GROWTH[name][0] < 0.2
-    assert all(FINAL[name][clip][1] < usual - 0.05 for clip in FIXED)
+    assert all(FINAL[name][clip][1] < typical - 0.05 for clip in FIXED)
     assert FINAL[name]["stabilize"][1] > max(FINAL[name][clip][1] for clip in FIXED)
 
 last = {clip: high for clip, (_, high) in FINAL["transformer"].items()}

@@ -426,8 +426,8 @@ def test_s4_nonfinite_microbatch_does_not_stay_in_the_accumulator():
     guard = optclip.clip_by_global_norm(jnp.inf, nonfinite="skip")
     state, updates = scanned(optax.chain(guard, inner), steps)
     np.testing.assert_array_equal(updates["w"], [[0, 0], [0.5, 0.5], [0, 0], [3, 4]])
-    (culprit,) = optclip.nonfinite_leaves(state, FIRST)
-    assert culprit[:5] == ("w", 0, 0, 1, 0)
+    (leaf,) = optclip.nonfinite_leaves(state, FIRST)
+    assert leaf[:5] == ("w", 0, 0, 1, 0)
 
 
 def test_s6_overflowing_squares_are_clipped_and_not_counted_as_nonfinite():

@@ -51,8 +51,8 @@ def test_partial_gradients_are_treated_as_if_init_saw_only_that_part(name):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(MODEL))
     bad = gradients() | {"w": jnp.array([jnp.nan, jnp.inf])}
     _, state = jax.jit(tx.update)(bad, state, TRAINED)
-    (culprit,) = optclip.nonfinite_leaves(state, MODEL)
-    assert culprit[:5] == ("w", 3, 1, 1, 0)
+    (leaf,) = optclip.nonfinite_leaves(state, MODEL)
+    assert leaf[:5] == ("w", 3, 1, 1, 0)
 
 
 def test_record_norms_of_partial_updates_assigns_norms_to_the_right_leaves():
@@ -65,8 +65,8 @@ def test_worst_leaf_of_a_spike_is_correct_with_partial_updates():
     tx = optclip.skip_steps(optax.sgd(1.0), when=20.0)
     state = tx.init(MODEL)
     _, state = jax.jit(tx.update)(gradients(10.0), state, TRAINED)
-    (culprit,) = optclip.nonfinite_leaves(state, MODEL)
-    assert (culprit.path, culprit.norm) == ("b", 130.0)
+    (leaf,) = optclip.nonfinite_leaves(state, MODEL)
+    assert (leaf.path, leaf.norm) == ("b", 130.0)
 
 
 BY_LEAF = {

@@ -19,7 +19,7 @@ from optclip.telemetry import NonfiniteLeaf
 __all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
 
 # Lists longer than this are summarized by a count.
-_NAMED, _CULPRITS = 6, 8
+_NAMED, _MOST_LEAVES = 6, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +88,25 @@ def _figure(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
 
 
-def _culprit(culprit: NonfiniteLeaf) -> Item:
+def _nonfinite_leaf(leaf: NonfiniteLeaf) -> Item:
     kinds = (
-        (culprit.nan, "NaN"),
-        (culprit.pos_inf, "+inf"),
-        (culprit.neg_inf, "-inf"),
+        (leaf.nan, "NaN"),
+        (leaf.pos_inf, "+inf"),
+        (leaf.neg_inf, "-inf"),
     )
     held = ", ".join(kind for present, kind in kinds if present)
     words = [f"held {held}"] if held else []
-    if culprit.norm is not None:
-        words.append(f"gradient norm {_figure(culprit.norm)}")
-    if culprit.loss:  # 0 if no loss was given
-        words.append(f"loss {_figure(culprit.loss)}")
-    lead = "the loss" if culprit.path is None else culprit.path
-    return Item(lead, ((f"Step {culprit.step}", "; ".join(words)),))
+    if leaf.norm is not None:
+        words.append(f"gradient norm {_figure(leaf.norm)}")
+    if leaf.loss:  # 0 if no loss was given
+        words.append(f"loss {_figure(leaf.loss)}")
+    lead = "the loss" if leaf.path is None else leaf.path
+    return Item(lead, ((f"Step {leaf.step}", "; ".join(words)),))
 
 
-def _culprits(nonfinite_leaves: Sequence[NonfiniteLeaf]) -> Section:
-    items = [_culprit(culprit) for culprit in nonfinite_leaves[:_CULPRITS]]
-    more = len(nonfinite_leaves) - _CULPRITS
+def _nonfinite_section(nonfinite_leaves: Sequence[NonfiniteLeaf]) -> Section:
+    items = [_nonfinite_leaf(leaf) for leaf in nonfinite_leaves[:_MOST_LEAVES]]
+    more = len(nonfinite_leaves) - _MOST_LEAVES
     items += [Item(f"and {more} more")] if more > 0 else []
     heading = "Leaves that went bad, and when"
     return Section(heading, tuple(items))
@@ -150,7 +150,7 @@ def contents_of(
     suggestion = suggestion_of(run, diagnosis)
     sections = [] if diagnosis is None else [_findings(diagnosis)]
     if nonfinite_leaves:
-        sections.append(_culprits(nonfinite_leaves))
+        sections.append(_nonfinite_section(nonfinite_leaves))
     sections.append(_advice(suggestion))
     sites = () if diagnosis is None else tuple(diagnosis.signals.get("sites", ()))
     return Contents(
