@@ -191,7 +191,10 @@ def table(results):
     for share in SHARES:
         for key, label in (
             ("lost", f"new source in {share:.0%}: its batches lost, mean (worst run)"),
-            ("lost_before_taken_again", "lost until ten in a row are taken, worst run"),
+            (
+                "lost_before_taken_again",
+                "batches lost before ten in a row are taken, worst run",
+            ),
         ):
 
             def cell(result, share=share, key=key):

@@ -476,8 +476,8 @@ def nonfinite_leaves(opt_state: Any, params: Any = None) -> list[NonfiniteLeaf]:
 
     Each state counts its own steps. `skip_steps` and `optax.MultiSteps` do not pass
     every step to the states inside them, so those states count fewer steps. If states
-    have different counts, steps are ordered by ``step`` divided by the count of the
-    state.
+    have different counts, steps are ordered by how far they are into the run of their
+    state: by ``step`` divided by the count of the state.
 
     Call this function outside of jit. It fetches all values in one transfer.
 

@@ -41,8 +41,9 @@ class Context(NamedTuple):
             rule are complete on every device.
         initial_norm: A function without arguments that returns the norms that
             parameters of these shapes typically have at initialization, one per group.
-            Each entry of a leaf with N entries counts as N**(-1/4). For a square matrix
-            this is one over the square root of the number of inputs. It depends neither
+            For a leaf with N entries, the magnitude of each entry is taken to be
+            N**(-1/4), so its 2-norm is N**(1/4). For a square matrix, this magnitude is
+            one over the square root of the number of inputs. It depends neither
             on the order of the axes nor on how a leaf is sharded.
     """
 
@@ -71,8 +72,8 @@ class Rule(NamedTuple):
             losses. `skip_steps` requires such a rule for losses.
         elements_only: Whether the rule works only in element scope.
         needs_norms: Whether ``update`` uses the norms or ``context.tree_norm``, instead
-            of only shapes, dtypes and the step. If not, a clip in element scope that
-            records nothing skips measuring.
+            of only shapes, dtypes and the step. If not, a clip in element scope with
+            ``record=False`` does not compute any norms.
         for_groups: A function of the names of the groups (the label or path of each row
             of the norms) that returns the rule for these rows, if the rule differs
             between groups, as `by_name` does. None for all other rules.

@@ -290,7 +290,7 @@ def by_name(table: Mapping[Any, Any] | Callable[[Any], Any]) -> Rule:
 
     | scope                   | the key of a group                                    |
     | ----------------------- | ----------------------------------------------------- |
-    | label                   | its label, or a pattern that matches it               |
+    | label                   | its label, or a pattern that matches its label        |
     | leaf, layer, unit       | a pattern that matches the path of its leaf           |
     | element                 | a pattern that matches the path of its leaf           |
     | tree                    | an error: there is only one group                     |
