@@ -30,6 +30,7 @@ from optclip._engine.numerics import increment
 from optclip._engine.state import ClipState, GroupStats, NonfiniteStats
 from optclip._engine.types import Order
 from optclip._engine.validation import EUCLIDEAN
+from optclip.methods.cap_update import UpdateCapState
 from optclip.wrappers.skip_steps import SkipState
 
 __all__ = [
@@ -151,6 +152,15 @@ def _latest(steps: jax.Array) -> jax.Array:
     return jnp.max(steps, axis=-1)
 
 
+def _excess(rule_state: tuple) -> list[jax.Array]:
+    """Returns the largest `mean_excess` of each array of groups of `cap_update`."""
+    parts = jax.tree.leaves(
+        rule_state, is_leaf=lambda node: isinstance(node, UpdateCapState)
+    )
+    caps = [part for part in parts if isinstance(part, UpdateCapState)]
+    return [jnp.max(cap.mean_excess) for cap in caps if cap.mean_excess.size]
+
+
 def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     """Returns statistics of the clips in an optimizer state, as a flat dict of scalars.
 
@@ -167,6 +177,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     | `clip/clipped_steps`    | number of updates with a group above its threshold     |
     | `clip/clipped_fraction` | `clip/clipped_steps` divided by `clip/steps`           |
     | `clip/nonfinite_steps`  | number of updates that contained NaN or inf            |
+    | `clip/mean_excess`      | only for `cap_update`: average of update / cap so far  |
 
     In all scopes other than tree, `clip/worst_threshold` and `clip/worst_scale` replace
     `clip/threshold` and `clip/scale`.
@@ -240,6 +251,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f"{name}/clipped_fraction": _share(state.clipped_steps, state.steps),
             f"{name}/nonfinite_steps": state.nonfinite.nonfinite_steps,
         }
+        if excess := _excess(state.rule_state):
+            out[f"{name}/mean_excess"] = jnp.max(jnp.stack(excess))
     for name, state in named(f"{before}norms", RecordNormsState):
         out |= {
             f"{name}/global_norm": state.recorded_norm,

@@ -151,6 +151,23 @@ def test_default_floor_is_the_same_on_sharded_parameters():
     np.testing.assert_allclose(jax.jit(run)(updates, params), 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scope",
+    [scopes.tree(), scopes.leaf(), scopes.unit(), scopes.label({"w": 0, "b": 1})],
+)
+def test_metrics_report_the_largest_average_excess(scope):
+    tx = optax.chain(optclip.clip_by_global_norm(1.0), optclip.cap_update(scope=scope))
+    params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+    state = tx.init(params)
+    assert float(optclip.metrics(state)["clip_2/mean_excess"]) == 1.0
+    for size in (0.02, 0.02, 0.12):  # the cap is 0.04; so the excess is 0.5, 0.5 and 3
+        updates = jax.tree.map(lambda x, s=size: jnp.full_like(x, s), params)
+        _, state = jax.jit(tx.update)(updates, state, params)
+    found = jax.jit(optclip.metrics)(state)
+    np.testing.assert_allclose(found["clip_2/mean_excess"], 4 / 3, rtol=1e-6)
+    assert "clip/mean_excess" not in found
+
+
 def test_infinite_ratio_passes_updates_through():
     tx = optclip.cap_update(jnp.inf)
     params, updates = jnp.zeros(3), jnp.full(3, 1e20)
