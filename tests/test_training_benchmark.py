@@ -57,7 +57,11 @@ def test_ratios_by_hand(tmp_path):
     for method, clean in losses.items():
         file = tmp_path / "t" / f"{method}.json"
         file.parent.mkdir(exist_ok=True)
-        row = {"settings": settings | {"method": method}, "clean": clean}
+        row = {
+            "settings": settings | {"method": method},
+            "clean": clean,
+            "machine": "m",
+        }
         file.write_text(json.dumps(row))
     task = summary.read(tmp_path)["t"]
     ratios = summary.ratios(task, "stabilize")

@@ -13,14 +13,11 @@ import argparse
 import json
 import math
 import pathlib
-import platform
 import time
 
-import jax
 import numpy as np
-import optax
 
-import optclip
+from benchmarks._results import machine
 from benchmarks.training import tasks
 from benchmarks.training.candidates import CANDIDATES
 from benchmarks.training.methods import METHODS
@@ -50,16 +47,6 @@ def settings_of(task, method, seeds):
     }
 
 
-def versions():
-    """Returns the versions and the machine that a result comes from."""
-    return {
-        "optclip": optclip.__version__,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def measure(name, method, count, folder):
     """Trains one pair, unless its file is there; returns a line about it."""
     task = tasks.load(name)
@@ -78,7 +65,7 @@ def measure(name, method, count, folder):
         [[float(f"{x:.5g}") if math.isfinite(x) else None for x in row] for row in part]
         for part in clean.tolist()
     ]
-    result = {"settings": wanted, "versions": versions(), "clean": shown}
+    result = {"settings": wanted, "machine": machine(), "clean": shown}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     middle = np.median(clean, axis=-1)

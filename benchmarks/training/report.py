@@ -13,35 +13,40 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.training import tasks
+from benchmarks.training.candidates import CANDIDATES
 from benchmarks.training.methods import CONSTANT, METHODS
 from benchmarks.training.summary import ratios, read
 
 RESULTS = pathlib.Path("benchmarks/results/training")
+VARIANTS = [f"stabilize, {name}" for name in CANDIDATES]
 SHOWN = ("none", f"{CONSTANT}(1)", "zclip", "autoclip", "adagc", "stabilize")
 COLORS = ("#595959", "#006BA4", "#FF800E", "#5F9ED1", "#C85200", "#000000")
 MARKS = ("x", "o", "s", "^", "D", "*")
 
 
 def interval(values):
-    """Returns "1.03 (0.99 to 1.08)": the value of all seeds, and 95% of resamples."""
+    """Returns the value of all seeds and, in parentheses, 95% of resamples."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
-    return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"
+    return f"{values[0]:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"
 
 
-def methods_in(results):
-    """Returns the methods that all tasks have results of, constants one by one."""
+def methods_in(results, wanted):
+    """Returns those of the methods, constants one by one, that all tasks have."""
     names = set.intersection(*(set(task.losses) for task in results.values()))
     singles = sorted(
         (n for n in names if n.startswith(f"{CONSTANT}(")),
         key=lambda n: float(n.split("(")[1][:-1]),
     )
-    return ["none", *singles, *(m for m in METHODS if m in names - {"none", CONSTANT})]
+    listed = ["none", *singles, *(m for m in METHODS if m not in ("none", CONSTANT))]
+    return [name for name in listed if name in names and wanted(name)]
 
 
 def overall(results, names):
-    """Yields the table over all tasks: one row per method."""
+    """Yields the table over all tasks: one row per method, the best own rate first."""
     yield "| method | own best rate | worst task | same rate | worst rate | diverged |"
     yield "| --- | --- | --- | --- | --- | --- |"
+    rows = []
     for name in names:
         each = [ratios(task, name) for task in results.values()]
         own, same, worst = (
@@ -50,28 +55,43 @@ def overall(results, names):
         )
         top = max(r.own[0] for r in each)
         lost = np.mean([task.diverged[name].mean() for task in results.values()])
-        yield (
+        line = (
             f"| {name} | {interval(own)} | {top:.2f} | {interval(same)} "
             f"| {interval(worst)} | {lost:.1%} |"
         )
+        rows.append((own[0], line))
+    yield from (line for _, line in sorted(rows))
 
 
 def by_task(results, names):
     """Yields the table of ratios at the own best rate: one row per task."""
-    yield f"| task | trouble | optimizer | best constant | {' | '.join(names)} |"
-    yield "| --- | --- | --- | --- |" + " --- |" * len(names)
+    yield f"| task | best constant | {' | '.join(names)} |"
+    yield "| --- | --- |" + " --- |" * len(names)
     for name, task in results.items():
         settings = task.settings
         means = task.losses[CONSTANT].mean(axis=-1)
         value, rate = np.unravel_index(means.argmin(), means.shape)
         best = (
-            f"{settings['values'][value]:g} at rate {settings['rates'][rate]:g}: "
-            f"{np.exp(means.min()):.3g}"
+            f"{np.exp(means.min()):.3g} with {settings['values'][value]:g} "
+            f"at rate {settings['rates'][rate]:g}"
         )
         cells = " | ".join(f"{ratios(task, m).own[0]:.2f}" for m in names)
+        yield f"| {name} | {best} | {cells} |"
+
+
+def descriptions():
+    """Yields the table of all tasks."""
+    yield "| task | tasks | trouble | optimizer | learning rates | steps |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    found = [tasks.load(name) for name in tasks.all_names()]
+    for task in sorted(found, key=lambda t: (t.split, t.name)):
+        split = task.split.replace("_", "-")
+        low, high = task.rates[0], task.rates[-1]
+        rates = f"{low:g}\N{EN DASH}{high:g}"
+        rates += ", cosine" if task.cosine else ", constant"
         yield (
-            f"| {name} | {settings['trouble']} | {settings['optimizer']} | {best} "
-            f"| {cells} |"
+            f"| {task.name} | {split} | {task.trouble} | {task.optimizer} | {rates} "
+            f"| {task.steps} |"
         )
 
 
@@ -95,7 +115,7 @@ def plot_rates(results, file):
     for panel in panels.flat[len(results) :]:
         panel.axis("off")
     figure.supxlabel("learning rate")
-    figure.supylabel("clean loss")
+    figure.supylabel("loss without the trouble")
     handles = panels.flat[0].get_legend_handles_labels()
     figure.legend(*handles, ncols=4, loc="outside lower center", frameon=False)
     figure.savefig(file, dpi=90)
@@ -105,21 +125,34 @@ def plot_rates(results, file):
 def plot_profile(results, names, file):
     """Draws, per method, the fraction of tasks with a ratio of at most x."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    found = {
+        method: np.sort([ratios(t, method).own[0] for t in results.values()])
+        for method in SHOWN
+        if method in names
+    }
+    right = 1.1 * max(own[-1] for own in found.values())
     for method, color, mark in zip(SHOWN, COLORS, MARKS, strict=True):
-        if method in names:
-            own = np.sort([ratios(t, method).own[0] for t in results.values()])
-            share = np.arange(1, len(own) + 1) / len(own)
-            look = {"color": color, "marker": mark, "ms": 4}
+        if method in found:
+            own = np.append(found[method], right)
+            share = np.append(np.arange(1, len(own)), len(own) - 1) / (len(own) - 1)
+            look = {"color": color, "marker": mark, "ms": 4, "markevery": slice(-1)}
             axes.step(own, share, where="post", label=method, **look)
     axes.set(
         xscale="log",
         xlabel="loss at the own best rate, relative to the best constant",
         ylabel="fraction of tasks",
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=90)
     plt.close(figure)
+
+
+def write(file, lines):
+    """Writes lines of Markdown, and prints them."""
+    text = "\n".join(lines) + "\n"
+    file.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def main():
@@ -130,20 +163,28 @@ def main():
     options = parser.parse_args()
     everything = read(options.results)
     options.output.mkdir(parents=True, exist_ok=True)
-    for split, title in (("held_out", "Held-out tasks"), ("tune", "Tuning tasks")):
+    write(options.output / "tasks.md", descriptions())
+    for split in ("held_out", "tune"):
         chosen = {n: t for n, t in everything.items() if t.settings["split"] == split}
         if not chosen:
             continue
-        names = methods_in(chosen)
+        names = methods_in(chosen, lambda name: name not in VARIANTS)
         first, last = next(iter(chosen.values())).settings["seeds"]
-        few = [m for m in names if m in SHOWN]
-        lines = [f"# {title}", "", f"{len(chosen)} tasks, {last - first} seeds.", ""]
-        lines += [*overall(chosen, names), "", *by_task(chosen, few)]
-        text = "\n".join(lines) + "\n"
-        (options.output / f"{split}.md").write_text(text, encoding="utf-8")
+        machines = sorted({m for t in chosen.values() for m in t.machines})
+        lines = [
+            *overall(chosen, names),
+            "",
+            *by_task(chosen, [m for m in names if m in SHOWN]),
+            "",
+            f"{len(chosen)} tasks, {last - first} seeds. Trained by "
+            f"`benchmarks/training` on {' and on '.join(machines)}.",
+        ]
+        write(options.output / f"{split}.md", lines)
         plot_rates(chosen, options.output / f"{split}_rates.png")
         plot_profile(chosen, names, options.output / f"{split}_profile.png")
-        print(text)
+        variants = methods_in(chosen, lambda n: n in ("stabilize", *VARIANTS))
+        if split == "tune" and len(variants) > 1:
+            write(options.output / "variants.md", overall(chosen, variants))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,17 @@ class Results(NamedTuple):
     """The results of one task.
 
     Attributes:
-        settings: The settings of the task, as in its files.
+        settings: The settings of the constants, as in their file.
         losses: By method, float[values, rates, seeds]: the logarithm of the clean loss,
             at most that of `WORST` times chance.
         diverged: By method, bool[values, rates, seeds]: whether a run diverged.
+        machines: The machines and versions that the results come from.
     """
 
     settings: dict
     losses: dict[str, np.ndarray]
     diverged: dict[str, np.ndarray]
+    machines: set[str]
 
 
 class Ratios(NamedTuple):
@@ -59,11 +61,13 @@ def read(folder: pathlib.Path) -> dict[str, Results]:
         top = WORST * settings["chance"]
         diverged = ~(clean < top)
         losses = np.log(np.where(diverged, top, clean))
-        task = found.setdefault(settings["task"], Results(settings, {}, {}))
+        task = found.setdefault(settings["task"], Results(settings, {}, {}, set()))
         # Each constant is a method too, and their table is what others compare with.
+        task.machines.add(row["machine"])
         task.losses[settings["method"]] = losses
         task.diverged[settings["method"]] = diverged
         if settings["method"] == CONSTANT:
+            found[settings["task"]] = task._replace(settings=settings)
             for k, value in enumerate(settings["values"]):
                 name = f"{CONSTANT}({value:g})"
                 task.losses[name] = losses[k : k + 1]
