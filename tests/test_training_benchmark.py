@@ -48,25 +48,36 @@ def test_methods_build_the_same_program_for_the_same_settings():
     assert program_of(longer, METHODS["zclip"], range(2)).checksum != first.checksum
 
 
-def test_ratios_by_hand(tmp_path):
+def read_back(folder, losses):
+    """Returns the results that are read from files with these losses."""
     settings = {"task": "t", "chance": 1.0, "rates": [0.1, 1.0], "values": [1.0, 2.0]}
+    for method, clean in losses.items():
+        file = folder / "t" / f"{method}.json"
+        file.parent.mkdir(exist_ok=True)
+        row = {"settings": settings | {"method": method}, "clean": clean}
+        file.write_text(json.dumps(row | {"machine": "2 cores"}))
+    return summary.read(folder)["t"]
+
+
+def test_ratios_by_hand(tmp_path):
     losses = {
         CONSTANT: [[[0.2, 0.2], [0.4, 0.4]], [[0.1, 0.1], [None, None]]],
         "stabilize": [[[0.3, 0.3], [0.05, 0.05]]],
     }
-    for method, clean in losses.items():
-        file = tmp_path / "t" / f"{method}.json"
-        file.parent.mkdir(exist_ok=True)
-        row = {
-            "settings": settings | {"method": method},
-            "clean": clean,
-            "machine": "m",
-        }
-        file.write_text(json.dumps(row))
-    task = summary.read(tmp_path)["t"]
+    task = read_back(tmp_path, losses)
     ratios = summary.ratios(task, "stabilize")
     np.testing.assert_allclose(ratios.own, 0.5)  # 0.05 against 0.1 with value 2
     np.testing.assert_allclose(ratios.same, 3.0)  # 0.3, at the same rate of 0.1
     np.testing.assert_allclose(ratios.worst, 3.0)
     # A run that diverged counts as twice the loss of a model that learned nothing.
     np.testing.assert_allclose(summary.ratios(task, f"{CONSTANT}(2)").worst, 20.0)
+
+
+def test_rates_below_that_of_the_best_constant_are_not_too_high(tmp_path):
+    losses = {
+        CONSTANT: [[[0.4, 0.4], [0.1, 0.1]], [[0.5, 0.5], [0.2, 0.2]]],
+        "stabilize": [[[0.9, 0.9], [0.3, 0.3]]],
+    }
+    ratios = summary.ratios(read_back(tmp_path, losses), "stabilize")
+    np.testing.assert_allclose(ratios.high, 3.0)  # at the higher rate
+    np.testing.assert_allclose(ratios.worst, 9.0)  # at the lower one

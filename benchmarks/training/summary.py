@@ -43,11 +43,14 @@ class Ratios(NamedTuple):
     Attributes:
         own: The method at its own best rate.
         same: The method at the rate of the best constant.
-        worst: The method at its worst rate.
+        high: The method at its worst rate among those that are at least as high as that
+            of the best constant.
+        worst: The method at its worst rate, which may be one that is too low.
     """
 
     own: np.ndarray
     same: np.ndarray
+    high: np.ndarray
     worst: np.ndarray
 
 
@@ -91,8 +94,10 @@ def ratios(task: Results, method: str) -> Ratios:
     lowest = best.min(axis=(0, 1))
     rate = best.min(axis=0).argmin(axis=0)
     same = np.take_along_axis(means, rate[None], axis=0)[0]
+    higher = np.arange(len(means))[:, None] >= rate
     return Ratios(
         own=np.exp(means.min(axis=0) - lowest),
         same=np.exp(same - lowest),
+        high=np.exp(np.where(higher, means, -np.inf).max(axis=0) - lowest),
         worst=np.exp(means.max(axis=0) - lowest),
     )
