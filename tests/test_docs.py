@@ -182,3 +182,30 @@ def test_files_that_pages_link_to_exist(page):
         copied = page.parent != ROOT and target.startswith("notebooks/")
         file = (ROOT if copied else page.parent) / target
         assert file.exists(), f"{page.name} links to {target}"
+
+
+def held_out():
+    """Returns the rows of the table over all held-out tasks, by method."""
+    text = (ROOT / "benchmarks/results/training/held_out.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[0].split("\n")]
+    fields = rows[0]
+    return {row[0]: dict(zip(fields, row, strict=True)) for row in rows[2:]}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_claims_about_stabilize_are_the_figures_of_the_benchmark(page):
+    text = (ROOT / page).read_text()
+    rows = held_out()
+    own, _ = rows["stabilize"]["own best rate"].split()
+    high, _ = rows["stabilize"]["worst higher rate"].split()
+    one, _ = rows["clip_by_global_norm(1)"]["own best rate"].split()
+    assert f"{own}" in text
+    assert f"{high}" in text
+    assert f"{one}" in text
+    others = [
+        float(row["worst higher rate"].split()[0])
+        for name, row in rows.items()
+        if name != "stabilize"
+    ]
+    assert min(others) > 10
+    assert "above 10" in " ".join(text.replace("\n", " ").split())

@@ -12,6 +12,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from benchmarks.training import tasks
 from benchmarks.training.candidates import CANDIDATES
@@ -98,7 +99,7 @@ def descriptions():
         )
 
 
-def plot_rates(results, file):
+def plot_rates(results, names, file):
     """Draws the loss against the learning rate, one panel per task."""
     columns = 4
     rows = -(-len(results) // columns)
@@ -107,20 +108,25 @@ def plot_rates(results, file):
     )
     for panel, (name, task) in zip(panels.flat, results.items(), strict=False):
         for method, color, mark in zip(SHOWN, COLORS, MARKS, strict=True):
-            if method in task.losses:
+            if method in names:
                 level = np.exp(task.losses[method].mean(axis=-1)[0])
                 look = {"color": color, "marker": mark, "ms": 4, "lw": 1.4}
                 panel.loglog(task.settings["rates"], level, label=method, **look)
         best = np.exp(task.losses[CONSTANT].mean(axis=-1).min())
         panel.axhline(best, color="0.6", lw=1, ls=":", label="best constant")
         panel.set_title(name.replace("_", " "), fontsize=10)
+        for axis in (panel.xaxis, panel.yaxis):
+            subs = (1,) if axis is panel.xaxis else (1, 2, 5)
+            axis.set_major_locator(ticker.LogLocator(subs=subs))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_locator(ticker.NullLocator())
         panel.tick_params(labelsize=8)
     for panel in panels.flat[len(results) :]:
         panel.axis("off")
     figure.supxlabel("learning rate")
     figure.supylabel("loss without the trouble")
     handles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, ncols=4, loc="outside lower center", frameon=False)
+    figure.legend(*handles, ncols=4, loc="outside upper center", frameon=False)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
@@ -183,7 +189,7 @@ def main():
             f"`benchmarks/training` on {' and on '.join(machines)}.",
         ]
         write(options.output / f"{split}.md", lines)
-        plot_rates(chosen, options.output / f"{split}_rates.png")
+        plot_rates(chosen, names, options.output / f"{split}_rates.png")
         plot_profile(chosen, names, options.output / f"{split}_profile.png")
         variants = methods_in(chosen, lambda n: n in ("stabilize", *VARIANTS))
         if split == "tune" and len(variants) > 1:
