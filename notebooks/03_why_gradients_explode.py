@@ -217,7 +217,7 @@ for name, net in {"nothing": HEALTHY, **CAUSES}.items():
         loss_of(net), params, batches, optimizer=optimizer, progress=False
     )
     named[name] = found.findings[0].cause if found.findings else "nothing"
-    print(f"wrong: {name:15} said: {named[name]}")
+    print(f"fault: {name:15} diagnosed: {named[name]}")
 
 # %% [markdown]
 # ## Remedies, measured
