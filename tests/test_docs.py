@@ -199,9 +199,8 @@ def test_claims_about_stabilize_are_the_figures_of_the_benchmark(page):
     own, _ = rows["stabilize"]["own best rate"].split()
     high, _ = rows["stabilize"]["worst higher rate"].split()
     one, _ = rows["clip_by_global_norm(1)"]["own best rate"].split()
-    assert f"{own}" in text
-    assert f"{high}" in text
-    assert f"{one}" in text
+    for figure in (own, high, one):
+        assert figure in text
     others = [
         float(row["worst higher rate"].split()[0])
         for name, row in rows.items()
