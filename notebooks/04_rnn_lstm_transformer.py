@@ -375,10 +375,11 @@ plt.show()
 # - **`quantile_clip`** needs no threshold and acts on 14% to 20% of the steps at the
 #   high rate. It helps the transformer least, because there the norm rises for many
 #   steps in a row and the threshold follows it.
-# - **`stabilize`** ends at nearly the same loss at both rates, in the transformer
-#   slightly higher at the high one: where the rate is too high, its cap sets the size
-#   of the step. The price is speed: the cap rises for 200 steps, as long as this whole
-#   run, so the RNN and the LSTM make less progress.
+# - **`stabilize`** ends at nearly the same loss at both rates in the RNN and the LSTM.
+#   In the transformer, the high rate costs less than a fifth of what it costs without a
+#   clip. Where the rate is too high, the cap sets the size of the step. The price is
+#   speed: the cap rises for 200 steps, as long as this whole run, so the RNN and the
+#   LSTM make less progress.
 #
 # The same claims as assertions, so that this notebook is also a test:
 
@@ -394,7 +395,9 @@ for name, runs in RUNS.items():
     assert typical < TEXT.entropy < high
     assert all(max(losses[clip]) < TEXT.entropy for clip in CLIPPED)
     assert all(losses[clip][1] < typical + 0.15 for clip in FIXED)
-    assert abs(losses["stabilize"][0] - losses["stabilize"][1]) < 0.3
+    # How much the higher rate costs the transformer depends on the text.
+    gap = abs(losses["stabilize"][0] - losses["stabilize"][1])
+    assert gap < (0.2 * (high - typical) if name == "transformer" else 0.15)
     assert clipped(runs[1]["stabilize"], "clip_2/clipped") > 0.9
 
 for name in ("RNN", "LSTM"):
