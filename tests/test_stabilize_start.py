@@ -183,3 +183,141 @@ def test_optimizers_with_a_line_search_work_without_a_cap():
 
     assert last(optclip.stabilize(optax.lbfgs())) > 50  # as its docstring says
     assert last(optclip.stabilize(optax.lbfgs(), max_ratio=jnp.inf)) < 1e-6
+
+
+OPTAX = {
+    "adam": (lambda: optax.adam(1e-2), True),
+    "adamw-large-eps": (lambda: optax.adamw(1e-2, eps=1e-3), True),
+    "lion": (lambda: optax.lion(1e-3), True),
+    "muon": (lambda: optax.contrib.muon(1e-2), True),
+    "rmsprop": (lambda: optax.rmsprop(1e-2), True),
+    "adafactor": (lambda: optax.adafactor(1e-2), True),
+    "sign": (lambda: optax.sign_sgd(1e-2), True),
+    "clip-adam": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+        True,
+    ),
+    "warm-up": (lambda: optax.adam(SCHEDULE), True),
+    "injected": (OPTIMIZERS["injected"], True),
+    "sgd": (lambda: optax.sgd(1e-2), False),
+    "momentum": (OPTIMIZERS["sgd-momentum"], False),
+    "partition": (OPTIMIZERS["partition"], False),  # one of two is SGD
+    # The decay is added to the gradients.
+    "l2": (
+        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-2)),
+        False,
+    ),
+    "adagrad": (
+        lambda: optax.adagrad(1e-2),
+        False,
+    ),  # starts with an accumulator of 0.1
+    "frozen": (lambda: optax.set_to_zero(), False),
+    "needs-the-loss": (lambda: optax.polyak_sgd(), False),
+    "line-search": (lambda: optax.lbfgs(), False),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_gradients_are_normalized_if_the_optimizer_ignores_their_scale(name):
+    make, ignores = OPTAX[name]
+    assert int(optclip.stabilize(make()).init(PARAMS).normalizes) == ignores
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_normalize_overrides_the_test_of_the_optimizer(given):
+    for make in (optax.adam, optax.sgd):
+        tx = optclip.stabilize(make(1e-2), normalize=given)
+        assert int(tx.init(PARAMS).normalizes) == given
+    with pytest.raises(
+        TypeError, match=r"`normalize` must be True, False or None, got"
+    ):
+        optclip.stabilize(optax.sgd(1e-2), normalize="yes")
+
+
+def test_the_optimizer_is_tested_wherever_init_runs():
+    tx = optclip.stabilize(optax.adam(1e-2))
+    assert int(jax.jit(tx.init)(PARAMS).normalizes) == 1
+    assert jax.eval_shape(tx.init, PARAMS).normalizes.shape == ()
+    with jax.transfer_guard("disallow"):
+        assert int(jax.device_get(jax.jit(tx.init)(PARAMS).normalizes)) == 1
+
+    def flags(rate):  # a traced learning rate
+        return [
+            optclip.stabilize(make(rate)).init(PARAMS).normalizes
+            for make in (optax.adam, optax.sgd)
+        ]
+
+    adam, sgd = jax.vmap(flags)(jnp.array([1e-3, 1.0]))
+    assert adam.tolist() == [1, 1]
+    assert sgd.tolist() == [0, 0]
+
+
+def test_what_the_optimizer_receives_is_the_clipped_gradient_over_a_running_mean():
+    rng = np.random.default_rng(0)
+    norms = np.exp(rng.normal(size=300)) * np.geomspace(1e3, 1.0, 300)
+    norms[[3, 50, 220]] *= 1e6
+    norms[[10, 60]] = 0.0
+    norms[[20, 250]] = np.nan
+    # SGD without a cap returns what it receives.
+    tx = optclip.stabilize(
+        optax.sgd(-1.0), normalize=True, max_ratio=jnp.inf, warmup_steps=0
+    )
+
+    def step(state, norm):
+        updates, state = tx.update(of_norm(norm), state, PARAMS)
+        norm = jnp.sqrt(sum(jnp.sum(u**2) for u in updates.values()))
+        return state, (norm, state.gradient_clip.norm_after)
+
+    end, (received, clipped) = jax.lax.scan(
+        step, tx.init(PARAMS), jnp.asarray(norms, jnp.float32)
+    )
+    mean, count, wanted = 0.0, 0, []
+    for norm, after in zip(norms, np.asarray(clipped, np.float64), strict=True):
+        if np.isfinite(norm) and norm > 0:
+            count += 1
+            change = max(0.1, 1 / count) * (np.log(after) - mean)
+            mean += max(change, -0.002) if count > 200 else change
+        wanted.append(after / np.exp(mean) if np.isfinite(norm) else 0.0)
+    np.testing.assert_allclose(received, wanted, rtol=2e-5)
+    assert int(end.averaged_norms) == count == 296
+    np.testing.assert_allclose(end.log_norm, mean, rtol=1e-5)
+
+
+def test_large_gradients_at_the_start_do_not_slow_adam_down():
+    # The gradients of the first 20 steps fall by a factor of 1e4. In the second moment
+    # of Adam, they outweigh all later ones for a thousand steps.
+    sizes = jnp.concatenate([jnp.geomspace(1e4, 1.0, 20), jnp.ones(180)])
+
+    def moved(tx):
+        def step(carry, size):
+            params, state = carry
+            updates, state = tx.update({"w": jnp.full(3, size)}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"w": jnp.full(3, 100.0)}
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), sizes)
+        return float(100.0 - params["w"][0])
+
+    adam = optax.adam(1e-2)
+    constant = moved(optax.chain(optax.clip_by_global_norm(1.0), adam))
+    assert moved(optclip.stabilize(adam)) > 0.9 * constant
+    assert moved(optclip.stabilize(adam, normalize=False)) < 0.5 * constant
+
+
+def test_adam_still_converges_at_a_constant_learning_rate():
+    loss, state = regression(optclip.stabilize(optax.adam(1e-2)))(1.0)
+    assert int(state.normalizes) == 1
+    assert float(loss) < 1e-9
+
+
+def test_an_optimizer_that_heeds_the_scale_is_not_changed():
+    rng = np.random.default_rng(1)
+    # Subnormal numbers would be flushed by a product with 1.
+    grads = jnp.asarray(rng.normal(size=(40, 3)) * 1e-39, jnp.float32)
+    tx = optclip.stabilize(optax.identity(), max_ratio=jnp.inf, normalize=False)
+    tested = optclip.stabilize(optax.identity(), max_ratio=jnp.inf)
+    state = tx.init(PARAMS["w"])
+    for grad in grads:
+        out, _ = tx.update(grad, state, PARAMS["w"])
+        same, state = tested.update(grad, state, PARAMS["w"])
+        chex.assert_trees_all_equal(out, same)

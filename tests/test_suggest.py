@@ -142,7 +142,7 @@ def test_declines_when_more_than_a_quarter_is_not_finite():
 @pytest.mark.parametrize("cause", CAUSES)
 def test_declines_while_a_cause_is_open_that_changes_the_norm(cause):
     suggestion = suggest_threshold(TYPICAL, diagnosis=found(cause))
-    if cause in ("recurrence", "learning_rate"):
+    if cause in ("recurrence", "learning_rate", "update_cap"):
         assert suggestion.max_norm == 6.0
     else:
         assert suggestion.max_norm is None

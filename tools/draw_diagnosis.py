@@ -290,6 +290,22 @@ def draw_uphill():
     return figure
 
 
+def draw_update_cap():
+    figure, axes = panels(("step", "loss"))
+    for ratio, style in ((0.04, GOOD), (1e-3, BAD)):
+        params, losses = weights_of(4), []
+        optimizer = optclip.stabilize(optax.adam(1e-2), max_ratio=ratio)
+        state = optimizer.init(params)
+        for _ in range(61):
+            loss, grads = jax.value_and_grad(cross_entropy)(params, data())
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(loss)
+        words = f"max_ratio={ratio:g}"
+        curve(axes, np.arange(61), np.array(losses), words, style)
+    return figure
+
+
 def draw_not_finite():
     figure, axes = panels(("score of a wrong class above the right one", "loss"))
     axes.set_yscale("linear")

@@ -55,5 +55,8 @@ METHODS = {
     "quantile_clip": before(optclip.quantile_clip),
     "skip_steps": Method(lambda optimizer, value: optclip.skip_steps(optimizer)),
     "stabilize": Method(lambda optimizer, value: optclip.stabilize(optimizer)),
+    "stabilize, normalize=False": Method(
+        lambda optimizer, value: optclip.stabilize(optimizer, normalize=False)
+    ),
 }
 METHODS |= {f"stabilize, {name}": Method(build) for name, build in CANDIDATES.items()}

@@ -51,6 +51,8 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "norm_in_float32": signals.wide_norm,
         "norm_with_typical_weights": signals.scaled_norm,
         "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
+        "update_beside_cap": signals.excess,
+        "rehearsals_above_cap": {k: tuple(v) for k, v in signals.uncapped.items()},
         "limits": _signals.LIMITS,
         "sites": signals.first.sites,
         "uses": (seen, seen + len(plan.hidden)) if plan else None,
@@ -137,6 +139,7 @@ def diagnose(
     | `recurrence`     | growth of the signal over the steps of a scan           |
     | `activation`     | gain of each activation; the gradient with relu         |
     | `learning_rate`  | loss decrease relative to the prediction; twelve steps  |
+    | `update_cap`     | steps larger than the cap on the update allows          |
     | `bad_batch`      | norms of the batches relative to their median           |
     | `overflow`       | the same program in float32                             |
     | `loss_sum`       | loss of a batch relative to the loss of its halves      |

@@ -35,6 +35,10 @@ class Limits:
         lost: Fraction of its improvement over all-zero parameters that such a run must
             also lose.
         leap: The same factor at any step of a rehearsal, for any run.
+        excess: Average ratio of the update to its cap above which steps without the
+            cap are tried.
+        faster: Factor by which steps without the cap must lower the loss more.
+        progress: Fraction of the loss that they must lower it by.
         worse: Fraction of the initial loss by which a rehearsal must end above one with
             smaller steps.
     """
@@ -59,6 +63,9 @@ class Limits:
     rise: float = 1.5
     lost: float = 0.1
     leap: float = 100.0
+    excess: float = 2.0
+    faster: float = 2.0
+    progress: float = 0.02
     worse: float = 0.1
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the parts of a model that can't be inspected."""
+"""What is known without looking into the program of the loss."""
 
 import collections
 import math
@@ -8,10 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._replay import magnitude
 from optclip.diagnosis.taps import Tapped
+from optclip.methods.cap_update import UpdateCapState
 
-__all__ = ["norms_by_path", "unseen_ratios"]
+__all__ = ["excess_of", "larger_steps", "norms_by_path", "unseen_ratios"]
+
+# Steps that a cap divides are tried at these multiples of their size, but not above the
+# size that they would have without the cap.
+MULTIPLES = (10.0, 100.0)
 
 
 def unseen_ratios(
@@ -46,3 +52,18 @@ def norms_by_path(
     if not rows:
         return {}
     return dict(zip(paths, zip(*rows, strict=True), strict=True))
+
+
+def excess_of(opt_state: Any) -> float:
+    """Returns the largest average ratio of the update to its cap; 1 without a cap."""
+    parts = jax.tree.leaves(
+        opt_state, is_leaf=lambda node: isinstance(node, UpdateCapState)
+    )
+    caps = [part.mean_excess for part in parts if isinstance(part, UpdateCapState)]
+    return max((float(np.max(x)) for x in caps if np.size(x)), default=1.0)
+
+
+def larger_steps(excess: float) -> list[float]:
+    """Returns the factors by which to enlarge updates that a cap divides."""
+    tried = {min(excess, multiple) for multiple in MULTIPLES}
+    return sorted(tried) if excess > LIMITS.excess else []

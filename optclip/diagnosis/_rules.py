@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from optclip.diagnosis._cap import update_cap
 from optclip.diagnosis._growth_rules import (
     Candidate,
     activation,
@@ -286,6 +287,7 @@ RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
     _loss_sum,
     _uphill,
     _learning_rate,
+    update_cap,
     vanishing,
 )
 # Explanations for a growing signal. Only the one whose remedy helps most is kept.

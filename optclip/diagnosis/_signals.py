@@ -13,7 +13,7 @@ from optclip.diagnosis import _growth
 from optclip.diagnosis._inputs import broken_parts, not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._models import is_weight
-from optclip.diagnosis._outside import unseen_ratios
+from optclip.diagnosis._outside import excess_of, larger_steps, unseen_ratios
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
@@ -60,6 +60,10 @@ class Signals:
         empty_loss: If the run has started, the loss of the same model with all
             parameters set to 0, as a proxy for an untrained model.
         begun: Whether the run has started.
+        excess: Average ratio of the update to its cap, in a run that has started; 1 if
+            there is no cap.
+        uncapped: Losses over the same steps of training, by the factor that the
+            updates are enlarged by, if a cap divides them.
         rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
             at the full learning rate.
     """
@@ -91,6 +95,8 @@ class Signals:
     starts: list[float] = dataclasses.field(default_factory=list)
     empty_loss: float = math.nan
     begun: bool = False
+    excess: float = 1.0
+    uncapped: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     rehearsed_norms: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
 
     @property
@@ -273,6 +279,12 @@ def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]
         zeros = jax.tree.map(_emptied, params)
         more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
     more |= _rehearsals(probe, params, opt_state, run)
+    if s.begun:
+        more["excess"] = excess_of(opt_state)
+        more["uncapped"] = {
+            part: probe.rehearse(params, opt_state, run, part)[0]
+            for part in larger_steps(more["excess"])
+        }
     return more
 
 

@@ -16,6 +16,7 @@ CAUSES = {
     "recurrence": "The signal grows from step to step of a recurrence",
     "activation": "The activation magnifies the signal",
     "learning_rate": "The learning rate is too high",
+    "update_cap": "The cap on the update holds training back",
     "bad_batch": "A few batches are unlike the others",
     "overflow": "Numbers leave the range of their dtype",
     "loss_sum": "The loss sums over the batch",
@@ -31,7 +32,8 @@ class Remedy:
 
     Attributes:
         kind: "scale_weights" (multiply the leaves ``where`` by ``amount``),
-            "scale_learning_rate" (by ``amount``), "divide_loss" (by ``amount``),
+            "scale_learning_rate" (by ``amount``), "scale_cap" (the ratio of
+            `optclip.cap_update`, by ``amount``), "divide_loss" (by ``amount``),
             "drop_batches" (the indices in ``where``), "float32", "normalize",
             "residual", "gate", "change_activation" or "clip" (by a global norm of
             ``amount``).
