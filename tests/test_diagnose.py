@@ -113,12 +113,27 @@ def test_scale_weights_remedy_restores_the_expected_weight_scale():
     np.testing.assert_allclose(factors, 1 / 3, rtol=0.2)
 
 
-def test_other_nonfinite_causes_are_found_by_elimination():
+def test_other_nonfinite_causes_are_named_with_their_operation():
+    def loss_fn(params, x):
+        return jnp.mean(jnp.log(jnp.square(x @ params[0]) - 1e9))
+
+    (finding,) = run(loss_fn, weights_of(1), batches_of(), 0.1).findings
+    assert (finding.cause, finding.confidence) == ("not_finite", "measured")
+    assert "`log` (a logarithm of zero or of a negative number)" in finding.evidence
+    assert "return jnp.mean(jnp.log(jnp.square(" in " ".join(finding.evidence.split())
+
+
+def test_nonfinite_numbers_without_a_known_operation_are_found_by_elimination(
+    monkeypatch,
+):
+    monkeypatch.setattr(_probe, "origin_of", lambda *args: 1 / 0)
+
     def loss_fn(params, x):
         return jnp.mean(jnp.log(jnp.square(x @ params[0]) - 1e9))
 
     (finding,) = run(loss_fn, weights_of(1), batches_of(), 0.1).findings
     assert (finding.cause, finding.confidence) == ("not_finite", "by elimination")
+    assert "jax_debug_nans" in finding.remedy
 
 
 def signals_of(**changes):

@@ -303,3 +303,11 @@ def test_state_of_another_optimizer_with_equal_shapes_raises_an_error():
     theirs = optax.sgd(0.1, momentum=0.9)  # one array per parameter, as in scale_by_rms
     with pytest.raises(ValueError, match="`opt_state` does not fit"):
         ask(tx=optax.rmsprop(0.1), opt_state=theirs.init(PARAMS))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_remedies_suit_the_optimizer(adaptive):
+    found = ask(tx=optax.adam(1e6) if adaptive else optax.sgd(1e6))
+    assert causes(found)[0] == "learning_rate"
+    # A user of Adam needs no advice to use Adam.
+    assert ("AdamW" in found.findings[0].remedy) != adaptive

@@ -22,6 +22,7 @@ ORDER = [
     "_engine/validation.py",
     "_engine/jaxprs.py",
     "_engine/pytrees.py",
+    "_engine/scale_invariance.py",
     "_engine/sharding.py",
     "_engine/lookup.py",
     "_engine/state.py",

@@ -53,6 +53,7 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
         "update_beside_cap": signals.excess,
         "rehearsals_above_cap": {k: tuple(v) for k, v in signals.uncapped.items()},
+        "origin": signals.origin,
         "limits": _signals.LIMITS,
         "sites": signals.first.sites,
         "uses": (seen, seen + len(plan.hidden)) if plan else None,

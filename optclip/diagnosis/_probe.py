@@ -11,6 +11,7 @@ import optax
 
 from optclip import norms
 from optclip._engine import names as path_names
+from optclip.diagnosis._origins import Origin, origin_of
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
@@ -216,6 +217,13 @@ class Probe:
         except Exception:  # a change that can't be built is not evidence
             return float("nan"), float("nan")
         return float(loss), float(norm)
+
+    def origin(self, params: Any, batch: Any) -> Origin | None:
+        """Returns where the loss or its gradient stops being finite, if it is known."""
+        try:
+            return origin_of(self.loss_fn, params, batch)
+        except Exception:  # an operation that can't be evaluated alone
+            return None
 
     def loss(self, params: Any, batch: Any) -> float:
         """Returns the loss of one batch."""

@@ -50,6 +50,15 @@ def _overflow(s: Signals) -> Candidate | None:
     return Candidate(finding, math.inf)
 
 
+def _sentence(words: str) -> str:
+    return f" {words[0].upper()}{words[1:]}."
+
+
+def _operation(s: Signals) -> str:
+    """Describes the operation in which a batch stops being finite; "" if unknown."""
+    return "" if s.origin is None else _sentence(str(s.origin))
+
+
 def _bad_batch(s: Signals) -> Candidate | None:
     if not s.outliers or not s.first.finite:
         return None
@@ -65,7 +74,7 @@ def _bad_batch(s: Signals) -> Candidate | None:
         "bad_batch",
         tuple(f"batch {i}" for i in numbers),
         f"{len(bad)} of {len(s.batches)} batches: {', '.join(words)}, where the median "
-        f"of all is {bound:.3g}.",
+        f"of all is {bound:.3g}.{_operation(s) if broken else ''}",
         "Look at these batches, and drop or fix them. `optclip.skip_steps` leaves "
         f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
         "high" if broken else "medium",
@@ -188,13 +197,17 @@ def _learning_rate(s: Signals) -> Candidate | None:
     rehearsed = _rehearsed(s, start + (margin if s.begun else 0.0))
     part = max(part, rehearsed)
     peak = max(whole) if leaped and math.isfinite(end) else None
+    other = (
+        ""
+        if s.adaptive
+        else " An adaptive optimizer such as AdamW tolerates larger steps than SGD."
+    )
     finding = Finding(
         "learning_rate",
         (),
         _promise(trust, s.trust.get(part, math.nan), part)
         + _run_of(s, part, start, peak),
-        f"Multiply the learning rate by about {part:g}, or warm it up. An adaptive "
-        "optimizer such as AdamW tolerates larger steps than plain SGD.",
+        f"Multiply the learning rate by about {part:g}, or warm it up.{other}",
         "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
         "by elimination" if hopeless and not rehearsed else "measured",
         (Remedy("scale_learning_rate", part),),
@@ -253,26 +266,58 @@ def _given(s: Signals) -> Finding | None:
     return None
 
 
+# What to do about the operation in which numbers stop being finite.
+CURES = {
+    "gather": "Check that labels and indices are within the size of their axis.",
+    "log": "Use a stable function such as `jax.nn.log_softmax` or `optax.losses`, or "
+    "keep the argument of the logarithm above zero.",
+    "exp": "Use a stable function such as `jax.nn.log_softmax` or `jax.nn.logsumexp`, "
+    "which subtract the maximum first.",
+    "div": "Keep the divisor away from zero, for example by adding a small constant.",
+    "sqrt": "Keep the argument of the square root at or above zero.",
+    "rsqrt": "Add a small constant to the argument of the inverse square root.",
+}
+DERIVATIVE = (
+    "The loss is finite and its derivative is not, as for a square root at zero. If a "
+    "`jnp.where` selects another branch there, apply `jnp.where` to the argument of "
+    "this operation as well, since the branch that is not taken is differentiated too."
+)
+
+
+def _cure(s: Signals) -> str:
+    """Returns what to do about the operation that was found, or how to find it."""
+    if s.origin is None:
+        return (
+            "Look for a logarithm, root or division of zero, or an exponential of a "
+            "large number: `jax.config.update('jax_debug_nans', True)` stops at it."
+        )
+    if s.origin.backward:
+        return DERIVATIVE
+    known = CURES.get(s.origin.primitive)
+    return known or "Look at the operands of this operation."
+
+
 def _not_finite(s: Signals) -> Finding:
     broken = [b for b in s.batches if not b.finite]
     worst = broken[0]
     sites = [x for x in worst.sites if not np.all(np.isfinite(x.rms_out))]
     where = (sites[0].leaf,) if sites else worst.bad_leaves[:4]
-    first = (
-        f" The first use of parameters whose result is not finite is {sites[0].leaf}."
-        if sites
-        else ""
-    )
+    if s.origin is not None:
+        first = _operation(s)
+    elif sites:
+        first = (
+            f" The first use of parameters whose result is not finite is {where[0]}."
+        )
+    else:
+        first = ""
     return Finding(
         "not_finite",
         where,
         f"{len(broken)} of {len(s.batches)} batches have a loss or gradient that is "
         f"not finite.{first}",
-        "Look for a logarithm, root or division of zero, or an exponential of a "
-        "large number: `jax.config.update('jax_debug_nans', True)` stops at it. "
-        "`optclip.skip_steps` keeps such steps out of the optimizer.",
+        f"{_cure(s)} `optclip.skip_steps` keeps such steps out of the optimizer.",
         "high",
-        "by elimination",
+        "measured" if s.origin is not None else "by elimination",
         (),
     )
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optclip._engine.scale_invariance import ignores_scale
 from optclip.diagnosis import _growth
 from optclip.diagnosis._inputs import broken_parts, not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._models import is_weight
+from optclip.diagnosis._origins import Origin
 from optclip.diagnosis._outside import excess_of, larger_steps, unseen_ratios
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
@@ -54,12 +56,14 @@ class Signals:
             batches that are "empty". If the updates are not finite, the paths of
             non-finite leaves in the "optimizer" state. In other cases such numbers may
             be intended, such as a mask of -inf or an initial best loss of inf.
+        origin: The operation in which the numbers of a batch stop being finite.
         scaled_trust: As ``trust``, for full steps with weights of typical size.
         rehearsals: Losses over a few steps of training, by update scale.
         starts: Losses of the same batches before those steps.
         empty_loss: If the run has started, the loss of the same model with all
             parameters set to 0, as a proxy for an untrained model.
         begun: Whether the run has started.
+        adaptive: Whether the optimizer ignores the scale of its gradients, as Adam.
         excess: Average ratio of the update to its cap, in a run that has started; 1 if
             there is no cap.
         uncapped: Losses over the same steps of training, by the factor that the
@@ -89,12 +93,14 @@ class Signals:
     still: bool = False
     bad_updates: bool = False
     no_steps: str = ""
+    origin: Origin | None = None
     broken: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     scaled_trust: float = math.nan
     rehearsals: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     starts: list[float] = dataclasses.field(default_factory=list)
     empty_loss: float = math.nan
     begun: bool = False
+    adaptive: bool = False
     excess: float = 1.0
     uncapped: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     rehearsed_norms: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
@@ -233,6 +239,11 @@ def measure(
     more: dict[str, Any] = {}
     if not any(b.finite for b in seen):
         more["broken"] = broken_parts(params, batches)
+    for number, b in enumerate(seen):
+        if not (b.finite or any(broken_parts(params, [batches[number]]).values())):
+            probe.show("where numbers stop being finite")
+            more["origin"] = probe.origin(params, batches[number])
+            break
     gained = [max(b, f) for _, b, f in signals.gains if np.isfinite(max(b, f))]
     if signals.gains and (
         not this.finite or max(gained, default=0) > LIMITS.activation
@@ -279,6 +290,7 @@ def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]
         zeros = jax.tree.map(_emptied, params)
         more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
     more |= _rehearsals(probe, params, opt_state, run)
+    more["adaptive"] = bool(ignores_scale(probe.optimizer, params))
     if s.begun:
         more["excess"] = excess_of(opt_state)
         more["uncapped"] = {

@@ -13,10 +13,11 @@ from optclip import scopes
 from optclip._engine import power_sums, pytrees, validation
 from optclip._engine import state as states
 from optclip._engine.numerics import increment
+from optclip._engine.scale_invariance import ignores_scale
 from optclip._engine.state import ClipState
 from optclip.methods.cap_update import cap_update
 from optclip.methods.quantile import quantile_clip
-from optclip.wrappers import _gradient_scale, _holding, _masks
+from optclip.wrappers import _holding, _masks
 
 __all__ = ["StabilizeState", "stabilize"]
 
@@ -277,7 +278,7 @@ def guarded(
         clipped = _masks.kept(_masks.selected(mask, params), params)
         normalizes = normalize
         if normalizes is None:
-            normalizes = _gradient_scale.ignores_scale(inner, params)
+            normalizes = ignores_scale(inner, params)
         parts = first.init(clipped), inner.init(params), last.init(clipped)
         return own(*parts, normalizes)
 

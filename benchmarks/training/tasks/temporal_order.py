@@ -20,14 +20,14 @@ SCALE = 0.2
 WRONG = 0.05  # share of random classes in training, so that no loss goes to zero
 
 
-def make(key, count):
+def make(key, count, length=LENGTH):
     """Returns (symbols, classes), with the two symbols where Pascanu puts them."""
     keys = jax.random.split(key, 4)
     two = jax.random.randint(keys[0], (count, 2), 0, 2)
-    symbols = jax.random.randint(keys[1], (count, LENGTH), 2, SYMBOLS)
+    symbols = jax.random.randint(keys[1], (count, length), 2, SYMBOLS)
     rows = jnp.arange(count)
-    first = jax.random.randint(keys[2], (count,), LENGTH // 10, LENGTH // 5 + 1)
-    last = jax.random.randint(keys[3], (count,), 2 * LENGTH // 5, LENGTH // 2 + 1)
+    first = jax.random.randint(keys[2], (count,), length // 10, length // 5 + 1)
+    last = jax.random.randint(keys[3], (count,), 2 * length // 5, length // 2 + 1)
     symbols = symbols.at[rows, first].set(two[:, 0])
     symbols = symbols.at[rows, last].set(two[:, 1])
     return symbols, 2 * two[:, 0] + two[:, 1]
@@ -57,15 +57,20 @@ def batch(key, step):
     return symbols, jnp.where(wrong, others, classes)
 
 
-def loss(params, batch):
-    symbols, classes = batch
+def scores(params, symbols):
+    """Returns float[count, classes]."""
 
     def cell(state, x):
         return jnp.tanh(apply(params["recurrent"], state) + x), None
 
     inputs = jax.nn.one_hot(symbols.T, SYMBOLS) @ params["in"]
     state, _ = jax.lax.scan(cell, jnp.zeros(inputs.shape[1:]), inputs)
-    return nll(apply(params["out"], state), classes)
+    return apply(params["out"], state)
+
+
+def loss(params, batch):
+    symbols, classes = batch
+    return nll(scores(params, symbols), classes)
 
 
 def clean(params):
