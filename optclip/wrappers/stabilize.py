@@ -12,7 +12,6 @@ import optax
 from optclip import scopes
 from optclip._engine import power_sums, pytrees, validation
 from optclip._engine import state as states
-from optclip._engine.numerics import increment
 from optclip._engine.scale_invariance import ignores_scale
 from optclip._engine.state import ClipState
 from optclip.methods.cap_update import cap_update
@@ -86,7 +85,7 @@ def _averaged(state, norm, counts, restart, ramp_steps) -> tuple[jax.Array, jax.
     The average is an arithmetic mean at first, whose memory grows to ten steps. After
     ``ramp_steps`` steps, it falls slowly.
     """
-    number = increment(jnp.where(restart, 0, state.averaged_norms))
+    number: Any = optax.safe_increment(jnp.where(restart, 0, state.averaged_norms))
     weight = jnp.maximum(NORM_WEIGHT, 1 / number.astype(jnp.float32))
     norm = jnp.maximum(states.to_finite_f32(norm), LEAST)
     change = weight * (jnp.log(norm) - state.log_norm)
