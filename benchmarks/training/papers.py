@@ -19,11 +19,11 @@ from benchmarks.training.tasks import temporal_order
 SEEDS = 16
 # Pascanu, Mikolov and Bengio (2013) call a run successful if it makes at most 1% errors
 # on the test data. They train for up to 5 million steps; these are 2,000.
-LENGTHS = (10, 20, 40, 60)
+LENGTHS = (10, 20, 40)
 STEPS = 2000
 ERRORS = 0.01
 RATES = (0.003, 0.01, 0.03, 0.1)
-REMEMBERED = ("none", f"{CONSTANT}(1)", "zclip", "autoclip", "adagc", "stabilize")
+REMEMBERED = ("none", f"{CONSTANT}(1)", "zclip", "stabilize")
 # Gradients of these fractions of the steps are multiplied by these factors.
 SPIKES = {0.2: 1e2, 0.4: 1e4, 0.6: 1e3, 0.8: 1e2}
 SPIKED = (
@@ -120,13 +120,20 @@ def damage():
     return lines
 
 
+TABLES = {"spikes": damage, "lengths": successes}
+
+
 def main():
-    options = parser(__doc__).parse_args()
-    trained = f"{SEEDS} seeds. Trained on {machine()}."
-    lines = [*damage(), "", trained]
-    write(options.output, "papers_spikes.md", lines)
-    lines = [*successes(), "", trained]
-    write(options.output, "papers_lengths.md", lines)
+    made = parser(__doc__)
+    made.add_argument("--only", choices=TABLES, help="one of the tables")
+    options = made.parse_args()
+    trained = (
+        f"{SEEDS} seeds. Trained by `benchmarks/training/papers.py` on {machine()}."
+    )
+    for name, table in TABLES.items():
+        if options.only in (name, None):
+            lines = [*table(), "", trained]
+            write(options.output, f"papers_{name}.md", lines)
 
 
 if __name__ == "__main__":
