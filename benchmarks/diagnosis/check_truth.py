@@ -17,16 +17,21 @@ import jax
 import numpy as np
 
 from benchmarks.diagnosis import faults_training, unseen_faults
+from benchmarks.diagnosis.kinds_pairs import Faulty
 from benchmarks.diagnosis.problem import train, typical_loss
-from benchmarks.diagnosis.scenarios import SCENARIOS, split
+from benchmarks.diagnosis.scenarios import SCENARIOS, SPLITS, split
 
 STEPS = 200
 
 
-def outcome(problem):
-    """Returns (typical loss before, typical loss after, whether all was finite)."""
+def outcome(problem, judge=None):
+    """Returns (typical loss before, typical loss after, whether all was finite).
+
+    The loss is that of the problem ``judge``, if it is given.
+    """
     params, _, _, finite = train(problem, STEPS)
-    return typical_loss(problem), typical_loss(problem, params), finite
+    judge = judge or problem
+    return typical_loss(judge, problem.params), typical_loss(judge, params), finite
 
 
 def trained(before, after, finite):
@@ -68,8 +73,9 @@ def structure(problem):
 def truth(scenario, seed):
     """Returns whether the scenario has the claimed fault, and the losses."""
     problem = scenario.make(seed)
-    got = outcome(problem)
     sound_problem = scenario.sound(seed)
+    judge = sound_problem if isinstance(scenario, Faulty) and scenario.judged else None
+    got = outcome(problem, judge)
     sound = outcome(sound_problem)
     if scenario.cause == "healthy":
         begins = problem.opt_state is None
@@ -78,7 +84,9 @@ def truth(scenario, seed):
     if scenario.cause == "vanishing":
         moved = (got[0] - got[1]) / (sound[0] - sound[1])
         return trained(*sound) and moved < 0.1, got, sound
-    share = share_of(problem, sound_problem) if scenario.cause == "loss_sum" else 1.0
+    share = scenario.units if isinstance(scenario, Faulty) else 1.0
+    if scenario.cause == "loss_sum":
+        share = share_of(problem, sound_problem)
     return trained(*sound) and failed(got, sound, share), got, sound
 
 
@@ -115,7 +123,7 @@ def rates(only, module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a name or a cause")
-    parser.add_argument("--split", choices=["tune", "held_out", "unseen"])
+    parser.add_argument("--split", choices=SPLITS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--variants", action="store_true", help="check the remedies")
     parser.add_argument("--rates", action="store_true", help="search learning rates")

@@ -19,7 +19,7 @@ import jax
 from benchmarks._results import machine, parser, write
 from benchmarks.diagnosis import tables
 from benchmarks.diagnosis.apply import apply_all, first_applicable, trains
-from benchmarks.diagnosis.scenarios import split
+from benchmarks.diagnosis.scenarios import SPLITS, split
 from optclip.diagnosis._diagnose import diagnose
 
 
@@ -131,7 +131,7 @@ def main():
 
 def _options():
     made = parser(__doc__)
-    made.add_argument("--split", choices=["tune", "held_out", "unseen"], default="tune")
+    made.add_argument("--split", choices=SPLITS, default="tune")
     made.add_argument("--only", default="", help="a name or a cause")
     made.add_argument("--seeds", type=int, default=1)
     return made.parse_args()
