@@ -61,11 +61,8 @@ def test_a_cap_that_is_too_low_is_found(tx):
     assert finding.remedies == (optclip.diagnosis.Remedy("scale_cap", 100.0),)
     assert "with updates 100 times as large" in finding.evidence
     assert "`max_ratio` of `optclip.stabilize`" in finding.remedy
-    excess = found.signals["update_beside_cap"]
-    # The same number as in the metrics.
-    metrics = optclip.metrics(trained(tx, 60)[1])
-    name = "clip_2/mean_excess" if "clip_2/mean_excess" in metrics else None
-    assert excess == pytest.approx(float(metrics[name or "clip/mean_excess"]), rel=1e-5)
+    # The update of Adam is about 1e-2, and the cap 1e-4 of parameters of about 0.3.
+    assert 100 < found.signals["update_relative_to_cap"] < 1000
     # The remedy does what the finding says.
     losses = found.signals["rehearsals_above_cap"][100.0]
     assert len(losses) == 12

@@ -51,7 +51,7 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "norm_in_float32": signals.wide_norm,
         "norm_with_typical_weights": signals.scaled_norm,
         "rehearsals": {k: tuple(v) for k, v in signals.rehearsals.items()},
-        "update_beside_cap": signals.excess,
+        "update_relative_to_cap": signals.excess,
         "rehearsals_above_cap": {k: tuple(v) for k, v in signals.uncapped.items()},
         "origin": signals.origin,
         "limits": _signals.LIMITS,

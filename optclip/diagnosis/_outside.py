@@ -11,7 +11,7 @@ import numpy as np
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._replay import magnitude
 from optclip.diagnosis.taps import Tapped
-from optclip.methods.cap_update import UpdateCapState
+from optclip.telemetry import metrics
 
 __all__ = ["excess_of", "larger_steps", "norms_by_path", "unseen_ratios"]
 
@@ -56,11 +56,9 @@ def norms_by_path(
 
 def excess_of(opt_state: Any) -> float:
     """Returns the largest average ratio of the update to its cap; 1 without a cap."""
-    parts = jax.tree.leaves(
-        opt_state, is_leaf=lambda node: isinstance(node, UpdateCapState)
-    )
-    caps = [part.mean_excess for part in parts if isinstance(part, UpdateCapState)]
-    return max((float(np.max(x)) for x in caps if np.size(x)), default=1.0)
+    found = metrics(opt_state).items()
+    excess = [float(value) for key, value in found if key.endswith("/mean_excess")]
+    return max(excess, default=1.0)
 
 
 def larger_steps(excess: float) -> list[float]:
