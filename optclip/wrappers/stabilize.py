@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optclip import scopes
-from optclip._engine import power_sums, pytrees, validation
+from optclip._engine import power_sums, pytrees, scaling, validation
 from optclip._engine import state as states
 from optclip._engine.scale_invariance import ignores_scale
 from optclip._engine.state import ClipState
@@ -102,7 +102,7 @@ def _times(leaf: Any, factor: jax.Array) -> Any:
     wide: Any = power_sums.widen(leaf)
     product = wide * factor.astype(jnp.finfo(wide.dtype).dtype)
     # A product with 1 would flush subnormal numbers.
-    return jnp.where(factor == 1, wide, product).astype(leaf.dtype)
+    return scaling.cast_output(jnp.where(factor == 1, wide, product), leaf, None)
 
 
 def _has_hyperparams(node: Any) -> bool:
@@ -299,7 +299,6 @@ def guarded(
         clipped, clip_state = first.update(
             _masks.kept(flags, updates), state.gradient_clip, params
         )
-        clipped = _masks.restored(flags, clipped, updates)
         norm = states.to_finite_f32(clip_state.norm_before)
         bad = ~jnp.isfinite(norm)
         # If an optimizer squared such a gradient, its second moment would be infinite
@@ -312,8 +311,8 @@ def guarded(
             state, clip_state.norm_after, counts, restart, ramp_steps
         )
         factor = jnp.where(state.normalizes > 0, jnp.exp(-log_norm), 1.0)
-        scaled = jax.tree.map(lambda g: _times(g, factor), clipped)
-        clipped = _masks.restored(flags, _masks.kept(flags, scaled), updates)
+        clipped = jax.tree.map(lambda g: _times(g, factor), clipped)
+        clipped = _masks.restored(flags, clipped, updates)
 
         again = _started_again(inner, params, state.optimizer_state)
         before = states.tree_where(restart, again, state.optimizer_state)
