@@ -37,10 +37,17 @@ REASONS = {
 }
 # Programs that run once with the operands of their equation.
 CALLS = {
-    "jit", "pjit", "closed_call", "core_call", "remat", "remat2",
     "checkpoint",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-}  # fmt: skip
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "jit",
+    "pjit",
+    "remat",
+    "remat2",
+}
 # How many operations inside each other are opened.
 DEEPEST = 32
 
@@ -50,9 +57,9 @@ class Origin(NamedTuple):
 
     Attributes:
         primitive: The name of the JAX primitive.
-        kind: "NaN" or "inf".
+        kind: "NaN" or "inf", whichever the result of the program is.
         backward: Whether it is part of the derivative of the loss; the loss is finite.
-        line: File, line and function, as in "model.py:12 (loss_fn)"; "" if unknown.
+        line: Line, file and function, as in "12 of model.py (loss_fn)"; "" if unknown.
         code: The source code of this line; "" if it can't be read.
     """
 
@@ -71,7 +78,7 @@ class Origin(NamedTuple):
         reason = REASONS.get(self.primitive, "")
         reason = f" ({reason})" if reason else ""
         return (
-            f"the first {self.kind} is in {place}{code}: it is the result of "
+            f"the {self.kind} begins in {place}{code}, in the result of "
             f"`{self.primitive}`{reason}"
         )
 
