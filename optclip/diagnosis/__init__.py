@@ -1,6 +1,7 @@
 """Diagnoses exploding gradients: where in the program, why, and what to do."""
 
 from optclip.diagnosis._diagnose import diagnose
+from optclip.diagnosis.facts import HistoryFact
 from optclip.diagnosis.findings import Diagnosis, Finding, Remedy
 from optclip.diagnosis.page import write_report
 from optclip.diagnosis.taps import Site, Taps, tap
@@ -9,6 +10,7 @@ from optclip.diagnosis.thresholds import Suggestion, suggest_threshold
 __all__ = [
     "Diagnosis",
     "Finding",
+    "HistoryFact",
     "Remedy",
     "Site",
     "Suggestion",

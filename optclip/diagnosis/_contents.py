@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from optclip.diagnosis.facts import HEADING
 from optclip.diagnosis.findings import Diagnosis, Finding, nothing_found
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
@@ -84,6 +85,11 @@ def _findings(diagnosis: Diagnosis) -> Section:
     return Section("Diagnosis", tuple(items))
 
 
+def _history(diagnosis: Diagnosis) -> Section:
+    items = [Item(fact.title, (("Logs", fact.evidence),)) for fact in diagnosis.history]
+    return Section(HEADING, tuple(items))
+
+
 def _figure(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
 
@@ -149,6 +155,8 @@ def contents_of(
     """Returns the content of the report of a run."""
     suggestion = suggestion_of(run, diagnosis)
     sections = [] if diagnosis is None else [_findings(diagnosis)]
+    if diagnosis is not None and diagnosis.history:
+        sections.append(_history(diagnosis))
     if nonfinite_leaves:
         sections.append(_nonfinite_section(nonfinite_leaves))
     sections.append(_advice(suggestion))

@@ -12,8 +12,10 @@ import optax
 
 from optclip._engine import validation
 from optclip.diagnosis import _models, _probe, _rules, _signals
+from optclip.diagnosis._history_facts import facts_of
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
 from optclip.diagnosis._outside import norms_by_path
+from optclip.diagnosis._timeline import timeline_of
 from optclip.diagnosis.findings import Diagnosis
 from optclip.diagnosis.taps import scalar_loss
 
@@ -121,6 +123,7 @@ def diagnose(
     *,
     optimizer: optax.GradientTransformation,
     opt_state: Any = None,
+    logs: Any = None,
     has_aux: bool = False,
     max_batches: int = MOST,
     progress: bool = True,
@@ -165,19 +168,26 @@ def diagnose(
             ``optimizer.init(params)``. In a run that has started, small progress per
             step is normal, so only a rising loss indicates a learning rate that is too
             high.
+        logs: The history of the run, to report what it shows and which step to go back
+            to: the path of ``metrics.jsonl`` or of its folder, a list of rows (one dict
+            per step), or a mapping of arrays. The keys are those of `optclip.metrics`
+            and, optionally, of `optclip.leaf_metrics`, "step" and "loss". A norm or a
+            loss is required. Non-finite values may be NaN or None. Of several runs,
+            the first that diverged is used, else the first with a bad step.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: The maximum number of batches to use.
         progress: Whether to print each stage to stderr.
 
     Returns:
-        A `Diagnosis`. Print it to read the report.
+        A `Diagnosis`. Print it to read the report. What ``logs`` show is in
+        ``history``, and does not change the findings.
 
     Raises:
         TypeError: If ``optimizer`` is not a gradient transformation, or ``batches`` is
-            not an iterable of batches.
+            not an iterable of batches, or ``logs`` are of a wrong type.
         ValueError: If the loss is not a real scalar, ``batches`` is empty, ``params``
-            contains no real or complex arrays, or ``opt_state`` does not match
-            ``params``.
+            contains no real or complex arrays, ``opt_state`` does not match
+            ``params``, or ``logs`` contain no rows, or neither a norm nor a loss.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, optclip
@@ -195,6 +205,7 @@ def diagnose(
         'initialization'
     """
     validation.transformation(optimizer=optimizer)
+    timeline = None if logs is None else timeline_of(logs)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
     given, more = batches_of(batches, validation.size("max_batches", max_batches))
@@ -210,4 +221,9 @@ def diagnose(
     probe.try_steps(params, opt_state, given[0])
     signals = _signals.measure(probe, params, opt_state, given, begun)
     words = _not_seen(probe, signals, more)
-    return Diagnosis(_rules.judge(signals), _listed(probe, signals), tuple(words))
+    history = () if timeline is None else facts_of(timeline)
+    if timeline is not None and timeline.others:
+        words.append(f"the other runs in the logs: {timeline.others}")
+    return Diagnosis(
+        _rules.judge(signals), _listed(probe, signals), tuple(words), history
+    )

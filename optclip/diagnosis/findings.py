@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from optclip.diagnosis.facts import HEADING, HistoryFact
+
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Remedy"]
 
 # Maps each cause to its name in the report.
@@ -154,11 +156,14 @@ class Diagnosis:
         signals: The underlying measurements by name: scalars, tuples of numbers, and,
             under "sites", each `Site` of the program.
         not_seen: The parts that could not be inspected, with the reasons.
+        history: What the logs of the run show; empty if no logs were given. These are
+            facts, not causes.
     """
 
     findings: tuple[Finding, ...]
     signals: Mapping[str, Any]
     not_seen: tuple[str, ...] = ()
+    history: tuple[HistoryFact, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -175,6 +180,8 @@ class Diagnosis:
             if len(self.findings) > 1:
                 head += "\n\nApply the first remedy and diagnose again: "
                 head += "the others may not be needed."
+        if self.history:
+            head += "\n\n" + "\n".join([f"{HEADING}:", *map(str, self.history)])
         notes = [f"Not seen: {words}." for words in self.not_seen]
         if self.signals.get("uses"):
             seen, total = self.signals["uses"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from optclip.diagnosis._logs import Row, rows_in
 
-__all__ = ["Run", "printable", "read_run"]
+__all__ = ["Run", "printable", "read_run", "runs_with_rows"]
 
 # `optclip.metrics` returns the largest float32 for a threshold that does not exist yet.
 _NO_THRESHOLD = float(np.finfo(np.float32).max)
@@ -25,7 +25,8 @@ class Run:
         name: Name of the run; "" if it has none.
         seed: Seed of the run as text; "" if unknown.
         steps: int64. Step numbers, ascending.
-        norms: float64. Gradient norms before clipping; NaN or inf if not finite.
+        norms: float64. Gradient norms before clipping; NaN or inf if not finite. All
+            NaN if `runs_with_rows` was given losses only.
         nonfinite: bool. Whether the gradient or loss was not finite at this step or at
             any step since the previous recorded one.
         losses: float64, or None if no loss was recorded.
@@ -114,7 +115,7 @@ class _Columns:
     """The rows of one run, by column."""
 
     def __init__(self, rows: list[Row], origin: str):
-        self._rows, self._origin = rows, origin
+        self.rows, self._origin = rows, origin
         self.keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
 
     def values(self, *wanted: str) -> np.ndarray | None:
@@ -122,16 +123,22 @@ class _Columns:
         key = _key(self.keys, *wanted)
         if key is None:
             return None
-        rows = self._rows
+        rows = self.rows
         return np.array([_number(row.get(key), key, self._origin) for row in rows])
 
     def present(self, *wanted: str) -> np.ndarray:
         """Indicates which rows have the column, even if its value is null."""
         key = _key(self.keys, *wanted)
-        return np.array([key in row for row in self._rows], bool)
+        return np.array([key in row for row in self.rows], bool)
 
-    def with_norm(self, clip: str) -> "tuple[_Columns, str]":
-        """Returns the rows that have a gradient norm, and the key of that norm."""
+    def with_norm(
+        self, clip: str, or_loss: bool
+    ) -> "tuple[_Columns, np.ndarray | None]":
+        """Returns the rows that have a gradient norm, and these norms.
+
+        If there are no norms, and ``or_loss``, returns the rows that have a loss, and
+        None.
+        """
         # Under `skip_steps`, a transformation inside does not see skipped steps.
         names = (
             "skip/norm",
@@ -141,13 +148,22 @@ class _Columns:
             "norm",
         )
         key = _key(self.keys, *names)
-        if key is None:
+        chosen = _key(self.keys, *_LOSSES) if key is None and or_loss else key
+        if chosen is None:
+            missing = "no gradient norm and no loss" if or_loss else "no gradient norm"
+            wanted = ", ".join([*names, *_LOSSES] if or_loss else names)
             raise ValueError(
-                f"{self._origin} has no gradient norm: none of "
-                f"{', '.join(names)}. Record `optclip.metrics(state)` at each step."
+                f"{self._origin} has {missing}: none of {wanted}. Record "
+                "`optclip.metrics(state)` at each step."
             )
-        rows = [row for row in self._rows if key in row]
-        return _Columns(rows, self._origin), key
+        columns = _Columns([row for row in self.rows if chosen in row], self._origin)
+        norms = None if key is None else columns.values(key)
+        if norms is not None and (norms < 0).any():
+            raise ValueError(
+                f"{self._origin}: {key!r} must be a norm, which is never below 0, got "
+                f"{norms[norms < 0][0]:g}."
+            )
+        return columns, norms
 
 
 def _rises(counts: np.ndarray | None) -> np.ndarray | None:
@@ -197,8 +213,8 @@ def _clipped(
     return np.isfinite(norms) & (norms > thresholds)
 
 
-def _last_of_each_step(run: Run) -> Run:
-    """Returns the run with its steps sorted, keeping the last record of each step."""
+def _last_of_each_step(run: Run, rows: list[Row]) -> tuple[Run, list[Row]]:
+    """Sorts a run and its rows by step, keeping the last record of each step."""
     _, places = np.unique(run.steps[::-1], return_index=True)
     kept = len(run.steps) - 1 - places
     columns = {
@@ -206,19 +222,17 @@ def _last_of_each_step(run: Run) -> Run:
         for field in dataclasses.fields(run)
         if isinstance(getattr(run, field.name), np.ndarray)
     }
-    return dataclasses.replace(run, **columns)
+    return dataclasses.replace(run, **columns), [rows[place] for place in kept]
 
 
-def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
+def _run(
+    rows: list[Row], name: str, seed: str, origin: str, or_loss: bool
+) -> tuple[Run, list[Row]]:
     everything = _Columns(rows, origin)
     clip = _clip_of(everything.keys)
-    columns, key = everything.with_norm(clip)
-    norms: Any = columns.values(key)
-    if (norms < 0).any():
-        raise ValueError(
-            f"{origin}: {key!r} must be a norm, which is never below 0, got "
-            f"{norms[norms < 0][0]:g}."
-        )
+    columns, found = everything.with_norm(clip, or_loss)
+    number = len(columns.rows)
+    norms = np.zeros(number) if found is None else found
     thresholds = columns.values(f"{clip}threshold", "threshold", "skip/threshold")
     if thresholds is not None:
         none = np.isclose(thresholds, _NO_THRESHOLD, rtol=1e-6)
@@ -233,15 +247,41 @@ def _run(rows: list[Row], name: str, seed: str, origin: str) -> Run:
         Run(
             name=name,
             seed=seed,
-            steps=_steps_of(columns, clip, len(norms)),
-            norms=norms,
+            steps=_steps_of(columns, clip, number),
+            norms=np.full(number, np.nan) if found is None else norms,
             nonfinite=~_finite(columns, clip, norms),
             losses=columns.values(*_LOSSES),
             thresholds=thresholds,
             clipped=clipped,
             skipped=_rises(columns.values("skip/skipped_steps")),
-        )
+        ),
+        columns.rows,
     )
+
+
+def runs_with_rows(
+    source: Any, *, or_loss: bool = False
+) -> tuple[tuple[Run, list[Row]], ...]:
+    """Returns the runs in a log, each with one row per step.
+
+    Args:
+        source: As for `read_run`.
+        or_loss: Whether a log without gradient norms is allowed if it has a loss.
+
+    Returns:
+        Pairs of a `Run` and the row of each of its steps.
+
+    Raises:
+        ValueError: As for `read_run`.
+    """
+    rows, origin = rows_in(source)
+    if not rows:
+        raise ValueError(f"{origin} has no rows: nothing was recorded.")
+    parts: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        own = tuple("" if row.get(k) is None else str(row[k]) for k in ("run", "seed"))
+        parts.setdefault((own[0], own[1]), []).append(row)
+    return tuple(_run(part, *own, origin, or_loss) for own, part in parts.items())
 
 
 def read_run(source: Any) -> tuple[Run, ...]:
@@ -268,11 +308,4 @@ def read_run(source: Any) -> tuple[Run, ...]:
         >>> run.clipped.tolist()
         [False, True]
     """
-    rows, origin = rows_in(source)
-    if not rows:
-        raise ValueError(f"{origin} has no rows: nothing was recorded.")
-    parts: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        own = tuple("" if row.get(k) is None else str(row[k]) for k in ("run", "seed"))
-        parts.setdefault((own[0], own[1]), []).append(row)
-    return tuple(_run(part, *own, origin) for own, part in parts.items())
+    return tuple(run for run, _ in runs_with_rows(source))
