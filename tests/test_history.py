@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optclip
+from optclip.diagnosis import __main__ as command
 from optclip.diagnosis import _history_facts as facts
 from optclip.diagnosis._leading_leaf import leaf_columns
 from optclip.diagnosis._timeline import timeline_of
@@ -218,6 +219,12 @@ def test_jump_is_not_growth(run):
     assert facts.growth(timeline_of(logs(norm))) is None
 
 
+def test_growth_that_settles_is_not_steady():
+    rise = 10 ** np.clip(np.linspace(-9.0, 3.0, N), 0.0, 1.2)  # far above, then level
+    run = kinds(logs(series()[0] * rise))
+    assert not ({"steady"} < run), run
+
+
 def test_norm_that_stays_at_another_level():
     run = logs(changed(series()[0], slice(200, N), 30.0))
     fact = facts.level_shift(timeline_of(run))
@@ -251,10 +258,11 @@ def test_leaf_that_rises_first_leads():
     assert "before the rise of `blocks/b` is 29,994" in back.evidence
 
 
-def test_leaf_that_rises_most_leads():
+@pytest.mark.parametrize("convert", [float, np.float32, np.asarray])
+def test_leaf_that_rises_most_leads(convert):
     norm = series()[0]
     run = leaves(a=changed(norm, 300, 20.0), b=changed(norm, 300, 500.0), c=norm)
-    fact = leaf_fact(run)
+    fact = leaf_fact([{k: convert(v) for k, v in row.items()} for row in rows_of(run)])
     assert (fact.kind, fact.leaf, fact.steps) == ("leading_leaf", "blocks/b", (30_000,))
     assert "rises most: at step 30,000, at which 2 of 3 leaves rise" in fact.evidence
 
@@ -265,7 +273,9 @@ def test_leaves_that_rise_together_have_no_leader():
         leaves(a=changed(norm, 300, 400.0), b=changed(norm, 300, 500.0), c=norm)
     )
     assert (fact.kind, fact.leaf) == ("several_leaves", None)
-    assert "2 of 3 leaves rise first: `blocks/b`, `blocks/a`" in fact.evidence
+    assert "2 of 3 leaves rise first: `blocks/a`, `blocks/b`" in fact.evidence
+    both = leaves(a=changed(norm, 300, 400.0), b=changed(norm, 300, 500.0))
+    assert leaf_fact(both).evidence == "At step 30,000, all 2 leaves rise."
 
 
 def test_leaf_that_is_first_not_finite_leads():
@@ -456,14 +466,31 @@ def test_diagnosis_has_the_history_but_the_same_findings(tmp_path):
 
 def test_page_has_the_history(tmp_path):
     pytest.importorskip("matplotlib")
-    history = (HistoryFact("spike", (3,), "a<b", "The norm of `a<b` was 3."),)
-    for diagnosis in (Diagnosis((), {}, (), history), Diagnosis((), {})):
+    given = (HistoryFact("spike", (3,), "a<b", "The norm of `a<b` was 3."),)
+    heading, spike = "<h2>What the run shows</h2>", "At step 30,000, the norm was"
+    cases = [
+        (SPIKE, Diagnosis((), {}, (), given), [heading, "<code>a&lt;b</code> was 3."]),
+        (SPIKE, Diagnosis((), {}), [heading, spike]),
+        (SPIKE, None, [heading, spike]),
+        (logs(), None, []),
+    ]
+    for run, diagnosis, expected in cases:
         _, page = optclip.diagnosis.write_report(
-            SPIKE, diagnosis=diagnosis, output=tmp_path
+            run, diagnosis=diagnosis, output=tmp_path
         )
         text = page.read_text(encoding="utf-8")
-        assert ("<h2>What the run shows</h2>" in text) == bool(diagnosis.history)
-        assert ("<code>a&lt;b</code> was 3." in text) == bool(diagnosis.history)
+        every = [heading, spike, "<code>a&lt;b</code> was 3."]
+        assert [words for words in every if words in text] == expected
+
+
+def test_command_prints_what_the_run_shows(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows_of(SPIKE))), encoding="utf-8")
+    assert command.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "What the run shows:\n  A spike. At step 30,000, the norm was" in out
+    assert "  Where to go back to. The last step with a typical norm" in out
 
 
 def test_other_runs_in_the_logs_are_named():

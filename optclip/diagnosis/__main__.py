@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optclip.diagnosis._contents import suggestion_of
+from optclip.diagnosis._contents import facts_shown, suggestion_of
 from optclip.diagnosis._parser import OneLineParser
+from optclip.diagnosis.facts import HEADING
 from optclip.diagnosis.page import write_report
 from optclip.diagnosis.records import Run, read_run
 from optclip.diagnosis.summary import headline, names_of, pick
@@ -73,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"the report could not be written ({error}). Free some space.")
     title = f"{run.title}: " if run.title else ""
-    print(f"{title}{headline(run)}\n{suggestion_of(run, None)}")
+    print(f"{title}{headline(run)}")
+    if facts := facts_shown(run, None):
+        print("\n".join([f"{HEADING}:", *map(str, facts)]))
+    print(suggestion_of(run, None))
     if len(runs) > 1:
         print(_others(runs, run))
     print(f"Wrote {paths[0]} and {paths[1]}.")

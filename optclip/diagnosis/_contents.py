@@ -5,7 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optclip.diagnosis.facts import HEADING
+from optclip.diagnosis._history_facts import facts_of
+from optclip.diagnosis._timeline import timeline_of_run
+from optclip.diagnosis.facts import HEADING, HistoryFact
 from optclip.diagnosis.findings import Diagnosis, Finding, nothing_found
 from optclip.diagnosis.records import Run
 from optclip.diagnosis.summary import diverged_at, headline
@@ -17,7 +19,7 @@ from optclip.diagnosis.thresholds import (
 )
 from optclip.telemetry import NonfiniteLeaf
 
-__all__ = ["Contents", "Item", "Section", "contents_of", "suggestion_of"]
+__all__ = ["Contents", "Item", "Section", "contents_of", "facts_shown", "suggestion_of"]
 
 # Lists longer than this are summarized by a count.
 _NAMED, _MOST_LEAVES = 6, 8
@@ -85,8 +87,16 @@ def _findings(diagnosis: Diagnosis) -> Section:
     return Section("Diagnosis", tuple(items))
 
 
-def _history(diagnosis: Diagnosis) -> Section:
-    items = [Item(fact.title, (("Logs", fact.evidence),)) for fact in diagnosis.history]
+def facts_shown(run: Run, diagnosis: Diagnosis | None) -> tuple[HistoryFact, ...]:
+    """Returns what the logs show; of the run itself, only if anything stands out."""
+    if diagnosis is not None and diagnosis.history:
+        return diagnosis.history
+    facts = facts_of(timeline_of_run(run))
+    return () if facts[0].kind == "steady" else facts
+
+
+def _history(facts: Sequence[HistoryFact]) -> Section:
+    items = [Item(fact.title, (("Logs", fact.evidence),)) for fact in facts]
     return Section(HEADING, tuple(items))
 
 
@@ -155,8 +165,8 @@ def contents_of(
     """Returns the content of the report of a run."""
     suggestion = suggestion_of(run, diagnosis)
     sections = [] if diagnosis is None else [_findings(diagnosis)]
-    if diagnosis is not None and diagnosis.history:
-        sections.append(_history(diagnosis))
+    if facts := facts_shown(run, diagnosis):
+        sections.append(_history(facts))
     if nonfinite_leaves:
         sections.append(_nonfinite_section(nonfinite_leaves))
     sections.append(_advice(suggestion))

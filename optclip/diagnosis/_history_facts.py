@@ -207,6 +207,8 @@ def nonfinite(t: Timeline) -> HistoryFact | None:
 def leaf(t: Timeline, trouble: Trouble) -> HistoryFact | None:
     """Says which leaf leads when the run leaves its typical range."""
     steps, rows = t.run.steps, t.rows
+    if not rows:
+        return None
     start, stop = trouble.start, min(trouble.stop, trouble.start + WINDOW)
     if trouble.kind == "growth":
         quarter = max((trouble.stop - start) // 4, FEWEST)

@@ -64,10 +64,11 @@ def _logs(rows: Sequence[Any], key: str) -> np.ndarray:
     """Returns logarithms of a column: NaN if missing or 0, inf if not finite."""
 
     def number(row):
-        if key not in row:
-            return 0.0
-        value = row[key]  # JSON's null means non-finite
-        return float(value) if isinstance(value, (int, float, np.number)) else np.inf
+        value = row.get(key, 0.0)
+        try:
+            return np.inf if value is None else float(value)  # JSON's null: non-finite
+        except (TypeError, ValueError, OverflowError):
+            return np.inf
 
     values = np.array([number(row) for row in rows], float)
     finite = np.isfinite(values)
@@ -147,7 +148,7 @@ def leading_leaf(
     for leaf, key in columns.items():
         parts = _logs(earlier, key), _logs(watched, key)
         rises.append(_rise(leaf, *parts, start - during.start))
-    risen = sorted(filter(None, rises), key=lambda rise: (rise.place, -rise.peak))
+    risen = sorted(filter(None, rises), key=lambda rise: rise.place)
     if not risen:
         return None
     place = risen[0].place
@@ -157,7 +158,10 @@ def leading_leaf(
     lead = _most(first)
     if lead is None:
         how = "are not finite" if np.isinf(first[0].first) else "rise"
-        words = f"At step {step:,}, {at_once} {how} first: {_names(first)}."
+        if len(first) == len(columns):
+            words = f"At step {step:,}, all {len(columns)} leaves {how}."
+        else:
+            words = f"At step {step:,}, {at_once} {how} first: {_names(first)}."
         return HistoryFact("several_leaves", (step,), None, words)
     if len(first) == 1:
         words = f"The norm of `{lead.leaf}` rises first, at step {step:,}"

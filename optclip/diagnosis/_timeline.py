@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from optclip.diagnosis.records import Run, runs_with_rows
 from optclip.diagnosis.summary import names_of, pick
 from optclip.diagnosis.thresholds import DEVIATIONS, FAR, FEWEST, FLOOR
 
-__all__ = ["Episode", "Level", "Timeline", "level_of", "timeline_of"]
+__all__ = ["Episode", "Level", "Timeline", "level_of", "timeline_of", "timeline_of_run"]
 
 # Number of typical steps that a step is compared with. Fewer follow the norm faster,
 # but more are a better estimate of its spread.
@@ -79,7 +79,7 @@ class Timeline:
 
     Attributes:
         run: The run.
-        rows: The row of the log for each step.
+        rows: The row of the log for each step; empty if unknown.
         norms: float64. Decadic logarithms of the norms; NaN if unknown, not finite or
             0.
         losses: float64. The losses; NaN if unknown or not finite.
@@ -91,7 +91,7 @@ class Timeline:
     """
 
     run: Run
-    rows: list[Row]
+    rows: Sequence[Row]
     norms: np.ndarray
     losses: np.ndarray
     norm_far: np.ndarray
@@ -260,6 +260,12 @@ def timeline_of(logs: Any) -> Timeline:
     runs = [run for run, _ in pairs]
     run = pick(runs)
     rows = next(rows for other, rows in pairs if other is run)
+    others = [other for other in runs if other is not run]
+    return timeline_of_run(run, rows, names_of(others) if others else "")
+
+
+def timeline_of_run(run: Run, rows: Sequence[Row] = (), others: str = "") -> Timeline:
+    """Returns the timeline of a run; without its rows, the leaves are unknown."""
     known = np.isfinite(run.norms) & (run.norms > 0)
     norms = np.log10(np.where(known, run.norms, 1.0))
     norms[~known] = np.nan
@@ -272,10 +278,6 @@ def timeline_of(logs: Any) -> Timeline:
     # be recorded less often, and its return would be seen late.
     bad = run.nonfinite if np.isnan(norms).all() else np.zeros_like(run.nonfinite)
     loss_far, loss_episodes = _episodes(losses, bad, is_norm=False)
-    if len(runs) > 1:
-        others = names_of([other for other in runs if other is not run])
-    else:
-        others = ""
     return Timeline(
         run,
         rows,

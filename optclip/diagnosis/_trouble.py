@@ -204,9 +204,11 @@ def trouble_of(t: Timeline) -> Trouble | None:
     start = divergence_start(t)
     grown = growth_places(t)
     unfinished = not t.episodes or t.episodes[-1].end == "open"
-    if grown is not None and unfinished:
-        places = grown[0]
-        return Trouble("growth", int(places[0]), int(places[-1]) + 1)
+    trend = None
+    if grown is not None:
+        trend = Trouble("growth", int(grown[0][0]), int(grown[0][-1]) + 1)
+    if trend is not None and unfinished:
+        return trend
     if start is not None:
         return Trouble("divergence", start, len(t.run.steps))
     largest = largest_spike(t)
@@ -218,4 +220,4 @@ def trouble_of(t: Timeline) -> Trouble | None:
         stop = lost + 1 if episode is None else episode.stop
         return Trouble("nonfinite", lost, stop)
     shift = shift_of(t)
-    return None if shift is None else Trouble("level_shift", shift.start, shift.stop)
+    return trend if shift is None else Trouble("level_shift", shift.start, shift.stop)

@@ -126,8 +126,9 @@ def write_report(
 
     The report plots the gradient norm over the steps, with the threshold and the steps
     that were clipped, skipped or not finite, and the distribution of the norms. It also
-    suggests a threshold. If a diagnosis is given, it adds the backward signal by depth
-    and the findings. Parts without data are omitted. The page is a single
+    suggests a threshold. It says what the run shows: spikes, growth, non-finite steps,
+    and which step to go back to. If a diagnosis is given, it adds the backward signal
+    by depth and the findings. Parts without data are omitted. The page is a single
     self-contained file without scripts.
 
     | run                    | the report                                       |
