@@ -85,6 +85,7 @@ def test_nothing_stands_out_in_a_healthy_run(seed):
         logs(norm, loss),
         logs(norm * (1 + 9 * decay), loss + 9 * decay),
         logs(norm * (1.01 - decay), loss + 9 * decay),  # the norm warms up
+        logs(changed(norm, slice(0, 40), 0.01), loss),
         logs(norm, -loss),
     ]:
         (fact,) = facts.facts_of(timeline_of(run))
@@ -219,10 +220,19 @@ def test_jump_is_not_growth(run):
     assert facts.growth(timeline_of(logs(norm))) is None
 
 
-def test_growth_that_settles_is_not_steady():
-    rise = 10 ** np.clip(np.linspace(-9.0, 3.0, N), 0.0, 1.2)  # far above, then level
-    run = kinds(logs(series()[0] * rise))
-    assert not ({"steady"} < run), run
+def test_slow_growth_after_a_warm_up():
+    norm = changed(series()[0], slice(0, 40), 0.01)
+    norm[200:] *= 10 ** np.linspace(0.0, 0.8, N - 200)  # no step is far above
+    assert kinds(logs(norm)) == {"growth", "checkpoint"}
+
+
+def test_spike_after_a_level_shift_is_relative_to_the_new_level():
+    norm = changed(series()[0], slice(150, N), 30.0)
+    norm[380] *= 500.0
+    fact = found(logs(norm))["spike"]
+    assert fact.steps == (30_080,)
+    (times,) = re.findall(r"([\d.]+) times its median", fact.evidence)
+    assert float(times) == pytest.approx(500, rel=0.2)
 
 
 def test_norm_that_stays_at_another_level():

@@ -215,17 +215,18 @@ def _episodes(
 
 def _logs_of(logs: Any) -> tuple[tuple[Run, list[Row]], ...]:
     """Reads ``logs``, with errors that name the argument."""
-    wrong = isinstance(logs, (bytes, int, float, complex)) or logs is None
-    if wrong or not (isinstance(logs, Path) or hasattr(logs, "__iter__")):
+    given: Any = logs  # keeps its type unknown after the checks below
+    scalar = logs is None or isinstance(logs, (bytes, int, float, complex))
+    if scalar or not (isinstance(logs, Path) or hasattr(logs, "__iter__")):
         raise TypeError(
             "`logs` must be the path of a log or of its folder, a list of rows (one "
             f"dict per step) or a mapping of arrays, got {type(logs).__name__}."
         )
     if isinstance(logs, str) and not logs:
         raise ValueError("`logs` must be a path, got an empty one.")
-    rows = logs
+    rows = given
     if not isinstance(logs, (str, Path, Mapping)) and not hasattr(logs, "dtype"):
-        rows = list(logs)
+        rows = list(given)
         wrong = [x for x in rows if not isinstance(x, Mapping)]
         mixed = 0 < len(wrong) < len(rows)
         if mixed or any(isinstance(x, str) for x in wrong):
