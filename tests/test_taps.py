@@ -12,7 +12,7 @@ from flax import nnx
 
 import optclip
 from optclip.diagnosis import taps as taps_module
-from optclip.diagnosis._replay import no_probes
+from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import tapped
 
 CLOSE = {"rtol": 1e-5}
@@ -301,6 +301,19 @@ def test_untaken_branch_measures_nothing():
     sites = {s.leaf: s for s in optclip.diagnosis.tap(loss_fn, W, X).sites}
     assert sites["w"].signal_out == 0
     assert sites["v"].signal_out > 0
+
+
+@pytest.mark.parametrize("change", [Change(relu=True), Change(wide=True)])
+def test_branches_with_different_numbers_of_uses_can_be_changed(change):
+    def loss_fn(w, x):
+        deep = lambda x: jnp.exp(x @ w["w"]) @ w["v"]  # noqa: E731
+        return jnp.sum(jax.lax.cond(x[0, 0] < 99, deep, lambda x: x @ w["v"], x))
+
+    seen = tapped(loss_fn, W, X)
+    loss = jax.jit(lambda w: seen.run(w, (X,), (), change)[0])(W)
+    inner = jax.nn.relu if change.relu else jnp.exp
+    wanted = jnp.sum(inner(X @ W["w"]) @ W["v"])
+    np.testing.assert_allclose(loss, wanted, rtol=1e-4)
 
 
 def test_lookups_scales_and_concatenated_parameters():
