@@ -35,7 +35,8 @@ def _loud(words: str) -> None:
 def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
     """Returns the signals by name, as stored in `Diagnosis.signals`."""
     plan = probe.tapped and probe.tapped.plan
-    seen = len(plan.sites) if plan else 0
+    partly = sum(bool(x.unmeasured) for x in plan.sites) if plan else 0
+    seen = len(plan.sites) - partly if plan else 0
     depth, time = signals.depth, signals.time
     return {
         "batch_losses": tuple(b.loss for b in signals.batches),
@@ -58,7 +59,8 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "origin": signals.origin,
         "limits": _signals.LIMITS,
         "sites": signals.first.sites,
-        "uses": (seen, seen + len(plan.hidden)) if plan else None,
+        "uses": (seen, seen + partly + len(plan.hidden)) if plan else None,
+        "forward_uses": partly,
         "leaf_norms": norms_by_path(
             probe.paths, [b.leaf_norms for b in signals.batches]
         ),
@@ -75,14 +77,15 @@ def _not_seen(probe: _probe.Probe, signals: _signals.Signals, more: bool) -> lis
             f"{jax.__version__} ({probe.why_not})"
         )
     else:
-        hidden = probe.tapped.plan.hidden
-        seen = len(probe.tapped.plan.sites)
-        if hidden:
-            why = ", ".join(dict.fromkeys(hidden))
-            words.append(
-                f"{len(hidden)} of {seen + len(hidden)} uses of parameters: {why}"
-            )
-        if not seen + len(hidden):
+        hidden, sites = probe.tapped.plan.hidden, probe.tapped.plan.sites
+        total = len(sites) + len(hidden)
+        partly = [x.inside for x in sites if x.unmeasured]
+        for what, reasons in (("", hidden), ("the backward signal of ", partly)):
+            if reasons:
+                why = ", ".join(dict.fromkeys(reasons))
+                count = f"{what}{len(reasons)} of {total}"
+                words.append(f"{count} uses of parameters: {why}")
+        if not total:
             words.append(
                 "where the signal grows: the loss has no matrix product, convolution, "
                 "lookup or scale with the parameters"
@@ -151,8 +154,9 @@ def diagnose(
     | `uphill`         | the change in the loss that the gradient predicts       |
 
     A model with non-finite values is never reported as healthy. Parts of the program
-    that can't be inspected, such as functions with a custom derivative, are judged from
-    the outside, by gradients, losses and trial steps, and the headline says so. A
+    that can't be inspected, such as the backward pass of functions with a custom
+    derivative, are judged from the outside, by gradients, losses and trial steps, and
+    the headline says so. A
     diagnosis costs about as much as 60 training steps and compiles about five programs.
     Run it when training fails or before a long run.
 

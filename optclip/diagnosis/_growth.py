@@ -8,7 +8,17 @@ import numpy as np
 
 from optclip.diagnosis.taps import Site
 
-__all__ = ["Growth", "Layer", "depth_growth", "he_ratios", "layers_of", "time_growth"]
+__all__ = [
+    "Growth",
+    "Layer",
+    "backward_signal",
+    "depth_growth",
+    "growth_over_steps",
+    "he_ratios",
+    "layers_of",
+    "logs_of",
+    "time_growth",
+]
 
 # A leaf used at least this many times is a recurrence rather than weight sharing.
 USES = 4
@@ -21,13 +31,15 @@ class Layer(NamedTuple):
 
     Attributes:
         leaf: Path of the layer's parameters.
-        back_in: Norm of the backward signal at the input, over all steps.
-        back_out: Norm of the backward signal at the output, over all steps.
+        back_in: Norm of the backward signal at the input, over all steps; NaN if it
+            could not be measured.
+        back_out: The same at the output.
         rms_in: Root mean square of the input.
         rms_out: Root mean square of the output.
         he: Root mean square of the weights divided by that of He initialization.
         activation: Functions between the previous layer and this one, or None.
         source: Index of the previous layer in the list, or None.
+        measured: Whether both backward signals were measured.
     """
 
     leaf: str
@@ -38,6 +50,13 @@ class Layer(NamedTuple):
     he: float
     activation: str | None
     source: int | None
+    measured: bool = True
+
+    @property
+    def back(self) -> float:
+        """Norm of the backward signal at the output, or else at the input."""
+        known = self.measured or not math.isnan(self.back_out)
+        return self.back_out if known else self.back_in
 
 
 class Growth(NamedTuple):
@@ -61,7 +80,8 @@ class Growth(NamedTuple):
     half: float = 0.0
 
 
-def _log(values: np.ndarray | list[float]) -> np.ndarray:
+def logs_of(values: np.ndarray | list[float]) -> np.ndarray:
+    """Returns logarithms; NaN where they are not finite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.asarray(values, float))
     return np.where(np.isfinite(logs), logs, np.nan)
@@ -109,6 +129,14 @@ def _is_layer(site: Site) -> bool:
     return site.kind in ("matmul", "conv")
 
 
+def backward_signal(site: Site):
+    """Returns the backward signal at the output, or at the input if only it is known.
+
+    NaN if neither was measured, as inside a function with a custom derivative.
+    """
+    return site.signal_in if "signal_out" in site.unmeasured else site.signal_out
+
+
 def repeated(sites: tuple[Site, ...]) -> set[str]:
     """Returns the leaves that an unrolled program uses repeatedly."""
     uses = collections.Counter(s.leaf for s in sites if _is_layer(s))
@@ -146,6 +174,7 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
                         he,
                         site.activation,
                         place.get(site.source),
+                        not site.unmeasured,
                     )
                 )
     return found
@@ -153,20 +182,20 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
 
 def depth_growth(layers: list[Layer]) -> Growth:
     """Returns the growth of the signals over the layers."""
-    back = -_ends(_log([x.back_out for x in layers]))
-    forward = _ends(_log([x.rms_out for x in layers]))
+    back = -_ends(logs_of([x.back for x in layers]))
+    forward = _ends(logs_of([x.rms_out for x in layers]))
     steps = max(0.75 * len(layers), 1)
     each = 10 ** (max(back, forward) / steps)
     leaves = tuple(dict.fromkeys(x.leaf for x in layers))
     return Growth(back, forward, len(layers), leaves, each)
 
 
-def _time(signal: np.ndarray, rms: np.ndarray, leaf: str) -> Growth | None:
+def growth_over_steps(signal: np.ndarray, rms: np.ndarray, leaf: str) -> Growth | None:
     """Returns the growth over steps, backward in time: the first step comes last."""
     if len(signal) < FEWEST:
         return None
-    backward = _log(signal)[::-1]
-    forward = _log(rms)
+    backward = logs_of(signal)[::-1]
+    forward = logs_of(rms)
     later, grown = len(signal) // 2, 0.0
     for logs in (backward, forward):
         logs = logs[np.isfinite(logs)]
@@ -183,16 +212,16 @@ def time_growth(sites: tuple[Site, ...]) -> Growth | None:
     for site in sites:
         used = _is_layer(site) or site.kind == "scale"
         if used and isinstance(site.signal_out, tuple) and not site.stacked:
-            signal = np.asarray(site.signal_out, float)
+            signal = np.asarray(backward_signal(site), float)
             rms = np.asarray(site.rms_in, float)
             signal = np.sqrt(np.sum(np.square(signal.reshape(-1, signal.shape[-1])), 0))
             rms = np.sqrt(np.mean(np.square(rms.reshape(-1, rms.shape[-1])), 0))
-            found.append(_time(signal, rms, site.leaf))
+            found.append(growth_over_steps(signal, rms, site.leaf))
     for leaf in repeated(sites):
         uses = [s for s in sites if s.leaf == leaf and _is_layer(s)]
-        signal = np.array([_total(s.signal_out) for s in uses])
+        signal = np.array([_total(backward_signal(s)) for s in uses])
         rms = np.array([_typical(s.rms_in) for s in uses])
-        found.append(_time(signal, rms, leaf))
+        found.append(growth_over_steps(signal, rms, leaf))
     grown = [g for g in found if g is not None]
     if not grown:
         return None
@@ -221,6 +250,8 @@ def activation_gains(layers: list[Layer]) -> list[tuple[Layer, float, float]]:
         if not layer.activation or layer.source is None:
             continue
         before = layers[layer.source]
+        if not (layer.measured and before.measured):
+            continue  # a relu can't be tried inside a function with its own derivative
         with np.errstate(all="ignore"):
             back = np.float64(before.back_out) / layer.back_in
             forward = np.float64(layer.rms_in) / before.rms_out

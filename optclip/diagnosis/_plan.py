@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 from optclip._engine.jaxprs import closed
+from optclip.diagnosis._boundary import ends_of
 from optclip.diagnosis._program import (
     CONSTANT,
     DATA,
@@ -19,6 +20,7 @@ from optclip.diagnosis._program import (
     LINEAR,
     LOST,
     OPENED,
+    POSITIONS,
     RULED,
     Chain,
     Made,
@@ -103,6 +105,17 @@ def _fans(eqn: Any, weight_at: int) -> tuple[int, int]:
     return 1, 1
 
 
+def _positions(eqn: Any, place: _Place) -> int:
+    """Returns the length of the sequences that a lookup returns; 0 if there are none.
+
+    Sequences have three axes: examples, positions, features.
+    """
+    shape = eqn.outvars[0].aval.shape
+    if eqn.primitive.name != "gather" or place.lengths or len(shape) != 3:
+        return 0
+    return shape[1] if shape[1] >= POSITIONS else 0
+
+
 KINDS = {
     "dot_general": "matmul",
     "conv_general_dilated": "conv",
@@ -148,6 +161,7 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
         place.lengths,
         weight.stacked,
         str(eqn.outvars[0].aval.dtype),
+        positions=_positions(eqn, place),
     )
 
 
@@ -198,6 +212,25 @@ class _Beyond(NamedTuple):
     unseen: tuple[SiteSpec, ...] = ()
 
 
+def _ruled_step(eqn: Any, plan: Plan, reason: str) -> tuple[Step, _Beyond]:
+    """Plans a function with a custom derivative, whose rule stays in force.
+
+    Its body is evaluated again for the forward signal. A backward signal is only known
+    at the boundary of the call.
+    """
+    ends, sites = ends_of(plan), []
+    if eqn.params.get("symbolic_zeros"):  # a probe would change what the rule is given
+        ends = tuple(end._replace(entry=None) for end in ends)
+    for site, end in zip(plan.sites, ends, strict=True):
+        pairs = zip(("signal_in", "signal_out"), end, strict=True)
+        unmeasured = tuple(name for name, index in pairs if index is None)
+        inside = reason if unmeasured else ""
+        site = site._replace(unmeasured=unmeasured, inside=inside, positions=0)
+        sites.append(site)
+    step = Step(eqn, None, (plan,), False, tuple(sites), ends)
+    return step, _Beyond((reason,) * len(plan.hidden), plan.unseen)
+
+
 def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
     """Plans the programs in an equation; also returns the unreachable sites."""
     name, plans = eqn.primitive.name, []
@@ -209,12 +242,15 @@ def _step(eqn: Any, made: list[Made], place: _Place) -> tuple[Step, _Beyond]:
             plans.append(_make_plan(inner, list(map(cross, given)), place))
             place = place._replace(first=place.first + len(plans[-1].sites))
     if name in OPENED:
-        step = Step(eqn, None, tuple(plans), any(p.sites for p in plans))
+        sites = tuple(site for p in plans for site in p.sites)
+        step = Step(eqn, None, tuple(plans), bool(sites), sites)
         reasons = tuple(words for p in plans for words in p.hidden)
         return step, _Beyond(reasons, tuple(x for p in plans for x in p.unseen))
     called = name_of(eqn)
     reason = f"inside {BETTER.get(name, name)}"
     reason += f" {called}" if called != name else ""
+    if name in RULED and plans and not plans[0].jaxpr.jaxpr.effects:
+        return _ruled_step(eqn, plans[0], reason)
     count = sum(len(p.sites) + len(p.hidden) for p in plans)
     if not count:
         count = opaque_uses(eqn, made)
@@ -265,12 +301,12 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
         steps.append(step)
         hidden.extend(beyond.reasons)
         unseen.extend(beyond.unseen)
+        sites.extend(step.sites)
         if step.opened:
-            for plan in step.plans:
-                sites.extend(plan.sites)
             outs = _outs_of(step)
         else:
-            outs = [_result(eqn, made, bool(beyond.reasons))] * len(eqn.outvars)
+            used = bool(beyond.reasons or step.sites)
+            outs = [_result(eqn, made, used)] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     outs = tuple(look(v) for v in jaxpr.outvars)
     return Plan(program, tuple(steps), tuple(sites), tuple(hidden), outs, tuple(unseen))

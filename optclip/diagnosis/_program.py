@@ -15,8 +15,10 @@ __all__ = [
     "LOST",
     "OPAQUE",
     "OPENED",
+    "POSITIONS",
     "RULED",
     "Chain",
+    "Ends",
     "Made",
     "Plan",
     "SiteSpec",
@@ -99,6 +101,7 @@ ELEMENTWISE = LINEAR | {
 }
 LOST = "in another program"
 INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
+POSITIONS = 8  # the fewest positions of a sequence at which a signal is measured
 OPENED = INLINED | {"scan", "cond"}
 RULED = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Primitives whose use of their operands the program does not show as a product.
@@ -162,6 +165,10 @@ class SiteSpec(NamedTuple):
         lengths: Lengths of the enclosing scans, outermost first.
         stacked: Whether each step of the innermost scan has its own parameters.
         dtype: The dtype of the result.
+        unmeasured: The backward signals that can't be measured, of "signal_in" and
+            "signal_out".
+        inside: The reason why they can't be measured; "" if all can.
+        positions: For an embedding of sequences, their length; otherwise 0.
     """
 
     kind: str
@@ -176,6 +183,23 @@ class SiteSpec(NamedTuple):
     lengths: tuple[int, ...]
     stacked: bool
     dtype: str
+    unmeasured: tuple[str, ...] = ()
+    inside: str = ""
+    positions: int = 0
+
+
+class Ends(NamedTuple):
+    """Where the signals of a site can be measured at the boundary of a call.
+
+    Attributes:
+        entry: Index of the argument of the call that reaches the site's input
+            unchanged, or None.
+        exit: Index of the result of the call to which the site's output passes
+            unchanged, or None.
+    """
+
+    entry: int | None = None
+    exit: int | None = None
 
 
 class Step(NamedTuple):
@@ -186,12 +210,16 @@ class Step(NamedTuple):
         site: The site, or None if the equation is not a site.
         plans: The programs inside the equation.
         opened: Whether these programs contain reachable sites.
+        sites: The sites in these programs that are measured.
+        ends: For a function with a custom derivative, the ends of each of ``sites``.
     """
 
     eqn: Any
     site: SiteSpec | None = None
     plans: tuple["Plan", ...] = ()
     opened: bool = False
+    sites: tuple[SiteSpec, ...] = ()
+    ends: tuple[Ends, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -204,7 +232,7 @@ class Plan(NamedTuple):
         hidden: For each unreachable site, the reason.
         outs: The provenance of the results.
         unseen: The hidden sites that nevertheless appear in the program, for example in
-            a function with a custom derivative.
+            a `jax.lax.while_loop`.
     """
 
     jaxpr: Any

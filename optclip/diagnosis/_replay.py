@@ -45,28 +45,36 @@ def magnitude(x: jax.Array, mean: bool = False) -> jax.Array:
 
 @jax.custom_vjp
 def _probed(x: jax.Array, probe: jax.Array) -> jax.Array:
-    """Returns x; the derivative for ``probe`` is the norm of the backward signal."""
+    """Returns x; the derivative for ``probe`` is the norm of the backward signal.
+
+    If ``probe`` is a vector, the norm at each position of a sequence follows.
+    """
     del probe
     return x
 
 
 def _probed_fwd(x, probe):
-    del probe
-    return x, None
+    return x, probe
 
 
-def _probed_bwd(_, signal):
+def _probed_bwd(probe, signal):
     if signal.dtype == jax.dtypes.float0:
-        return signal, jnp.zeros([], jnp.float32)
-    return signal, magnitude(signal)
+        return signal, jnp.zeros_like(probe)
+    if not probe.ndim:
+        return signal, magnitude(signal)
+    each = jax.vmap(magnitude, in_axes=1)(signal)
+    return signal, jnp.concatenate([magnitude(signal)[None], each])
 
 
 _probed.defvjp(_probed_fwd, _probed_bwd)
 
 
 def no_probes(plan: Plan) -> list[jax.Array]:
-    """Returns zeros to differentiate with respect to, one per site input and output."""
-    return [jnp.zeros((*s.lengths, 2), jnp.float32) for s in plan.sites]
+    """Returns zeros to differentiate with respect to, one per site input and output.
+
+    For an embedding of sequences, one per position of the output follows.
+    """
+    return [jnp.zeros((*s.lengths, 2 + s.positions), jnp.float32) for s in plan.sites]
 
 
 def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -109,7 +117,7 @@ def _site(
     )
     if probe is None:
         return out, jnp.zeros(3, jnp.float32)
-    out = _probed(out, probe[1])
+    out = _probed(out, probe[1:] if spec.positions else probe[1])
     before = magnitude(values[at], mean=True) if floats else jnp.zeros([], jnp.float32)
     weight = magnitude(values[1 - at], mean=True)
     seen = (before, magnitude(out, mean=True), weight)
@@ -182,6 +190,24 @@ def _inlined(step: Step, values: list, probes: list, change: Change) -> tuple:
     return run(values, probes)
 
 
+def _ruled(jaxpr: Any, step: Step, values: list, probes: list) -> tuple:
+    """Evaluates a function with a custom derivative, and its body for the statistics.
+
+    The result and the derivative are those of the function's rule. The probes measure
+    the backward signal at its boundary.
+    """
+    (plan,), frozen, values = step.plans, lax.stop_gradient(values), list(values)
+    for (at, _), probe in zip(step.ends, probes, strict=True):
+        if at is not None:
+            values[at] = _probed(values[at], probe[0])
+    outs = carried_out(jaxpr, step.eqn, values)
+    for (_, at), probe in zip(step.ends, probes, strict=True):
+        if at is not None:
+            outs[at] = _probed(outs[at], probe[1])
+    _, seen = replay(plan, frozen, [jnp.zeros_like(p) for p in probes], Change())
+    return outs, seen
+
+
 def _opened(step: Step, change: Change) -> bool:
     if step.opened:
         return True
@@ -228,11 +254,13 @@ def replay(
             outs = [out]
             seen.append(figures)
         elif _opened(step, change):
-            count = sum(len(p.sites) for p in step.plans)
-            mine = list(itertools.islice(waiting, count))
+            mine = list(itertools.islice(waiting, len(step.sites)))
             name = eqn.primitive.name
             run = {"scan": _scan, "cond": _cond}.get(name, _inlined)
             outs, figures = run(step, given, mine, change)
+            seen.extend(figures)
+        elif mine := list(itertools.islice(waiting, len(step.ends))):
+            outs, figures = _ruled(jaxpr, step, given, mine)
             seen.extend(figures)
         elif change.wide and not _has_program(eqn):
             outs = _widened(eqn, given)

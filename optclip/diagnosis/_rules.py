@@ -27,7 +27,8 @@ def _overflow(s: Signals) -> Candidate | None:
         return None
     sites = [x for x in broken[0].sites if x.dtype in ("float16", "bfloat16")]
     forward = [x for x in sites if not np.all(np.isfinite(x.rms_out))]
-    backward = [x for x in sites[::-1] if not np.all(np.isfinite(x.signal_out))]
+    measured = [x for x in sites[::-1] if "signal_out" not in x.unmeasured]
+    backward = [x for x in measured if not np.all(np.isfinite(x.signal_out))]
     there = forward or backward
     where = tuple(dict.fromkeys(x.leaf for x in there))
     what = "forward" if forward or not backward else "backward"

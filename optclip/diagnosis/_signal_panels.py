@@ -131,7 +131,11 @@ def _can_draw(signals: Sequence[Any]) -> bool:
 
 def signal_panels(every: Sequence[Any]) -> list[Panel]:
     """Returns the panels for which the `Site`s of a diagnosis contain data."""
-    sites = [s for s in every if s.signal_out is not None]
+    sites = [
+        s
+        for s in every
+        if s.signal_out is not None and "signal_out" not in getattr(s, "unmeasured", ())
+    ]
     sites = sorted(sites, key=lambda site: site.order)
     over_time = [s for s in sites if np.ndim(s.signal_out)]
     by_depth = [s for s in sites if not np.ndim(s.signal_out)]

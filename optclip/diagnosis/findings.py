@@ -101,6 +101,14 @@ NOTHING = "nothing was found that makes the gradients explode."
 OUTSIDE = "from outside (gradients of the batches, losses, trial steps)"
 
 
+def _share(signals: Mapping[str, Any]) -> str:
+    """Describes how many uses of parameters were seen."""
+    seen, total = signals["uses"]
+    partly = signals.get("forward_uses", 0)
+    more = f", and {partly} only in the forward pass" if partly else ""
+    return f"{seen} of {total} uses of parameters were seen{more}"
+
+
 def nothing_found(signals: Mapping[str, Any]) -> str:
     """Returns the headline of a report without findings.
 
@@ -115,8 +123,8 @@ def nothing_found(signals: Mapping[str, Any]) -> str:
     seen, total = uses
     if seen == total:
         return NOTHING.capitalize()
-    words = f"{seen} of {total} uses of parameters were seen"
-    if not seen:
+    words = _share(signals)
+    if not (seen or signals.get("forward_uses")):
         return (
             f"Could not look inside the model: {words}. "
             f"{OUTSIDE.capitalize()}, {NOTHING}"
@@ -187,6 +195,8 @@ class Diagnosis:
             seen, total = self.signals["uses"]
             batches = len(self.signals["batch_norms"])
             looked = f"{batches} batches and {seen} of {total} uses of parameters"
+            partly = self.signals.get("forward_uses")
+            looked += f" ({partly} only in the forward pass)" if partly else ""
             outside = [] if seen == total else [largest_gradient(self.signals)]
             notes = [f"Looked at {looked}.", *filter(None, outside), *notes]
         return "\n\n".join([head, "\n".join(notes)]) if notes else head

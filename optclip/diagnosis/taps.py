@@ -52,6 +52,10 @@ class Site:
         source: The ``order`` of the previous site, or None.
         stacked: Whether each step has its own parameters, as in a scan over layers.
             Otherwise all steps share them, as in a recurrence.
+        unmeasured: Which of "signal_in" and "signal_out" could not be measured because
+            the use is inside a function with a custom derivative; they are NaN.
+        signal_positions: For an embedding of sequences, the norm of the gradient with
+            respect to the output at each position; otherwise empty.
     """
 
     leaf: str
@@ -69,6 +73,8 @@ class Site:
     activation: str | None
     source: int | None
     stacked: bool
+    unmeasured: tuple[str, ...] = ()
+    signal_positions: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,8 @@ class Taps:
         head = ("use", "signal back", "rms in", "rms out", "fan in", "leaf")
         rows: list[tuple[str, ...]] = [head]
         for x in self.sites:
-            figures = map(_brief, (x.signal_out, x.rms_in, x.rms_out))
+            back = "-" if "signal_out" in x.unmeasured else _brief(x.signal_out)
+            figures = (back, _brief(x.rms_in), _brief(x.rms_out))
             rows.append((x.kind, *figures, str(x.fan_in), x.leaf))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
@@ -100,7 +107,10 @@ class Taps:
             cells = zip(figures, widths[1:], strict=False)
             right = "".join(f"  {cell:>{width}}" for cell, width in cells)
             lines.append(f"{kind:<{widths[0]}}{right}  {leaf}")
-        lines.append(f"Seen {len(self.sites)} of {self.total} uses of parameters.")
+        partly = sum(bool(x.unmeasured) for x in self.sites)
+        words = f"Seen {len(self.sites) - partly} of {self.total} uses of parameters"
+        words += f", and {partly} only in the forward pass" if partly else ""
+        lines.append(f"{words}.")
         lines += [f"Not seen: {reason}." for reason in self.not_seen]
         return "\n".join(lines)
 
@@ -132,7 +142,10 @@ class Tapped(NamedTuple):
         found = []
         for spec, rms, signal in zip(self.plan.sites, figures, signals, strict=True):
             leaves = sorted(spec.leaves, key=lambda i: -self.sizes[i])
-            rms, signal = np.asarray(rms, float), np.asarray(signal, float)
+            rms, signal = np.asarray(rms, float), np.array(signal, float)
+            for at, name in enumerate(("signal_in", "signal_out")):
+                if name in spec.unmeasured:
+                    signal[..., at] = np.nan
             chained = spec.source is not None
             found.append(
                 Site(
@@ -151,6 +164,8 @@ class Tapped(NamedTuple):
                     activation=_function(spec.functions) if chained else None,
                     source=spec.source,
                     stacked=spec.stacked,
+                    unmeasured=spec.unmeasured,
+                    signal_positions=tuple(signal[2 : 2 + spec.positions].tolist()),
                 )
             )
         return tuple(found)
@@ -240,9 +255,11 @@ def tap(
     step of a scan. The model needs no hooks or changes.
 
     `tap` looks inside `jax.jit`, `jax.checkpoint`, `jax.vmap`, `jax.lax.scan` and
-    `jax.lax.cond`. Functions with a custom derivative keep it. Uses inside such a
-    function, or inside a `jax.lax.while_loop`, a `jax.shard_map`, a callback, a Pallas
-    kernel or a linear solve, can't be measured; they are counted and listed.
+    `jax.lax.cond`. Functions with a custom derivative keep it. Inside such a function,
+    the forward signal is measured, and the backward signal only of uses that are the
+    first or last operation (`Site.unmeasured`). Uses inside a `jax.lax.while_loop`, a
+    `jax.shard_map`, a callback, a Pallas kernel or a linear solve can't be measured;
+    they are counted and listed.
 
     A call costs about as much as one training step and compiles its own program, so
     call `tap` occasionally, not at every step.
