@@ -47,6 +47,7 @@ def _listed(probe: _probe.Probe, signals: _signals.Signals) -> dict[str, Any]:
         "backward_growth": depth and depth.back,
         "forward_growth": depth and depth.forward,
         "time_growth": time and max(time.back, time.forward),
+        "position_growth": signals.positions and signals.positions.back,
         "weights_beside_he": dict(signals.he),
         "loss_beside_halves": signals.halves,
         "trust": dict(signals.trust),
@@ -143,7 +144,7 @@ def diagnose(
     | ---------------- | ------------------------------------------------------- |
     | `initialization` | weights relative to He initialization; gradient at that size |
     | `depth`          | growth of the signal over the layers                    |
-    | `recurrence`     | growth of the signal over the steps of a scan           |
+    | `recurrence`     | growth over the steps of a scan, or over input positions |
     | `activation`     | gain of each activation; the gradient with relu         |
     | `learning_rate`  | loss decrease relative to the prediction; twelve steps  |
     | `update_cap`     | steps larger than the cap on the update allows          |

@@ -5,6 +5,7 @@ import statistics
 from typing import NamedTuple
 
 from optclip.diagnosis._growth import Layer
+from optclip.diagnosis._positions import finding_over_positions
 from optclip.diagnosis._signals import LIMITS, Signals
 from optclip.diagnosis.findings import Finding, Remedy
 
@@ -79,6 +80,20 @@ def activation(s: Signals) -> Candidate | None:
 
 
 def recurrence(s: Signals) -> Candidate | None:
+    return _recurrence_in_program(s) or _recurrence_over_positions(s)
+
+
+def _recurrence_over_positions(s: Signals) -> Candidate | None:
+    """Finds a recurrence that the program does not show step by step."""
+    seen = s.positions
+    if seen is None or seen.back < LIMITS.position_growth:
+        return None
+    if seen.half < LIMITS.time_growth:
+        return None
+    return Candidate(finding_over_positions(seen, _clip_bound(s)), seen.back)
+
+
+def _recurrence_in_program(s: Signals) -> Candidate | None:
     time = s.time
     if time is None:
         return None
@@ -124,7 +139,11 @@ def initialization(s: Signals) -> Candidate | None:
     enough = drop > (LIMITS.mild_drop if kept else LIMITS.drop)
     if not s.scaled or not enough or _worse(s) or _by_depth(s):
         return None
-    if s.time is not None and recurrence(s) and set(s.scaled) & set(s.time.leaves):
+    if (
+        s.time is not None
+        and _recurrence_in_program(s)
+        and set(s.scaled) & set(s.time.leaves)
+    ):
         return None  # the recurrence itself uses these weights
     largest = max(s.he[leaf] for leaf in s.scaled)
     if largest < LIMITS.weights:

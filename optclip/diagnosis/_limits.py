@@ -16,6 +16,8 @@ class Limits:
         many: The number of layers that counts as many.
         time_growth: Decades of growth over the earlier half of the steps of a
             recurrence. A sum of equal contributions grows by 0.3.
+        position_growth: Decades by which the derivative with respect to the inputs
+            grows from the last positions of a sequence to the first.
         shrink: Decades by which a signal shrinks over the layers.
         drop: Decades by which a remedy must lower the norm.
         mild_drop: The same if the remedy also makes a step achieve the predicted
@@ -47,6 +49,7 @@ class Limits:
     mild_growth: float = 0.8
     many: int = 16
     time_growth: float = 0.5
+    position_growth: float = 2.0
     shrink: float = 3.0
     drop: float = 1.0
     mild_drop: float = 0.5

@@ -1,7 +1,8 @@
 """Compiles and runs the programs of a diagnosis, each compiled only once."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,10 @@ import optax
 from optclip import norms
 from optclip._engine import names as path_names
 from optclip.diagnosis._origins import Origin, origin_of
+from optclip.diagnosis._positions import (
+    differentiable_sequences,
+    norms_over_positions,
+)
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
@@ -46,6 +51,8 @@ class Batch(NamedTuple):
         bad_leaves: Paths of the leaves whose gradient is not finite.
         sites: The measurements at each site, if the program could be read.
         leaf_norms: Norm of the gradient of each leaf.
+        position_norms: For each leaf of the batch that is a sequence, the norm of the
+            gradient with respect to it at each position.
     """
 
     loss: float
@@ -53,6 +60,7 @@ class Batch(NamedTuple):
     bad_leaves: tuple[str, ...]
     sites: tuple[Site, ...]
     leaf_norms: tuple[float, ...] = ()
+    position_norms: Mapping[str, tuple[float, ...]] = MappingProxyType({})
 
     @property
     def finite(self) -> bool:
@@ -145,23 +153,27 @@ class Probe:
     def _gradients(self, params, batch):
         """Returns the loss, the gradients, their norms, and statistics of all sites."""
         seen = self._read(params, batch)
-        if seen is None:
-            loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
-            statistics, signals = [], []
-        else:
+        inputs = differentiable_sequences(lambda b: self.loss_fn(params, b), batch)
 
-            def loss_of(params, probes):
-                return seen.run(params, (batch,), probes)
+        def loss_of(params, probes, leaves):
+            batch = inputs.replaced(leaves)
+            if seen is None:
+                return self.loss_fn(params, batch), []
+            return seen.run(params, (batch,), probes)
 
-            both = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-            probes = no_probes(seen.plan)
-            (loss, statistics), (grads, signals) = both(params, probes)
+        every = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
+        probes = no_probes(seen.plan) if seen else []
+        (loss, statistics), found = every(params, probes, inputs.leaves)
+        grads, signals, by_input = found
+        places = dict(
+            zip(inputs.paths, norms_over_positions(by_input, inputs.axes), strict=True)
+        )
         fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
         norm, each = norms.global_norm(grads), _each_norm(grads)
         # For complex parameters, JAX's gradient is the conjugate of the ascent
         # direction.
         grads = jax.tree.map(jnp.conj, grads)
-        return (loss, norm, each, jnp.stack(fine), statistics, signals), grads
+        return (loss, norm, each, jnp.stack(fine), statistics, signals, places), grads
 
     def _changed_norm(self, params, batch, change):
         """Returns the loss and gradient norm of the changed program."""
@@ -200,13 +212,16 @@ class Probe:
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns the measurements of one batch and its gradients."""
         found, grads = self._gradient(params, batch)
-        loss, norm, each, fine, statistics, signals = found
+        loss, norm, each, fine, statistics, signals, places = found
         seen = self._read(params, batch)
         flags = zip(self.paths, np.asarray(fine), strict=True)
         sites = seen.sites(statistics, signals) if seen else ()
         bad = tuple(path for path, good in flags if not good)
         sizes = tuple(np.asarray(each, float).tolist())
-        return Batch(float(loss), float(norm), bad, sites, sizes), grads
+        rows = {
+            path: tuple(np.asarray(x, float).tolist()) for path, x in places.items()
+        }
+        return Batch(float(loss), float(norm), bad, sites, sizes, rows), grads
 
     def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
         """Returns the loss and norm after a change; NaN if the change can't be made."""

@@ -16,6 +16,7 @@ from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._models import is_weight
 from optclip.diagnosis._origins import Origin
 from optclip.diagnosis._outside import excess_of, larger_steps, unseen_ratios
+from optclip.diagnosis._positions import position_growth
 from optclip.diagnosis._probe import Batch, Probe, halves_of
 from optclip.diagnosis._replay import Change
 
@@ -68,6 +69,8 @@ class Signals:
             there is no cap.
         uncapped: Losses over the same steps of training, by the factor that the
             updates are enlarged by, if a cap divides them.
+        positions: Growth of the derivative of the loss over the positions of an input,
+            or None.
         rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
             at the full learning rate.
     """
@@ -103,6 +106,7 @@ class Signals:
     adaptive: bool = False
     excess: float = 1.0
     uncapped: dict[float, list[float]] = dataclasses.field(default_factory=dict)
+    positions: _growth.Growth | None = None
     rehearsed_norms: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
 
     @property
@@ -234,6 +238,7 @@ def measure(
         he,
         _growth.activation_gains(layers),
         low=_low_dtypes(probe, params, batch),
+        positions=position_growth(this.position_norms, this.sites),
         begun=begun,
     )
     more: dict[str, Any] = {}
