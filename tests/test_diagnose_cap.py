@@ -58,7 +58,8 @@ def test_a_cap_that_is_too_low_is_found(tx):
     found = diagnosed(tx)
     assert [f.cause for f in found.findings] == ["update_cap"]
     (finding,) = found.findings
-    assert finding.remedies == (optclip.diagnosis.Remedy("scale_cap", 100.0),)
+    ((kind, amount),) = [(r.kind, r.amount) for r in finding.remedies]
+    assert (kind, amount) == ("scale_cap", 100.0)
     assert "with updates 100 times as large" in finding.evidence
     assert "`max_ratio` of `optclip.stabilize`" in finding.remedy
     # The update of Adam is about 1e-2, and the cap 1e-4 of parameters of about 0.3.

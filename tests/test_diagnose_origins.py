@@ -113,7 +113,7 @@ def test_the_report_names_the_line_and_what_to_do():
     )
     (finding,) = found.findings
     assert finding.cause == "not_finite"
-    assert finding.confidence == "measured"
+    assert finding.basis == "measured"
     words = " ".join(str(finding).split())
     assert "the NaN begins in the derivative of line" in words.replace("The", "the")
     assert "of test_diagnose_origins.py (distance), `return jnp.sqrt(" in words

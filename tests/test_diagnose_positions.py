@@ -10,9 +10,10 @@ import optax
 import pytest
 
 import optclip
-from optclip.diagnosis import _growth_rules, _probe, _rules, _signals
+from optclip.diagnosis import _probe, _rules, _signals
 from optclip.diagnosis._growth import Growth
 from optclip.diagnosis._positions import position_growth, sequences_of
+from optclip.diagnosis.causes import recurrence
 from optclip.diagnosis.taps import scalar_loss
 
 RNG = np.random.default_rng(0)
@@ -210,7 +211,11 @@ def test_growth_over_positions_is_a_recurrence():
         "x1.15 a position."
     )
     assert "state-space layer" in finding.remedy
-    assert [remedy.kind for remedy in finding.remedies][:2] == ["clip", "gate"]
+    assert [remedy.kind for remedy in finding.remedies][:3] == [
+        "clip",
+        "advice",
+        "gate",
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"back": 1.9}, {"half": 0.4}])
@@ -220,10 +225,10 @@ def test_little_growth_over_positions_is_not_a_finding(changes):
 
 def test_growth_that_was_found_in_the_program_comes_first():
     time = Growth(2.0, 0.0, 64, ("cell",), 1.1, 1.0)
-    found = _growth_rules.recurrence(signals_of(positions=OVER, time=time))
+    found = recurrence.recurrence(signals_of(positions=OVER, time=time))
     assert found.finding.where == ("cell",)
     mild = time._replace(back=0.5, half=0.1)
-    found = _growth_rules.recurrence(signals_of(positions=OVER, time=mild))
+    found = recurrence.recurrence(signals_of(positions=OVER, time=mild))
     assert found.finding.where == ("batch/x",)
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 import optclip
 from optclip.diagnosis import __main__ as command
-from optclip.diagnosis.findings import Diagnosis, Finding
+from optclip.diagnosis.findings import Diagnosis, Finding, Remedy
 from optclip.diagnosis.page import write_report
 from optclip.diagnosis.records import read_run
 from optclip.diagnosis.summary import diverged_at, headline, pick
@@ -295,8 +295,11 @@ BROKEN = (Site("a", 0, NAN), Site("b", 1, INF), Site("c", 2, 1.0), Site("d", 3, 
 TRAP = "<script>&\"'</script> $x_1$"
 
 
+ADVICE = Remedy("clip", 1.0, advice="Use `clip`.")
+
+
 def diagnosis(sites, cause="recurrence"):
-    finding = Finding(cause, ("w",) * 9, TRAP, "Use `clip`.", "high", "measured")
+    finding = Finding(cause, ("w",) * 9, TRAP, (ADVICE,), "high")
     return Diagnosis((finding,), {"sites": sites}, ("2 of 5 matmuls",))
 
 
@@ -425,7 +428,10 @@ def test_panels_without_data_are_left_out(name, pages):
 def test_page_contains_the_findings(pages):
     words = words_of(pages("spikes")[1])
     assert "3 left out; 2 steps not finite." in words
-    assert "1. The signal grows from step to step of a recurrence (high, me" in words
+    assert (
+        "1. The signal grows from step to step of a recurrence (severity: high; pr"
+        in words
+    )
     assert "w, w, w, w, w, w and 3 more" in words
     assert TRAP in words
     assert "Use clip ." in words

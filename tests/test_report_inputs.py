@@ -99,7 +99,11 @@ def test_any_name_can_be_shown(tmp_path, capsys, name):
     )  # fmt: skip
     sites = tuple(Site(name, (name,), "matmul", i, **numbers) for i in range(3))
     finding = optclip.diagnosis.Finding(
-        "depth", (name,), name, name, "high", "measured"
+        "depth",
+        (name,),
+        name,
+        (optclip.diagnosis.Remedy("advice", advice=name),),
+        "high",
     )
     found = optclip.diagnosis.Diagnosis((finding,), {"sites": sites})
     rows = [{"run": name, "norm": 1.0 + i} for i in range(12)]

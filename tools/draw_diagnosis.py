@@ -306,6 +306,65 @@ def draw_update_cap():
     return figure
 
 
+def steps_of(loss_fn, params, rate, steps=40, optimizer=optax.sgd):
+    """Returns the loss over the steps of an optimizer, on the same batch."""
+    optimizer = optimizer(rate)
+    state, losses = optimizer.init(params), []
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+    for _ in range(steps):
+        loss, grads = value_and_grad(params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return losses
+
+
+def draw_input_scale():
+    x, labels = data()
+    pixels = jnp.clip(130 + 60 * x, 0, 255)
+    standardized = (pixels - pixels.mean(0)) / pixels.std(0)
+    figure, axes = panels(("step", "loss"))
+    raw = pixels, "values of\n0 to 255", BAD, (9, 12)
+    scaled = standardized, "standardized", GOOD, (9, -6)
+    for inputs, words, style, shift in (raw, scaled):
+        losses = steps_of(
+            lambda p, x=inputs: cross_entropy(p, (x, labels)), weights_of(3), 0.1
+        )
+        curve(axes, np.arange(len(losses)), losses, words, style, shift)
+    return figure
+
+
+def draw_loss_scale():
+    def with_penalty(factor):
+        def loss_fn(params):
+            sizes = [jnp.mean(jnp.square(w)) for w in params["hidden"]]
+            return cross_entropy(params, data()) + factor * sum(sizes)
+
+        return loss_fn
+
+    figure, axes = panels(("step", "loss"))
+    for factor, style in ((3e4, BAD), (1.0, GOOD)):
+        losses = steps_of(with_penalty(factor), weights_of(3), 0.1)
+        curve(axes, np.arange(len(losses)), losses, f"penalty x{factor:g}", style)
+    return figure
+
+
+def draw_precision():
+    figure, axes = panels(("step", "loss"))
+    axes.set_yscale("linear")
+    for dtype, style in ((jnp.bfloat16, BAD), (jnp.float32, GOOD)):
+        params = jax.tree.map(lambda w, d=dtype: w.astype(d), weights_of(3))
+
+        def loss_fn(params):
+            wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+            return cross_entropy(wide, data())
+
+        losses = steps_of(loss_fn, params, 1e-4, 200, optax.adam)
+        words = f"stored in\n{jnp.dtype(dtype).name}"
+        curve(axes, np.arange(len(losses)), losses, words, style)
+    return figure
+
+
 def draw_not_finite():
     figure, axes = panels(("score of a wrong class above the right one", "loss"))
     axes.set_yscale("linear")

@@ -63,6 +63,14 @@ NUMBERS = {
 }
 
 
+# Remedies that are carried out by variants of other names. The advice on an operation
+# whose result is not finite is followed by changing this operation.
+ALIASES = {
+    "divide_factor": ("divide_factor", "divide_term", "divide_loss"),
+    "advice": ("stable_log", "add_epsilon", "double_where"),
+}
+
+
 def apply(action, problem, scenario, seed):
     """Returns the problem after a `Remedy`.
 
@@ -74,12 +82,14 @@ def apply(action, problem, scenario, seed):
     """
     if action.kind in NUMBERS:
         return NUMBERS[action.kind](action, problem)
-    if action.kind not in scenario.variants:
+    names = ALIASES.get(action.kind, (action.kind,))
+    variants = [scenario.variants[name] for name in names if name in scenario.variants]
+    if not variants:
         known = ", ".join(scenario.variants) or "none"
         raise KeyError(
             f"{scenario.name!r} has no variant for {action.kind!r}; it has: {known}."
         )
-    return scenario.variants[action.kind](seed)
+    return variants[0](seed)
 
 
 def first_applicable(actions, problem, scenario, seed):

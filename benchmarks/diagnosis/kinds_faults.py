@@ -84,7 +84,7 @@ def loss_scale():
         loss=partial(goals.scaled_cross_entropy, scale=2.0**15),
         judged=True,
         mid=100,
-        fixes={"divide_loss": 2.0**15},
+        fixes={"divide_factor": 2.0**15},
     )
     yield from pair(
         "Wasserstein critic, gradient penalty x10000",
@@ -99,7 +99,7 @@ def loss_scale():
         ),
         loss=partial(goals.critic, weight=1e4),
         judged=True,
-        fixes={"divide_term": 1e3},
+        fixes={"divide_factor": 1e3},
     )
     yield from pair(
         "MLP with two heads, auxiliary weight 1000",
@@ -114,7 +114,7 @@ def loss_scale():
         ),
         loss=partial(goals.two_heads, weight=1e3),
         judged=True,
-        fixes={"divide_term": 1e3},
+        fixes={"divide_factor": 1e3},
     )
     yield from pair(
         "diffusion model, weights 1/level**2, momentum",
@@ -129,7 +129,7 @@ def loss_scale():
         ),
         loss=partial(goals.denoising, weigh=goals.over),
         judged=True,
-        fixes={"divide_term": None},
+        fixes={"divide_factor": None},
     )
     yield from pair(
         "LoRA, alpha 800 instead of 8, AdamW",

@@ -1,7 +1,9 @@
 """Diagnoses the scenarios of one split, and applies the first remedy of each.
 
 A scenario is right on a seed if the first finding names its cause (for a mixed
-scenario: any of its causes), and right overall if it is right on most seeds. The first
+scenario: any of its causes), and right overall if it is right on most seeds. If the
+cause is none that a diagnosis can name, it must name none: "unknown", or no finding.
+The first
 remedy is carried out by code (the first of its actions that applies to the scenario),
 and helps if 200 steps later the typical loss is below its initial value and no step was
 non-finite. Where it does not help, the first action of each finding is carried out as
@@ -12,6 +14,7 @@ Usage: python -m benchmarks.diagnosis.run [--split tune] [--only NAME] [--seeds 
 """
 
 import dataclasses
+import json
 import time
 
 import jax
@@ -35,6 +38,7 @@ class Result:
         action: What the first remedy did, or "".
         helped: Whether the model trains after it; None for a healthy one.
         helped_all: Whether it trains after the first action of every finding.
+        bases: The `Finding.basis` of each finding.
     """
 
     scenario: object
@@ -44,10 +48,27 @@ class Result:
     action: str = ""
     helped: bool | None = None
     helped_all: bool | None = None
+    bases: tuple[str, ...] = ()
 
     @property
     def right(self):
+        if self.scenario.cause == "unknown":
+            return self.said[0] in ("unknown", "healthy")
         return self.said[0] in (self.scenario.cause, *self.scenario.also)
+
+    def row(self):
+        """Returns the result as it is stored in JSON."""
+        return {
+            "name": self.scenario.name,
+            "seed": self.seed,
+            "true": [self.scenario.cause, *self.scenario.also],
+            "said": self.said,
+            "bases": self.bases,
+            "basis": self.bases[0] if self.bases else "",
+            "right": self.right,
+            "action": self.action,
+            "helped": self.helped,
+        }
 
 
 def follow(scenario, problem, findings, seed):
@@ -85,10 +106,11 @@ def examine(scenario, seed):
     )
     seconds = time.perf_counter() - start
     said = tuple(finding.cause for finding in report.findings) or ("healthy",)
-    if scenario.cause == "healthy":
-        return Result(scenario, seed, said, seconds)
+    bases = tuple(finding.basis for finding in report.findings)
+    if scenario.cause in ("healthy", "unknown"):
+        return Result(scenario, seed, said, seconds, bases=bases)
     followed = follow(scenario, problem, report.findings, seed)
-    return Result(scenario, seed, said, seconds, *followed)
+    return Result(scenario, seed, said, seconds, *followed, bases)
 
 
 def attempt(scenario, seed):
@@ -97,7 +119,7 @@ def attempt(scenario, seed):
         return examine(scenario, seed)
     except Exception as error:
         print(f"  {type(error).__name__}: {error}")
-        failed = None if scenario.cause == "healthy" else False
+        failed = None if scenario.cause in ("healthy", "unknown") else False
         said = (f"{type(error).__name__}",)
         return Result(scenario, seed, said, 0.0, "", failed, failed)
 
@@ -108,7 +130,8 @@ def show(result):
     helped = {True: "trains", False: "does not train", None: ""}[result.helped]
     print(
         f"{'right' if result.right else 'WRONG'} | {scenario.name} | {truth} | "
-        f"{', '.join(result.said)} | {result.action} {helped} | {result.seconds:.1f} s",
+        f"{', '.join(result.said)} | {', '.join(result.bases)} | "
+        f"{result.action} {helped} | {result.seconds:.1f} s",
         flush=True,
     )
 
@@ -127,6 +150,12 @@ def main():
     where = f"Measured by `benchmarks/diagnosis/run.py` on {machine()}."
     lines = [*counts, "", *tables.each(results), "", where]
     write(options.output, f"diagnosis_{options.split}.md", lines)
+    rows = [json.dumps(result.row()) for result in results]
+    write(options.output, f"diagnosis_{options.split}.json", [f"[{_joined(rows)}]"])
+
+
+def _joined(rows):
+    return ",\n".join(rows)
 
 
 def _options():

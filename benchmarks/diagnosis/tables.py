@@ -24,12 +24,14 @@ def confusion(results):
 
 def summary(results):
     """Says how many models are right, how many alarms are false, and what helped."""
-    faulty = [r for r in results if r.scenario.cause != "healthy"]
+    outside = [r for r in results if r.scenario.cause == "unknown"]
+    faulty = [r for r in results if r.scenario.cause not in ("healthy", "unknown")]
     sound = [r for r in results if r.scenario.cause == "healthy"]
     right, models = _models(faulty, lambda r: r.right)
     calm, healthy = _models(sound, lambda r: r.right)
     helped, _ = _models(faulty, lambda r: r.helped)
     both, _ = _models(faulty, lambda r: r.helped_all)
+    unnamed, others = _models(outside, lambda r: r.right)
     alarms = sorted({r.scenario.name for r in sound if not r.right})
     seconds = [r.seconds for r in results] or [0.0]
     return [
@@ -39,6 +41,7 @@ def summary(results):
         f"| faulty: train after the first remedy | {helped} of {models} |",
         f"| faulty: train after each finding's first remedy | {both} of {models} |",
         f"| healthy: no findings, on most seeds | {calm} of {healthy} |",
+        f"| other faults: no cause is named, on most seeds | {unnamed} of {others} |",
         "",
         f"False alarms: {', '.join(alarms) or 'none'}.",
         "",

@@ -72,9 +72,9 @@ def _finding(number: int, finding: Finding) -> Item:
     rows = (
         ("Where", _listed(finding.where)),
         ("Evidence", finding.evidence),
-        ("Remedy", finding.remedy),
+        *((name.capitalize(), words) for name, words in finding.advice()),
     )
-    lead = f"{number}. {finding.title} ({finding.severity}, {finding.confidence})"
+    lead = f"{number}. {finding.headline}"
     return Item(lead, tuple(row for row in rows if row[1]))
 
 

@@ -16,12 +16,15 @@ from optclip.diagnosis._history_facts import facts_of
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
 from optclip.diagnosis._outside import norms_by_path
 from optclip.diagnosis._timeline import timeline_of
+from optclip.diagnosis._trials import Trials
 from optclip.diagnosis.findings import Diagnosis
 from optclip.diagnosis.taps import scalar_loss
 
 __all__ = ["diagnose"]
 
 MOST = 24
+# The mean loss of the last 4 steps is compared, so a rehearsal needs a few more steps.
+STEPS, FEWEST_STEPS = 12, 8
 
 
 def _quiet(words: str) -> None:
@@ -130,6 +133,7 @@ def diagnose(
     logs: Any = None,
     has_aux: bool = False,
     max_batches: int = MOST,
+    rehearsal_steps: int = STEPS,
     progress: bool = True,
 ) -> Diagnosis:
     """Determines why gradients explode, where in the model, and how to fix it.
@@ -137,19 +141,25 @@ def diagnose(
     `diagnose` measures the gradients of the batches, the signals at each use of a
     parameter (see `optclip.diagnosis.tap`), and the effect of a few steps. It then
     tries remedies without changing your parameters or state: it runs the same program
-    with smaller weights, with relu, in float32, and with smaller steps. Findings are
-    ordered by how much their remedy helps.
+    with relu and in float32, and trains for a few steps with smaller steps, smaller
+    weights, standardized batches and smaller factors in the loss. Findings are ordered
+    by how much their remedy helps. If training fails for none of the reasons below, the
+    cause is "unknown", and the finding lists what was measured.
 
     | cause            | what is measured                                        |
     | ---------------- | ------------------------------------------------------- |
+    | `input_scale`    | the same batches, standardized                          |
+    | `loss_scale`     | smaller factors in the loss                             |
     | `initialization` | weights relative to He initialization; gradient at that size |
     | `depth`          | growth of the signal over the layers                    |
     | `recurrence`     | growth over the steps of a scan, or over input positions |
     | `activation`     | gain of each activation; the gradient with relu         |
     | `learning_rate`  | loss decrease relative to the prediction; twelve steps  |
+    | `warm_up`        | sixty steps with a warm-up                              |
     | `update_cap`     | steps larger than the cap on the update allows          |
     | `bad_batch`      | norms of the batches relative to their median           |
     | `overflow`       | the same program in float32                             |
+    | `precision`      | updates that are rounded away; the same in float32      |
     | `loss_sum`       | loss of a batch relative to the loss of its halves      |
     | `vanishing`      | the opposite of growth                                  |
     | `uphill`         | the change in the loss that the gradient predicts       |
@@ -157,9 +167,9 @@ def diagnose(
     A model with non-finite values is never reported as healthy. Parts of the program
     that can't be inspected, such as the backward pass of functions with a custom
     derivative, are judged from the outside, by gradients, losses and trial steps, and
-    the headline says so. A
-    diagnosis costs about as much as 60 training steps and compiles about five programs.
-    Run it when training fails or before a long run.
+    the headline says so. A diagnosis of a healthy model costs about as much as 60
+    training steps and compiles about five programs; each remedy that is tried costs 24
+    further steps. Run it when training fails or before a long run.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` returns a real scalar. Close over dropout
@@ -181,6 +191,10 @@ def diagnose(
             the first that diverged is used, else the first with a bad step.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: The maximum number of batches to use.
+        rehearsal_steps: The number of steps of each rehearsal, at least 8. With 200,
+            faults are found that only show later, such as a missing warm-up or a
+            momentum that is too large; the diagnosis then takes about ten times as
+            long.
         progress: Whether to print each stage to stderr.
 
     Returns:
@@ -210,6 +224,7 @@ def diagnose(
         'initialization'
     """
     validation.transformation(optimizer=optimizer)
+    steps = validation.size("rehearsal_steps", rehearsal_steps, FEWEST_STEPS)
     timeline = None if logs is None else timeline_of(logs)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
@@ -224,11 +239,12 @@ def diagnose(
     probe.show("reading the program")
     probe.read(params, given[0])
     probe.try_steps(params, opt_state, given[0])
-    signals = _signals.measure(probe, params, opt_state, given, begun)
+    signals = _signals.measure(probe, params, opt_state, given, begun, steps)
+    fine = [b for i, b in enumerate(given) if i not in signals.outliers]
+    trials = Trials(probe, params, opt_state, fine, begun, steps)
     words = _not_seen(probe, signals, more)
+    found = _rules.judge(signals, trials)
     history = () if timeline is None else facts_of(timeline)
     if timeline is not None and timeline.others:
         words.append(f"the other runs in the logs: {timeline.others}")
-    return Diagnosis(
-        _rules.judge(signals), _listed(probe, signals), tuple(words), history
-    )
+    return Diagnosis(found, _listed(probe, signals), tuple(words), history)

@@ -41,6 +41,19 @@ class Limits:
             cap are tried.
         faster: Factor by which steps without the cap must lower the loss more.
         progress: Fraction of the loss that they must lower it by.
+        unit: Root mean square of a column of the batches above which standardized ones
+            are tried.
+        factor: Size of a factor in the loss above which smaller ones are tried.
+        wins: Factor by which standardized batches, or smaller weights, must lower the
+            loss, relative to that of an untrained model, if the model also trains
+            without the change.
+        factor_wins: The same for a smaller factor in the loss, which is only tried if
+            steps achieve little.
+        rounded: Fraction of the updates that are rounded away.
+        imprecise: Relative difference of the loss or the gradient's norm to those of
+            the same program in float32.
+        long: Number of steps from which on it is enough, for a learning rate that is
+            too high, that a tenth of it wins the rehearsal.
         worse: Fraction of the initial loss by which a rehearsal must end above one with
             smaller steps.
     """
@@ -69,6 +82,13 @@ class Limits:
     excess: float = 2.0
     faster: float = 2.0
     progress: float = 0.02
+    unit: float = 8.0
+    factor: float = 20.0
+    wins: float = 2.0
+    factor_wins: float = 1.25
+    rounded: float = 0.5
+    imprecise: float = 0.3
+    long: int = 100
     worse: float = 0.1
 
 

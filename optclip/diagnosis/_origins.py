@@ -16,7 +16,7 @@ from jax.extend import core, source_info_util
 from optclip._engine.jaxprs import carried_out, closed, is_literal
 from optclip.diagnosis._plan import scan_layout
 
-__all__ = ["Origin", "origin_of"]
+__all__ = ["CALLS", "Origin", "line_of", "origin_of"]
 
 # What makes a result non-finite although all operands are finite.
 REASONS = {
@@ -192,7 +192,7 @@ def _step_of(eqn: Any, values: list) -> tuple[Any, list] | None:
     return program, [*fixed, *(x[first] for x in states), *(x[first] for x in rows)]
 
 
-def _line_of(eqn: Any) -> tuple[str, str] | None:
+def line_of(eqn: Any) -> tuple[str, str] | None:
     """Returns the innermost line outside of installed packages, and its code."""
     rows = source_info_util.summarize(eqn.source_info, num_frames=64).split("\n")
     for row in reversed(rows):
@@ -217,7 +217,7 @@ def _search(fn: Callable[..., Any], args: tuple, backward: bool) -> Origin | Non
         found = eqn.primitive.name, "NaN" if made.nan else "inf"
         # Programs that JAX has traced before, such as those of `jax.numpy`, do not name
         # the line that calls them.
-        place = _line_of(eqn) or place
+        place = line_of(eqn) or place
         operands = _operands(program, values, made.at)
         inner = _inside(eqn, operands)
         if inner is None:

@@ -21,13 +21,11 @@ from optclip.diagnosis._growth import (
 )
 from optclip.diagnosis._program import POSITIONS
 from optclip.diagnosis._replay import magnitude
-from optclip.diagnosis.findings import Finding, Remedy
 from optclip.diagnosis.taps import Site
 
 __all__ = [
     "Sequences",
     "differentiable_sequences",
-    "finding_over_positions",
     "norms_over_positions",
     "position_growth",
     "sequences_of",
@@ -155,20 +153,3 @@ def position_growth(
         if growth is not None and middle > output:
             found.append(growth)
     return max(found, key=lambda growth: growth.back, default=None)
-
-
-def finding_over_positions(growth: Growth, bound: float) -> Finding:
-    """Returns the finding for growth over positions; ``bound`` is a clipping bound."""
-    return Finding(
-        "recurrence",
-        growth.leaves,
-        f"The derivative of the loss with respect to the inputs grows by "
-        f"{10**growth.back:.3g} from the last quarter of {growth.count} positions to "
-        f"the first, x{growth.each:.3g} a position.",
-        f"Clip the gradient at {bound:.3g}, and keep the factors of a linear "
-        "recurrence (state-space layer) at or below 1, use a gated cell (LSTM or GRU), "
-        "or fewer positions at a time.",
-        "high",
-        "measured",
-        (Remedy("clip", bound), Remedy("gate"), Remedy("normalize")),
-    )

@@ -1,6 +1,7 @@
 """Compiles and runs the programs of a diagnosis, each compiled only once."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,10 +21,24 @@ from optclip.diagnosis._positions import (
 from optclip.diagnosis._replay import Change, no_probes
 from optclip.diagnosis.taps import Site, Tapped, tapped
 
-__all__ = ["Batch", "Probe", "Step", "halves_of"]
+__all__ = ["Batch", "Knobs", "Probe", "Step", "halves_of", "lost_part"]
 
 # Each step is tried with its updates scaled by these factors.
 PARTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+
+
+class Knobs(NamedTuple):
+    """Changes of a step that need no other program.
+
+    Attributes:
+        update: Factor of the updates.
+        loss: Factor of the loss and its gradient, before the optimizer.
+        bound: Largest norm of the gradient, before the optimizer.
+    """
+
+    update: Any = 1.0
+    loss: Any = 1.0
+    bound: Any = math.inf
 
 
 class Step(NamedTuple):
@@ -34,12 +49,15 @@ class Step(NamedTuple):
         zero: Whether all updates are 0.
         slope: The change in the loss that the gradient predicts; negative is downhill.
         trust: Fraction of the predicted change that is achieved, by update scale.
+        lost: Fraction of the updates that rounding makes ineffective, of parameters
+            whose dtype is narrower than float32; 0 if there are none.
     """
 
     finite: bool
     zero: bool
     slope: float
     trust: dict[float, float]
+    lost: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -90,6 +108,20 @@ def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
     return jnp.vdot(g.astype(wide), u.astype(wide), precision="highest").real
 
 
+def lost_part(params: Any, updates: Any) -> float:
+    """Returns the fraction of updates that rounding makes ineffective.
+
+    Only parameters whose dtype is narrower than float32 count; without any, returns 0.
+    """
+    lost = total = 0
+    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        if jnp.finfo(p.dtype).bits < 32:
+            moves = u != 0
+            lost += int(jnp.sum(moves & (optax.apply_updates(p, u) == p)))
+            total += int(jnp.sum(moves))
+    return lost / total if total else 0.0
+
+
 @dataclasses.dataclass
 class Probe:
     """The programs of the model under diagnosis, each compiled once.
@@ -116,17 +148,24 @@ class Probe:
         """Reads the program of the loss, if this version of JAX is supported."""
         self.paths = tuple(path_names.leaf_names(params))
         self._programs: dict[Any, Tapped | None] = {}
-        self.tapped = self._read(params, batch)
         self._gradient = jax.jit(self._gradients)
+        self.tapped = self._read(params, batch)
         self._loss = jax.jit(self.loss_fn)
         self._step = jax.jit(self._one_step)
         self._next = jax.jit(self._next_step)
         self._changed = jax.jit(self._changed_norm, static_argnums=2)
 
+    def of(self, loss_fn: Callable[[Any, Any], jax.Array]) -> "Probe":
+        """Returns the programs of another loss of the same parameters."""
+        other = dataclasses.replace(self, loss_fn=loss_fn, tapped=None)
+        other._loss = jax.jit(loss_fn)
+        other._step = jax.jit(other._one_step)
+        return other
+
     def try_steps(self, params: Any, opt_state: Any, batch: Any) -> None:
         """Checks whether the optimizer can be run, before any expensive measurement."""
         try:
-            jax.eval_shape(self._one_step, params, opt_state, batch, 1.0)
+            jax.eval_shape(self._step, params, opt_state, batch, Knobs())
         except Exception as error:
             self.no_steps = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
@@ -144,7 +183,8 @@ class Probe:
             try:
                 seen = tapped(self.loss_fn, params, batch)
                 self._programs[key] = seen
-                jax.eval_shape(self._gradients, params, batch)
+                # With the jitted function, the trace is used again when it is called.
+                jax.eval_shape(self._gradient, params, batch)
             except Exception as error:
                 self._programs[key] = None
                 self.why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -185,12 +225,16 @@ class Probe:
         )
         return loss, norms.global_norm(grads)
 
-    def _one_step(self, params, opt_state, batch, part):
+    def _one_step(self, params, opt_state, batch, knobs):
         loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
         each = _each_norm(grads)
-        grads = jax.tree.map(jnp.conj, grads)
-        updates, opt_state = self._updates(grads, opt_state, params, batch, loss)
-        updates = jax.tree.map(lambda u: part * u, updates)
+        # A norm of infinity keeps its gradient, which is then not finite either.
+        norm = knobs.loss * norms.global_norm(grads)
+        scale = knobs.loss * jnp.where(norm > knobs.bound, knobs.bound / norm, 1.0)
+        grads = jax.tree.map(lambda g: (scale * jnp.conj(g)).astype(g.dtype), grads)
+        value = knobs.loss * loss
+        updates, opt_state = self._updates(grads, opt_state, params, batch, value)
+        updates = jax.tree.map(lambda u: knobs.update * u, updates)
         return optax.apply_updates(params, updates), opt_state, loss, each
 
     def _updates(self, grads, opt_state, params, batch, loss):
@@ -258,23 +302,35 @@ class Probe:
                 continue
             moved = self._moved(params, updates, part)
             found[part] = (self.loss(moved, batch) - loss) / (part * slope)
-        return Step(bool(np.isfinite(size)), size == 0, slope, found)
+        lost = lost_part(params, updates)
+        return Step(bool(np.isfinite(size)), size == 0, slope, found, lost)
 
     def _moved(self, params: Any, updates: Any, part: float) -> Any:
         smaller = jax.tree.map(lambda u: part * u, updates)
         return optax.apply_updates(params, smaller)
 
     def rehearse(
-        self, params: Any, opt_state: Any, batches: Iterable[Any], part: float
+        self,
+        params: Any,
+        opt_state: Any,
+        batches: Iterable[Any],
+        knobs: Knobs | Callable[[int], Knobs],
     ) -> tuple[list[float], list[tuple[float, ...]]]:
-        """Trains for a few steps with each update scaled by ``part``.
+        """Trains for a few steps.
+
+        Args:
+            params: The parameters to start from.
+            opt_state: The state of the optimizer to start from.
+            batches: One batch per step.
+            knobs: What to change in each step, or a function of the step's number.
 
         Returns:
             The loss and the per-leaf gradient norms of each step.
         """
         losses, sizes = [], []
-        for batch in batches:
-            params, opt_state, loss, each = self._step(params, opt_state, batch, part)
+        for number, batch in enumerate(batches):
+            now = knobs if isinstance(knobs, Knobs) else knobs(number)
+            params, opt_state, loss, each = self._step(params, opt_state, batch, now)
             losses.append(float(loss))
             sizes.append(tuple(np.asarray(each, float).tolist()))
             if not np.isfinite(losses[-1]):

@@ -1,359 +1,197 @@
-"""Infers causes from signals; each rule detects one cause and describes its remedy."""
+"""Decides which causes to name: rules propose them, and remedies are tried."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
 from collections.abc import Callable
 
-import numpy as np
-
-from optclip.diagnosis._cap import update_cap
-from optclip.diagnosis._growth_rules import (
-    Candidate,
-    activation,
-    depth,
-    initialization,
-    lowered,
-    recurrence,
-    vanishing,
-)
-from optclip.diagnosis._signals import LIMITS, Signals, ended
+from optclip.diagnosis._candidates import Candidate
+from optclip.diagnosis._rehearsals import Rehearsal, better
+from optclip.diagnosis._signals import LIMITS, Signals
+from optclip.diagnosis._trials import Trials
+from optclip.diagnosis.causes.activation import activation
+from optclip.diagnosis.causes.bad_batch import bad_batch
+from optclip.diagnosis.causes.depth import depth
+from optclip.diagnosis.causes.initialization import initialization
+from optclip.diagnosis.causes.input_scale import input_scale
+from optclip.diagnosis.causes.learning_rate import learning_rate
+from optclip.diagnosis.causes.loss_scale import loss_scale
+from optclip.diagnosis.causes.loss_sum import loss_sum
+from optclip.diagnosis.causes.not_finite import given_not_finite, not_finite
+from optclip.diagnosis.causes.overflow import overflow
+from optclip.diagnosis.causes.precision import precision
+from optclip.diagnosis.causes.recurrence import recurrence
+from optclip.diagnosis.causes.unknown import unknown
+from optclip.diagnosis.causes.update_cap import update_cap
+from optclip.diagnosis.causes.uphill import uphill
+from optclip.diagnosis.causes.vanishing import vanishing
+from optclip.diagnosis.causes.warm_up import warm_up
 from optclip.diagnosis.findings import Finding, Remedy
 
 __all__ = ["judge"]
 
-
-def _overflow(s: Signals) -> Candidate | None:
-    broken = [b for b in s.batches if not b.finite]
-    if not broken or "float16" not in s.low or not math.isfinite(s.wide_norm):
-        return None
-    sites = [x for x in broken[0].sites if x.dtype in ("float16", "bfloat16")]
-    forward = [x for x in sites if not np.all(np.isfinite(x.rms_out))]
-    measured = [x for x in sites[::-1] if "signal_out" not in x.unmeasured]
-    backward = [x for x in measured if not np.all(np.isfinite(x.signal_out))]
-    there = forward or backward
-    where = tuple(dict.fromkeys(x.leaf for x in there))
-    what = "forward" if forward or not backward else "backward"
-    cure = (
-        "Compute these layers in float32 or bfloat16, whose range is that of float32"
-        if what == "forward"
-        else "Lower the loss scale, or compute in float32 or bfloat16"
-    )
-    finding = Finding(
-        "overflow",
-        where,
-        f"{len(broken)} of {len(s.batches)} batches are not finite: the {what} signal "
-        f"leaves the range of float16 (65504). The same program in float32 has a "
-        f"gradient of norm {s.wide_norm:.3g}.",
-        f"{cure}.",
-        "high",
-        "measured",
-        (Remedy("float32"),),
-    )
-    return Candidate(finding, math.inf)
-
-
-def _sentence(words: str) -> str:
-    return f" {words[0].upper()}{words[1:]}."
-
-
-def _operation(s: Signals) -> str:
-    """Describes the operation in which a batch stops being finite; "" if unknown."""
-    return "" if s.origin is None else _sentence(str(s.origin))
-
-
-def _bad_batch(s: Signals) -> Candidate | None:
-    if not s.outliers or not s.first.finite:
-        return None
-    bad = [s.batches[i] for i in s.outliers]
-    broken = sum(not b.finite for b in bad)
-    largest = max((b.norm for b in bad if b.finite), default=math.inf)
-    words = [f"{broken} not finite"] if broken else []
-    if broken < len(bad):
-        words.append(f"norms up to {largest:.3g}")
-    bound = float(np.median([b.norm for b in s.batches if b.finite]))
-    numbers = tuple(str(i) for i in s.outliers)
-    finding = Finding(
-        "bad_batch",
-        tuple(f"batch {i}" for i in numbers),
-        f"{len(bad)} of {len(s.batches)} batches: {', '.join(words)}, where the median "
-        f"of all is {bound:.3g}.{_operation(s) if broken else ''}",
-        "Look at these batches, and drop or fix them. `optclip.skip_steps` leaves "
-        f"such steps out; a clip at {bound:.3g} bounds those that are finite.",
-        "high" if broken else "medium",
-        "measured",
-        (Remedy("drop_batches", None, numbers), Remedy("clip", bound)),
-    )
-    return Candidate(finding, lowered(largest, s.norm))
-
-
-def _loss_sum(s: Signals) -> Candidate | None:
-    if not LIMITS.twice[0] < s.halves < LIMITS.twice[1]:
-        return None
-    finding = Finding(
-        "loss_sum",
-        (),
-        f"The loss of a batch is {s.halves:.3g} times the mean loss of its halves; a "
-        "mean would give 1.",
-        f"Divide the loss by the number of examples, or of examples and positions, "
-        f"{s.size} in a batch, so that the gradient does not grow with it.",
-        "medium",
-        "measured",
-        (Remedy("divide_loss", float(s.size)),),
-    )
-    return Candidate(finding, math.log10(max(s.size, 1)))
-
-
-def _promise(trust: float, smaller: float, part: float) -> str:
-    """Describes how much of the predicted decrease in the loss is achieved."""
-    if not (math.isfinite(trust) and math.isfinite(smaller)):
-        return ""
-
-    def brings(share: float) -> str:
-        return f"brings {share:.0%} of it" if share > 0.005 else "makes the loss rise"
-
-    less = f", one with {part:g} of its size {brings(smaller)}"
-    less = less if smaller > max(trust, 0) else ""
-    return f"The gradient predicts a fall of the loss; a step {brings(trust)}{less}. "
-
-
-def _run_of(s: Signals, part: float, start: float, peak: float | None) -> str:
-    """Describes how the rehearsals went."""
-
-    def end_of(tried: float) -> str:
-        end = ended(s.rehearsals[tried])
-        return f"{end:.3g}" if math.isfinite(end) else "a value that is not finite"
-
-    over = "" if peak is None else f" over {peak:.3g}"
-    less = part in s.rehearsals and part < 0.1
-    less = f"; with {part:g} of it, to {end_of(part)}" if less else ""
-    return (
-        f"In a rehearsal of 12 steps the loss goes from {start:.3g}{over} to "
-        f"{end_of(1.0)}; with a tenth of the learning rate, to {end_of(0.1)}{less}."
-    )
-
-
-def _uphill(s: Signals) -> Candidate | None:
-    # In a run that has started, momentum may point uphill for a step.
-    if s.begun or not s.slope > 1e-5 * abs(s.first.loss):
-        return None
-    finding = Finding(
-        "uphill",
-        (),
-        f"The gradient predicts that the next step raises the loss by {s.slope:.3g}. "
-        "The updates of an optimizer are added to the parameters, so they must point "
-        "down the gradient.",
-        "Check that the chain ends with a negative learning rate, as in "
-        "`optax.sgd(0.1)` or `optax.scale(-0.1)`. A clip alone does not change the "
-        "sign of the gradient, and neither does `optax.masked` for the leaves that it "
-        "excludes.",
-        "high",
-        "measured",
-    )
-    return Candidate(finding, math.inf)
-
-
-def _rehearsed(s: Signals, most: float) -> float:
-    """Returns the best rate scale, or 0 if its loss is not below ``most``."""
-    ends = {part: ended(losses) for part, losses in s.rehearsals.items() if part < 1}
-    best = min(ends, key=lambda part: ends[part])
-    return best if ends[best] < most else 0.0
-
-
-def _learning_rate(s: Signals) -> Candidate | None:
-    if not s.rehearsals or _uphill(s):
-        return None
-    whole, tenth = (s.rehearsals[part] for part in (1.0, 0.1))
-    start = float(np.mean(s.starts[-4:]))
-    end, slow = ended(whole), ended(tenth)
-    margin = LIMITS.worse * max(abs(start), 1e-12)
-    better = slow < end - margin
-    trust = s.trust.get(1.0, math.nan)
-    good = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
-    distrusted = trust < LIMITS.trust and any(p <= 0.3 for p in good)
-    diverged = end > start + margin and better
-    # A step that achieves only half as much as a smaller one is close to achieving
-    # nothing, unless the run makes faster progress with such steps.
-    tried = s.trust.get(0.1, math.nan)
-    mild = trust < LIMITS.mild_trust and tried > 2 * LIMITS.trust_after
-    mild = mild and not end < slow - min(margin, 0.5 * abs(slow))
-    hopeless = math.isinf(end) and math.isinf(slow)
-    leaped = max(whole) > start + LIMITS.leap * max(abs(start), 1e-12)
-    early = mild or diverged or (distrusted and better)
-    if s.begun:  # steps that achieve little are normal, and such a run still trains
-        gained = s.empty_loss - start
-        floor = start + (LIMITS.lost * gained if gained > 0 else 0.0)
-        # Near a loss of 0, a harder batch can have a loss many times as large.
-        leaped = leaped and max(whole) > floor
-        early = better and end > max(LIMITS.rise * abs(start), floor)
-    else:
-        # Steps of every size that was tried fail; only far smaller ones might work.
-        wrong = s.trust and min(s.trust) <= 0.01 and max(s.trust.values()) < 0
-        early = early or (wrong and end > start + margin and slow > start + margin)
-    if not (hopeless or leaped or early):
-        return None
-    part = max([p for p in good if p <= 0.3], default=0.01 if hopeless else 0.1)
-    if slow > start + margin:
-        part = min(part, 0.01)
-    if (leaped or early) and not good and s.trust:
-        part = min(s.trust)
-    rehearsed = _rehearsed(s, start + (margin if s.begun else 0.0))
-    part = max(part, rehearsed)
-    peak = max(whole) if leaped and math.isfinite(end) else None
-    other = (
-        ""
-        if s.adaptive
-        else " An adaptive optimizer such as AdamW tolerates larger steps than SGD."
-    )
-    finding = Finding(
-        "learning_rate",
-        (),
-        _promise(trust, s.trust.get(part, math.nan), part)
-        + _run_of(s, part, start, peak),
-        f"Multiply the learning rate by about {part:g}, or warm it up.{other}",
-        "high" if not math.isfinite(end) or end > 2 * abs(start) else "medium",
-        "by elimination" if hopeless and not rehearsed else "measured",
-        (Remedy("scale_learning_rate", part),),
-    )
-    # Other causes also make steps fail; findings whose remedy helps more come first.
-    relative = (min(end, 1e30) - slow) / max(abs(start), 1e-12)
-    relative = 0.0 if hopeless else max(relative, 0.0)
-    return Candidate(finding, min(math.log10(1 + relative), 0.9))
-
-
-BROKEN = {
-    "parameters": (
-        "These parameters hold numbers that are not finite, so every loss is too.",
-        "Go back to a checkpoint from before. `optclip.skip_steps` keeps steps that "
-        "are not finite out of the parameters, and `optclip.nonfinite_leaves` names "
-        "the leaf where it began.",
-    ),
-    "optimizer": (
-        "The optimizer's state holds numbers that are not finite, and so do its "
-        "updates, though the gradient is finite.",
-        "Go back to a checkpoint from before, or begin with `optimizer.init(params)`. "
-        "`optclip.skip_steps` keeps steps that are not finite out of the state.",
-    ),
-    "batches": (
-        "All of these batches hold numbers that are not finite, in the data itself.",
-        "Look where the data come from: a division by a deviation of 0, a missing "
-        "value, a file that was read wrongly.",
-    ),
-    "empty": (
-        "These batches hold no numbers: the mean over no examples is not finite.",
-        "Leave empty batches out.",
-    ),
-}
-
-
-def _given(s: Signals) -> Finding | None:
-    """Returns a finding if an input was not finite before anything was computed."""
-    for name, (evidence, remedy) in BROKEN.items():
-        where = s.broken.get(name, ())
-        if name in ("batches", "empty"):
-            where = tuple(f"batch {i}" for i in where)
-            if len(where) < len(s.batches):
-                continue
-        if where:
-            return Finding("not_finite", where, evidence, remedy, "high", "measured")
-    if s.bad_updates:
-        return Finding(
-            "not_finite",
-            (),
-            "The gradient is finite, and the optimizer's updates are not.",
-            "Look at the optimizer's numbers: a learning rate that is not finite, or a "
-            "division by a root mean square of 0 with an `eps` of 0.",
-            "high",
-            "measured",
-        )
-    return None
-
-
-# What to do about the operation in which numbers stop being finite.
-CURES = {
-    "gather": "Check that labels and indices are within the size of their axis.",
-    "log": "Use a stable function such as `jax.nn.log_softmax` or `optax.losses`, or "
-    "keep the argument of the logarithm above zero.",
-    "exp": "Use a stable function such as `jax.nn.log_softmax` or `jax.nn.logsumexp`, "
-    "which subtract the maximum first.",
-    "div": "Keep the divisor away from zero, for example by adding a small constant.",
-    "sqrt": "Keep the argument of the square root at or above zero.",
-    "rsqrt": "Add a small constant to the argument of the inverse square root.",
-}
-DERIVATIVE = (
-    "The loss is finite and its derivative is not, as for a square root at zero. If a "
-    "`jnp.where` selects another branch there, apply `jnp.where` to the argument of "
-    "this operation as well, since the branch that is not taken is differentiated too."
-)
-
-
-def _cure(s: Signals) -> str:
-    """Returns what to do about the operation that was found, or how to find it."""
-    if s.origin is None:
-        return (
-            "Look for a logarithm, root or division of zero, or an exponential of a "
-            "large number: `jax.config.update('jax_debug_nans', True)` stops at it."
-        )
-    if s.origin.backward:
-        return DERIVATIVE
-    known = CURES.get(s.origin.primitive)
-    return known or "Look at the operands of this operation."
-
-
-def _not_finite(s: Signals) -> Finding:
-    broken = [b for b in s.batches if not b.finite]
-    worst = broken[0]
-    sites = [x for x in worst.sites if not np.all(np.isfinite(x.rms_out))]
-    where = (sites[0].leaf,) if sites else worst.bad_leaves[:4]
-    if s.origin is not None:
-        first = _operation(s)
-    elif sites:
-        first = (
-            f" The first use of parameters whose result is not finite is {where[0]}."
-        )
-    else:
-        first = ""
-    return Finding(
-        "not_finite",
-        where,
-        f"{len(broken)} of {len(s.batches)} batches have a loss or gradient that is "
-        f"not finite.{first}",
-        f"{_cure(s)} `optclip.skip_steps` keeps such steps out of the optimizer.",
-        "high",
-        "measured" if s.origin is not None else "by elimination",
-        (),
-    )
-
-
 RULES: tuple[Callable[[Signals], Candidate | None], ...] = (
-    _overflow,
-    _bad_batch,
+    overflow,
+    bad_batch,
     activation,
     recurrence,
     initialization,
     depth,
-    _loss_sum,
-    _uphill,
-    _learning_rate,
+    loss_sum,
+    uphill,
+    precision,
+    learning_rate,
     update_cap,
     vanishing,
 )
 # Explanations for a growing signal. Only the one whose remedy helps most is kept.
 GROWTH = {"activation", "recurrence", "initialization", "depth"}
+# Causes that a lower learning rate also hides.
+RATES = {"learning_rate", "warm_up"}
+# The bases of findings with a remedy that was tried and helped.
+HELPED = {"works", "helps"}
 
 
-def judge(signals: Signals) -> tuple[Finding, ...]:
-    """Returns the causes, ordered by how much their remedy helps."""
-    if (given := _given(signals)) is not None:
-        return (given,)
-    found = [c for rule in RULES if (c := rule(signals)) is not None]
+def _suspected(s: Signals, trials: Trials | None) -> list[Candidate]:
+    """Returns the causes that are named only if their remedy works."""
+    if trials is None or not s.rehearsals:
+        return []
+    found = [input_scale(trials.scales)]
+    if s.unstable:
+        found += loss_scale(trials.factors, s.adaptive)
+    return [c for c in found if c is not None]
+
+
+def _words(new: Rehearsal, old: Rehearsal, also: str = "") -> str:
+    steps = len(new.runs[0].losses)
+    return (
+        f"In a rehearsal of {steps} steps{also} the loss then goes {new.words()}; "
+        f"without, {old.words()}."
+    )
+
+
+def _tried(candidate: Candidate, trials: Trials) -> Candidate:
+    """Tries the remedies of a candidate, and leaves out those that don't help."""
+    finding, base = candidate.finding, trials.base
+    times = LIMITS.factor_wins if finding.cause == "loss_scale" else LIMITS.wins
+    kept: list[Remedy] = []
+    worked = failed = False
+    for remedy in finding.remedies:
+        if not remedy.advice or math.isinf(candidate.benefit):
+            kept.append(remedy)
+            continue
+        if worked and remedy.kind == kept[-1].kind:
+            continue  # a smaller change was enough
+        new = trials.of(remedy)
+        if new is not None and better(new, base, times):
+            kept.append(dataclasses.replace(remedy, tried=_words(new, base)))
+            worked = True
+        elif new is None or not (base.fails or candidate.suspected):
+            # Not tried, or nothing was wrong within the rehearsal.
+            kept.append(remedy)
+        else:
+            failed = True
+    basis = "fails" if failed else "measured"
+    if worked:
+        basis = "works" if base.fails else "helps"
+    finding = dataclasses.replace(finding, remedies=tuple(kept), basis=basis)
+    return candidate._replace(finding=finding)
+
+
+def _tried_with(
+    rate: Remedy, candidate: Candidate, proposed: Finding, trials: Trials
+) -> Candidate:
+    """Tries again what failed at the full learning rate, at a lower one."""
+    lower = trials.of(rate)
+    if candidate.finding.basis != "fails" or lower is None:
+        return candidate
+    for remedy in proposed.remedies:
+        both = trials.of(remedy, rate) if remedy.advice else None
+        if both is not None and better(both, lower, LIMITS.wins):
+            also = f" at {rate.amount:g} of the learning rate"
+            words = _words(both, lower, also)
+            kept = (dataclasses.replace(remedy, tried=words),)
+            remedies = kept + candidate.finding.remedies
+            finding = dataclasses.replace(
+                candidate.finding, remedies=remedies, basis="helps"
+            )
+            return candidate._replace(finding=finding)
+    return candidate
+
+
+def _warmed(s: Signals, trials: Trials) -> Candidate | None:
+    """Returns the warm-up as the cause, if the full rate is best after one."""
+    candidate = warm_up(s, trials.ramp)
+    if candidate is None:
+        return None
+    (remedy,) = candidate.finding.remedies
+    warmed = trials.of(remedy)
+    if warmed is None or not warmed.trains:
+        return None
+    full, tenth = trials.long(), trials.long(0.1)
+    for new, without, slow in zip(warmed.runs, full.runs, tenth.runs, strict=True):
+        if not (new.end < without.end - new.noise and new.end < slow.end):
+            return None
+    remedy = dataclasses.replace(remedy, tried=_words(warmed, full))
+    basis = "works" if full.fails else "helps"
+    finding = dataclasses.replace(candidate.finding, remedies=(remedy,), basis=basis)
+    return candidate._replace(finding=finding)
+
+
+def _proposed(s: Signals) -> list[Candidate]:
+    found = [c for rule in RULES if (c := rule(s)) is not None]
     causes = {c.finding.cause for c in found}
     # These causes explain growth over the layers, so depth is not the cause.
     if causes & {"activation", "initialization", "recurrence"}:
         found = [c for c in found if c.finding.cause != "depth"]
-    found.sort(key=lambda c: -c.benefit)
-    findings = [c.finding for c in found]
+    return found
+
+
+def _judged(
+    s: Signals, found: list[Candidate], trials: Trials | None
+) -> list[Candidate]:
+    """Tries the remedies of all candidates, and leaves out what they rule out."""
+    if trials is None or not s.rehearsals:
+        return found
+    rated = [c for c in found if c.finding.cause in RATES]
+    others = [c for c in found if c.finding.cause not in RATES]
+    others += _suspected(s, trials)
+    judged = [_tried(c, trials) for c in others]
+    # If a model trains at the full rate without another fault, the rate is innocent.
+    if any(c.finding.basis == "works" for c in judged):
+        rated = []
+    elif rated:
+        rate = rated[0].finding.remedies[0]
+        pairs = zip(judged, others, strict=True)
+        judged = [_tried_with(rate, c, o.finding, trials) for c, o in pairs]
+        rated = [_warmed(s, trials) or rated[0]]
+    named = [c for c in judged if not (c.suspected and c.finding.basis not in HELPED)]
+    return [*named, *rated]
+
+
+def _order(candidate: Candidate) -> tuple:
+    finding = candidate.finding
+    first = math.isinf(candidate.benefit)
+    rank = 0 if finding.basis in HELPED and finding.cause not in RATES else 1
+    if finding.basis == "fails":
+        rank = 2
+    return (not first, rank, -candidate.benefit)
+
+
+def judge(signals: Signals, trials: Trials | None = None) -> tuple[Finding, ...]:
+    """Returns the causes, ordered by how much their remedy helps."""
+    if (given := given_not_finite(signals)) is not None:
+        return (given,)
+    proposed = _proposed(signals)
+    judged = sorted(_judged(signals, proposed, trials), key=_order)
+    findings = [c.finding for c in judged]
+    causes = {finding.cause for finding in findings}
     others = [b for i, b in enumerate(signals.batches) if i not in signals.outliers]
     explained = causes & (GROWTH | {"overflow"})
     explained = explained or ("bad_batch" in causes and all(b.finite for b in others))
     if not all(b.finite for b in signals.batches) and not explained:
-        findings.append(_not_finite(signals))
+        findings.append(not_finite(signals))
+    if not findings and (found := unknown(signals)) is not None:
+        return (found,)
     return tuple(findings)

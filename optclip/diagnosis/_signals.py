@@ -11,16 +11,21 @@ import numpy as np
 
 from optclip._engine.scale_invariance import ignores_scale
 from optclip.diagnosis import _growth
+from optclip.diagnosis._candidates import lowered
 from optclip.diagnosis._inputs import broken_parts, not_finite_leaves
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._models import is_weight
 from optclip.diagnosis._origins import Origin
 from optclip.diagnosis._outside import excess_of, larger_steps, unseen_ratios
 from optclip.diagnosis._positions import position_growth
-from optclip.diagnosis._probe import Batch, Probe, halves_of
+from optclip.diagnosis._probe import Batch, Knobs, Probe, halves_of
+from optclip.diagnosis._rehearsals import Run, ended
 from optclip.diagnosis._replay import Change
 
 __all__ = ["LIMITS", "Signals", "ended", "measure"]
+
+# Rehearsals use these parts of the learning rate, one after the other.
+PARTS = (1.0, 0.1, 0.03, *(10.0**-n for n in range(2, 10)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Signals:
         relu_norm: Norm of the gradient with every activation replaced by relu; NaN if
             not measured.
         wide_norm: The same with float16 and bfloat16 replaced by float32.
+        wide_loss: The loss with float16 and bfloat16 replaced by float32.
+        lost_updates: Fraction of the next updates that rounding makes ineffective, of
+            the parameters whose dtype is narrower than float32; 0 if there are none.
         low: Names of the dtypes in the program that are narrower than float32.
         scaled_norm: Norm of the gradient with weights of typical size.
         scaled_loss: The loss with weights of typical size.
@@ -64,6 +72,10 @@ class Signals:
         empty_loss: If the run has started, the loss of the same model with all
             parameters set to 0, as a proxy for an untrained model.
         begun: Whether the run has started.
+        repeats: The same with the batches in the reverse order, for the full rate and
+            for the parts of it that seem better; empty if none does.
+        repeat_starts: Losses of these batches before those steps.
+        dead: The parts of the learning rate at which the gradient becomes exactly 0.
         adaptive: Whether the optimizer ignores the scale of its gradients, as Adam.
         excess: Average ratio of the update to its cap, in a run that has started; 1 if
             there is no cap.
@@ -85,6 +97,8 @@ class Signals:
     gains: list[tuple[_growth.Layer, float, float]]
     relu_norm: float = math.nan
     wide_norm: float = math.nan
+    wide_loss: float = math.nan
+    lost_updates: float = 0.0
     low: tuple[str, ...] = ()
     scaled_norm: float = math.nan
     scaled_loss: float = math.nan
@@ -103,6 +117,9 @@ class Signals:
     starts: list[float] = dataclasses.field(default_factory=list)
     empty_loss: float = math.nan
     begun: bool = False
+    repeats: dict[float, list[float]] = dataclasses.field(default_factory=dict)
+    repeat_starts: list[float] = dataclasses.field(default_factory=list)
+    dead: frozenset[float] = frozenset()
     adaptive: bool = False
     excess: float = 1.0
     uncapped: dict[float, list[float]] = dataclasses.field(default_factory=dict)
@@ -118,6 +135,37 @@ class Signals:
     def norm(self) -> float:
         """The gradient norm of the representative batch."""
         return self.first.norm
+
+    @property
+    def unstable(self) -> bool:
+        """Whether a full step, or a few of them, achieve little or do harm."""
+        if not self.rehearsals:
+            return False
+        whole = Run(self.starts, self.rehearsals[1.0])
+        return whole.fails or self.trust.get(1.0, 1.0) < LIMITS.mild_trust
+
+    @property
+    def growing(self) -> float:
+        """The number of decades by which a signal grows over the layers."""
+        if self.depth is None:
+            return 0.0
+        return max(self.depth.back, self.depth.forward)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights were learned: those of typical size raise the loss."""
+        before = self.first.loss
+        return self.first.finite and self.scaled_loss > max(1.1 * before, before + 0.1)
+
+    @property
+    def by_depth(self) -> bool:
+        """Whether a signal grows because many layers each amplify it slightly."""
+        depth = self.depth
+        if depth is None or depth.count < LIMITS.many or depth.each > LIMITS.layer:
+            return False
+        drop = lowered(self.norm, self.scaled_norm)
+        evened = drop > LIMITS.drop and not self.learned
+        return self.growing > (LIMITS.mild_growth if evened else LIMITS.growth)
 
 
 def outliers_of(batches: list[Batch]) -> tuple[int, ...]:
@@ -216,7 +264,12 @@ def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
 
 
 def measure(
-    probe: Probe, params: Any, opt_state: Any, batches: list[Any], begun: bool
+    probe: Probe,
+    params: Any,
+    opt_state: Any,
+    batches: list[Any],
+    begun: bool,
+    steps: int = 12,
 ) -> Signals:
     """Runs every stage of measurement, skipping stages that have nothing to measure."""
     probe.show(f"gradients of {len(batches)} batches")
@@ -255,9 +308,10 @@ def measure(
     ):
         probe.show("the same with relu")
         more["relu_norm"] = probe.changed(params, batch, Change(relu=True))[1]
-    if "float16" in signals.low and not all(b.finite for b in seen):
+    if signals.low and (this.finite or "float16" in signals.low):
         probe.show("the same in float32")
-        more["wide_norm"] = probe.changed(params, batch, Change(wide=True))[1]
+        wide = probe.changed(params, batch, Change(wide=True))
+        more["wide_loss"], more["wide_norm"] = wide
     large = _factors(signals)
     if large:
         probe.show("the same with weights of the typical size")
@@ -273,11 +327,11 @@ def measure(
             more["scaled_trust"] = step.trust.get(1.0, math.nan)
     if this.finite:
         fine = [b for i, b in enumerate(batches) if i not in outliers]
-        more |= _training(probe, params, opt_state, fine, batch, grads, signals)
+        more |= _training(probe, params, opt_state, fine, batch, grads, signals, steps)
     return dataclasses.replace(signals, **more)
 
 
-def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]:
+def _training(probe, params, opt_state, fine, batch, grads, s, steps) -> dict[str, Any]:
     """Measures the effect of steps, and whether the loss is a sum."""
     probe.show("halves of batches")
     more: dict[str, Any] = _sums(probe, params, fine)
@@ -286,11 +340,11 @@ def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]
     probe.show("steps of several sizes")
     step = probe.step(params, opt_state, batch, grads, s.first.loss)
     more |= {"trust": step.trust, "slope": step.slope, "still": step.zero}
+    more["lost_updates"] = step.lost
     if not step.finite:
         broken = {"optimizer": not_finite_leaves(opt_state)}
         return {**more, "bad_updates": True, "broken": broken}
-    run = [fine[i % len(fine)] for i in range(12)]
-    more["starts"] = [probe.loss(params, b) for b in run]
+    run = [fine[i % len(fine)] for i in range(steps)]
     if s.begun:
         zeros = jax.tree.map(_emptied, params)
         more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
@@ -299,7 +353,7 @@ def _training(probe, params, opt_state, fine, batch, grads, s) -> dict[str, Any]
     if s.begun:
         more["excess"] = excess_of(opt_state)
         more["uncapped"] = {
-            part: probe.rehearse(params, opt_state, run, part)[0]
+            part: probe.rehearse(params, opt_state, run, Knobs(part))[0]
             for part in larger_steps(more["excess"])
         }
     return more
@@ -309,21 +363,38 @@ def _emptied(leaf: Any) -> Any:
     return jnp.zeros_like(leaf) if is_weight(leaf) else leaf
 
 
-def ended(losses: list[float]) -> float:
-    """Returns the mean of the last losses; inf if they are not finite."""
-    tail = np.asarray(losses[-4:])
-    return float(tail.mean()) if len(losses) and np.isfinite(tail).all() else math.inf
-
-
 def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
-    """Trains at the full rate, a tenth, and lower rates while the loss improves."""
+    """Trains at the full rate, a tenth, and lower rates while the loss improves.
+
+    What seems better than the full rate is repeated with another order of the batches.
+    """
+    starts = [probe.loss(params, batch) for batch in run]
     found: dict[float, list[float]] = {}
+    dead: set[float] = set()
     last, sizes = math.inf, []
-    for part in (1.0, 0.1, 0.03, 0.01, 0.001):
-        found[part], each = probe.rehearse(params, opt_state, run, part)
-        sizes = sizes or each
+    for part in PARTS:
+        found[part], each = probe.rehearse(params, opt_state, run, Knobs(part))
+        sizes, whole = sizes or each, Run(starts, found[1.0])
+        if any(each[0]) and not any(each[-1]):
+            dead.add(part)
+            continue
         end = ended(found[part])
-        if math.isfinite(last) and not end < last - LIMITS.worse * abs(last):
+        stalls = math.isfinite(last) and not end < last - LIMITS.worse * abs(last)
+        if stalls and (end < whole.start or not whole.fails):
             break
         last = end
-    return {"rehearsals": found, "rehearsed_norms": sizes}
+    end = math.inf if 1.0 in dead else whole.end - whole.noise
+    more = [p for p in found if ended(found[p]) < end and p not in dead]
+    repeats: dict[float, list[float]] = {}
+    if more or whole.fails:
+        for part in (1.0, *more):
+            again = probe.rehearse(params, opt_state, run[::-1], Knobs(part))
+            repeats[part] = again[0]
+    return {
+        "starts": starts,
+        "repeat_starts": starts[::-1],
+        "rehearsals": found,
+        "dead": frozenset(dead),
+        "repeats": repeats,
+        "rehearsed_norms": sizes,
+    }

@@ -7,45 +7,61 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from optclip.diagnosis._calibration import probability
 from optclip.diagnosis.facts import HEADING, HistoryFact
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Remedy"]
 
 # Maps each cause to its name in the report.
 CAUSES = {
+    "input_scale": "The inputs or targets are far from unit scale",
+    "loss_scale": "A factor in the loss is too large",
     "initialization": "The weights are too large",
     "depth": "The signal grows from layer to layer",
     "recurrence": "The signal grows from step to step of a recurrence",
     "activation": "The activation magnifies the signal",
     "learning_rate": "The learning rate is too high",
+    "warm_up": "The learning rate needs a warm-up",
     "update_cap": "The cap on the update holds training back",
     "bad_batch": "A few batches are unlike the others",
     "overflow": "Numbers leave the range of their dtype",
+    "precision": "The precision of the dtype is too low",
     "loss_sum": "The loss sums over the batch",
     "vanishing": "The signal dies out from layer to layer",
     "uphill": "The updates point up the gradient",
     "not_finite": "Numbers are not finite",
+    "unknown": "Training fails, and the cause is unknown",
 }
+
+# The least probability that is called "high", and "medium".
+HIGH, MEDIUM = 0.9, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """A single remedy, in a form that a program can apply.
+    """A single remedy, in words and in a form that a program can apply.
 
     Attributes:
         kind: "scale_weights" (multiply the leaves ``where`` by ``amount``),
             "scale_learning_rate" (by ``amount``), "scale_cap" (the ratio of
             `optclip.cap_update`, by ``amount``), "divide_loss" (by ``amount``),
+            "divide_factor" (a factor in the loss, by ``amount``), "standardize" (the
+            leaves ``where`` of each batch), "warm_up" (over ``amount`` steps),
             "drop_batches" (the indices in ``where``), "float32", "normalize",
-            "residual", "gate", "change_activation" or "clip" (by a global norm of
-            ``amount``).
+            "residual", "gate", "change_activation", "clip" (by a global norm of
+            ``amount``), or "advice" (for which there is no program).
         amount: The factor or norm, or None if the kind needs no number.
         where: Paths of leaves, or indices of batches as strings.
+        advice: The remedy in words; "" if the report does not mention it.
+        tried: What happened when it was tried on a copy of the model; "" if it was not
+            tried.
     """
 
     kind: str
     amount: float | None = None
     where: tuple[str, ...] = ()
+    advice: str = ""
+    tried: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +73,68 @@ class Finding:
         where: Paths of parameter leaves in the order in which they are used, or a batch
             such as "batch 23", counted from 0.
         evidence: The measurements that support the finding.
-        remedy: Suggested fixes, most important first.
+        remedies: Suggested fixes, most important first. A fix that was tried and did
+            not help is left out.
         severity: "high" if training can't continue, "medium" if training suffers, "low"
             if the finding is merely worth knowing.
-        confidence: "measured" if the cause itself, or the effect of its remedy, was
-            measured; "by elimination" if other causes were ruled out.
-        remedies: The fixes in a form that a program can apply, most important first.
+        basis: "works" if the model fails to train, and trains with one of the remedies
+            that were tried; "helps" if it trains better with one; "fails" if none of
+            those that were tried helped; "measured" if none was tried; "eliminated" if
+            only other causes were ruled out; "" if the cause is unknown.
     """
 
     cause: str
     where: tuple[str, ...]
     evidence: str
-    remedy: str
+    remedies: tuple[Remedy, ...]
     severity: str
-    confidence: str
-    remedies: tuple[Remedy, ...] = ()
+    basis: str = "measured"
+
+    @property
+    def probability(self) -> float:
+        """How often findings with this basis were right on tested models.
+
+        These are the models that the rules were developed on. NaN if the cause is
+        unknown.
+        """
+        return probability(self.basis)
 
     @property
     def title(self) -> str:
         """The cause in words."""
         return CAUSES[self.cause]
+
+    @property
+    def confidence(self) -> str:
+        """The probability in a word: "high", "medium" or "low"."""
+        if self.probability >= HIGH:
+            return "high"
+        return "medium" if self.probability >= MEDIUM else "low"
+
+    @property
+    def headline(self) -> str:
+        """The cause in words, with its severity and probability."""
+        if self.cause == "unknown":
+            return self.title
+        return (
+            f"{self.title} (severity: {self.severity}; probability: "
+            f"{self.probability:.0%})"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """The remedies in words."""
+        return " ".join(words for _, words in self.advice())
+
+    def advice(self) -> list[tuple[str, str]]:
+        """Returns the remedies in words, each with the name of its row."""
+        rows, names = [], iter(("remedy", *("or",) * len(self.remedies)))
+        for remedy in self.remedies:
+            if remedy.advice:
+                rows.append((next(names), remedy.advice))
+            if remedy.advice and remedy.tried:
+                rows.append(("tried", remedy.tried))
+        return rows
 
     def __str__(self) -> str:
         """Returns the finding as a few lines of text."""
@@ -85,10 +143,10 @@ class Finding:
             where = f"leaves {where}"
         if len(self.where) > 4:
             where += f" and {len(self.where) - 4} more"
-        rows = {"where:": where, "evidence:": self.evidence, "remedy:": self.remedy}
-        lines = [f"{self.title} ({self.severity}; {self.confidence})"]
-        for name, words in rows.items():
-            begin = f"  {name:<10}"
+        rows = [("where", where), ("evidence", self.evidence), *self.advice()]
+        lines = [self.headline]
+        for name, words in rows:
+            begin = f"  {name + ':':<10}"
             wrapped = textwrap.fill(
                 words, 80, initial_indent=begin, subsequent_indent=" " * len(begin)
             )

@@ -25,6 +25,8 @@ WIDE, DRIFTED = 0.5, 0.5
 SHARE = 0.25
 # Causes whose remedy changes the typical norm.
 _FIRST = {
+    "input_scale",
+    "loss_scale",
     "initialization",
     "depth",
     "activation",

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from optclip.diagnosis._growth_rules import Candidate
+from optclip.diagnosis._candidates import Candidate
 from optclip.diagnosis._limits import LIMITS
 from optclip.diagnosis._signals import Signals, ended
 from optclip.diagnosis.findings import Finding, Remedy
@@ -24,6 +24,11 @@ def update_cap(s: Signals) -> Candidate | None:
     gained, more = start - end, start - larger
     if not more > max(LIMITS.faster * gained, LIMITS.progress * abs(start)):
         return None
+    scale = (
+        f"Multiply `max_ratio` of `optclip.stabilize`, or `ratio` of "
+        f"`optclip.cap_update`, by about {part:.2g}. If parameters start at zero, or "
+        "far below their final size, raise `floor` instead."
+    )
     finding = Finding(
         "update_cap",
         (),
@@ -31,12 +36,8 @@ def update_cap(s: Signals) -> Candidate | None:
         f"divided by this ratio. In a rehearsal of {len(s.uncapped[part])} steps the "
         f"loss goes from {start:.3g} to {end:.3g}; with updates {part:.3g} times as "
         f"large, to {larger:.3g}.",
-        f"Multiply `max_ratio` of `optclip.stabilize`, or `ratio` of "
-        f"`optclip.cap_update`, by about {part:.2g}. If parameters start at zero, or "
-        "far below their final size, raise `floor` instead.",
+        (Remedy("scale_cap", part, advice=scale),),
         "medium",
-        "measured",
-        (Remedy("scale_cap", part),),
     )
     relative = (more - gained) / max(abs(start), 1e-12)
     return Candidate(finding, min(math.log10(1 + relative), 0.9))

@@ -1,0 +1,1 @@
+"""The causes that a diagnosis can name, one file per cause."""
