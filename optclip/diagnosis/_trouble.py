@@ -175,7 +175,7 @@ def growth_places(t: Timeline) -> tuple[np.ndarray, float] | None:
         end = place + 1 if lost is None else min(place + 1, lost)
     usable = np.isfinite(t.norms[:end])
     for episode in t.episodes:
-        if episode.end == "returned":  # a spike is no trend
+        if episode.end == "returned":  # a spike is not a trend
             usable[episode.start : episode.stop] = False
     places = np.flatnonzero(usable)
     size = len(places)
