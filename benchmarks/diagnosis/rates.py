@@ -83,7 +83,11 @@ def main():
     chosen = [s for s in chosen if options.only in (s.name, "")]
     rows = [row for scenario in chosen for row in rows_of(scenario)]
     verdicts = [verdict for *_, verdict in rows]
-    counts = {v: verdicts.count(v) for v in ("silent", "right", "false alarm")}
+    counts = {
+        "silent": verdicts.count("silent"),
+        "right": verdicts.count("right"),
+        "false alarms": verdicts.count("false alarm"),
+    }
     lines = [
         f"{len(rows)} diagnoses of {len(chosen)} healthy models: "
         + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
