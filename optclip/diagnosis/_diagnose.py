@@ -191,10 +191,8 @@ def diagnose(
             the first that diverged is used, else the first with a bad step.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: The maximum number of batches to use.
-        rehearsal_steps: The number of steps of each rehearsal, at least 8. With 200,
-            faults are found that only show later, such as a missing warm-up or a
-            momentum that is too large; the diagnosis then takes about ten times as
-            long.
+        rehearsal_steps: The number of steps of each rehearsal, at least 8. More steps
+            can show faults that only show later, such as a momentum that is too large.
         progress: Whether to print each stage to stderr.
 
     Returns:
