@@ -282,8 +282,10 @@ def test_a_change_that_the_model_does_not_accept_is_not_a_remedy():
         return squared(params, batch | {"x": batch["x"].astype(jnp.float32)})
 
     batches = [b | {"x": jnp.ones((32, 6), jnp.uint8)} for b in regression()]
-    trials = trials_of(loss_fn, optax.sgd(0.05), batches)
+    trials, said = trials_of(loss_fn, optax.sgd(0.05), batches), []
+    trials.probe.show = said.append
     assert trials.of(optclip.diagnosis.Remedy("standardize", None, ("x",))) is None
+    assert said[-1].startswith("it can't be tried (AssertionError")
 
 
 def test_a_remedy_that_was_tried_in_vain_is_left_out():

@@ -145,7 +145,9 @@ class Trials:
             for remedy in remedies:
                 setting = _CHANGES[remedy.kind](self, setting, remedy)
             return self._rehearse(setting)
-        except Exception:  # a change that the model does not accept is not a remedy
+        except Exception as error:  # the model may not accept a change
+            # Said, so that a fault of a trial itself is not taken for a model's.
+            self.probe.show(f"it can't be tried ({type(error).__name__}: {error})")
             return None
 
     def _rehearse(self, setting: Setting) -> Rehearsal:
