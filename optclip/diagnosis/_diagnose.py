@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from optclip.diagnosis.taps import scalar_loss
 
 __all__ = ["diagnose"]
 
+# The rows of a log.
+Rows = Sequence[Mapping[str, Any]]
 MOST = 24
 # The mean loss of the last 4 steps is compared, so a rehearsal needs a few more steps.
 STEPS, FEWEST_STEPS = 12, 8
@@ -130,7 +133,7 @@ def diagnose(
     *,
     optimizer: optax.GradientTransformation,
     opt_state: Any = None,
-    logs: Any = None,
+    logs: str | os.PathLike[str] | Rows | Mapping[str, Any] | None = None,
     has_aux: bool = False,
     max_batches: int = MOST,
     rehearsal_steps: int = STEPS,

@@ -260,8 +260,8 @@ def replay(
             outs, figures = run(step, given, mine, change)
             seen.extend(figures)
         elif mine := list(itertools.islice(waiting, len(step.ends))):
-            outs, figures = _ruled(jaxpr, step, given, mine)
-            seen.extend(figures)
+            outs, statistics = _ruled(jaxpr, step, given, mine)
+            seen.extend(statistics)
         elif change.wide and not _has_program(eqn):
             outs = _widened(eqn, given)
         else:

@@ -199,7 +199,7 @@ def _episodes(
                 comparison.add([x for _, x in held])
                 start, held = -1, []
         # A norm may move to another level in a healthy run, as in a warm-up. Steps that
-        # are not finite are no level.
+        # are not finite don't count as a level.
         if is_norm and start >= 0 and place - start >= WINDOW and not bad:
             found.append(Episode(start, place + 1, "stayed"))
             comparison.restart()

@@ -99,8 +99,8 @@ class Taps:
         rows: list[tuple[str, ...]] = [head]
         for x in self.sites:
             back = "-" if "signal_out" in x.unmeasured else _brief(x.signal_out)
-            figures = (back, _brief(x.rms_in), _brief(x.rms_out))
-            rows.append((x.kind, *figures, str(x.fan_in), x.leaf))
+            sizes = (back, _brief(x.rms_in), _brief(x.rms_out))
+            rows.append((x.kind, *sizes, str(x.fan_in), x.leaf))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for kind, *figures, leaf in rows:
