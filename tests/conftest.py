@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import pathlib
+import sys
 import tempfile
 
 # The suite spends its time compiling, so LLVM's optimizations are off. XLA decides on
@@ -29,6 +31,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+# Some tests read the benchmarks, which are not installed. The package itself comes from
+# where it is installed, so this folder is last.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
