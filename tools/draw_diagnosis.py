@@ -7,6 +7,7 @@ Everything is measured, on small networks. Usage:
 import argparse
 import functools
 import io
+import json
 import pathlib
 
 import jax
@@ -18,7 +19,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import optclip
+from optclip.diagnosis._calibration import probability
 
+RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "diagnosis"
 # Okabe and Ito's colors, which are distinguishable with all kinds of color vision.
 GOOD = {"color": "#0072B2", "linestyle": "--"}
@@ -374,6 +377,51 @@ def draw_not_finite():
     library = -jax.nn.log_softmax(pair, axis=0)[1]
     curve(axes, gap, library, "jax.nn.\nlog_softmax", GOOD)
     curve(axes, gap, by_hand, "exp, divide, log:\nthen infinite", BAD, (12, -14))
+    return figure
+
+
+def interval(right, total):
+    """Returns Wilson's 95% interval of a fraction."""
+    z, share = 1.96, right / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    spread = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
+    spread /= 1 + z**2 / total
+    return middle - spread, middle + spread
+
+
+def draw_reliability():
+    """Compares the probability of findings with how often new ones were right."""
+    unseen = json.loads((RESULTS / "diagnosis_fresh.json").read_text())
+    found = {basis: [] for basis in ("measured", "works", "helps")}
+    for row in unseen:
+        if row["basis"] in found:
+            found[row["basis"]].append(row["right"])
+    figure, axes = panels(("probability that the finding is right", ""))
+    axes.set_yscale("linear")
+    for y, (basis, right) in enumerate(reversed(found.items())):
+        total, said = len(right), probability(basis)
+        axes.plot(said, y + 0.18, "o", markersize=9, color=GOOD["color"])
+        if not total:
+            continue
+        low, high = interval(sum(right), total)
+        share = sum(right) / total
+        axes.plot([low, high], [y - 0.18] * 2, linewidth=2.4, color=BAD["color"])
+        axes.plot(share, y - 0.18, "o", markersize=9, color=BAD["color"])
+        words = f"{sum(right)} of {total}"
+        label(axes, low, y - 0.18, words, BAD["color"], (-9, 0), ha="right")
+    label(
+        axes,
+        probability("measured"),
+        2.18,
+        "in the report",
+        GOOD["color"],
+        (-12, 0),
+        ha="right",
+    )
+    axes.set_yticks(range(len(found)), reversed(found))
+    axes.set_xlim(0.35, 1.02)
+    axes.set_ylim(-0.6, len(found) - 0.3)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     return figure
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optclip._engine import pytrees
 
-__all__ = ["ignores_scale"]
+__all__ = ["examples_of", "ignores_scale"]
 
 # Gradients are multiplied by this power of two, which rounds nothing. Its square, times
 # a gradient of about 1, is in the range of float16.
@@ -34,11 +34,15 @@ def _example(number: int, leaf: Any) -> jax.Array:
     return jnp.cos(entries + (7.0 * number + 1.0)).reshape(shape).astype(dtype)
 
 
+def examples_of(tree: Any, shift: int = 0) -> Any:
+    """Returns small arrays with the structure, dtypes and numbers of axes of a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([_example(i + shift, x) for i, x in enumerate(leaves)])
+
+
 def _is_scale_invariant(optimizer: Any, params: Any) -> jax.Array:
     """Compares the updates for two scales of the gradients; False if all are zeros."""
-    leaves, treedef = jax.tree.flatten(params)
-    params = treedef.unflatten([_example(i, x) for i, x in enumerate(leaves)])
-    grads = treedef.unflatten([_example(i + 1, x) for i, x in enumerate(leaves)])
+    params, grads = examples_of(params), examples_of(params, 1)
 
     def times(factor):
         return jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), grads)

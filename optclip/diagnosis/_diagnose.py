@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from optclip._engine import validation
 from optclip.diagnosis import _models, _probe, _rules, _signals
 from optclip.diagnosis._history_facts import facts_of
 from optclip.diagnosis._inputs import batches_of, fitted, outside_jit
+from optclip.diagnosis._memory import memory_of, rehearsal_length
 from optclip.diagnosis._outside import norms_by_path
 from optclip.diagnosis._timeline import timeline_of
 from optclip.diagnosis._trials import Trials
@@ -136,7 +138,7 @@ def diagnose(
     logs: str | os.PathLike[str] | Rows | Mapping[str, Any] | None = None,
     has_aux: bool = False,
     max_batches: int = MOST,
-    rehearsal_steps: int = STEPS,
+    rehearsal_steps: int | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Determines why gradients explode, where in the model, and how to fix it.
@@ -194,8 +196,10 @@ def diagnose(
             the first that diverged is used, else the first with a bad step.
         has_aux: Whether ``loss_fn`` returns (loss, aux).
         max_batches: The maximum number of batches to use.
-        rehearsal_steps: The number of steps of each rehearsal, at least 8. More steps
-            can show faults that only show later, such as a momentum that is too large.
+        rehearsal_steps: The number of steps of each rehearsal, at least 8; defaults to
+            12, or, if the optimizer is SGD with a momentum above 0.96, to twice the
+            steps over which it averages, at most 200. More steps can show faults that
+            only show later.
         progress: Whether to print each stage to stderr.
 
     Returns:
@@ -225,7 +229,8 @@ def diagnose(
         'initialization'
     """
     validation.transformation(optimizer=optimizer)
-    steps = validation.size("rehearsal_steps", rehearsal_steps, FEWEST_STEPS)
+    if rehearsal_steps is not None:
+        validation.size("rehearsal_steps", rehearsal_steps, FEWEST_STEPS)
     timeline = None if logs is None else timeline_of(logs)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
@@ -240,9 +245,12 @@ def diagnose(
     probe.show("reading the program")
     probe.read(params, given[0])
     probe.try_steps(params, opt_state, given[0])
+    memory = memory_of(wrapped, params)
+    steps = rehearsal_steps or rehearsal_length(memory, STEPS)
     signals = _signals.measure(probe, params, opt_state, given, begun, steps)
+    signals = dataclasses.replace(signals, memory=memory)
     fine = [b for i, b in enumerate(given) if i not in signals.outliers]
-    trials = Trials(probe, params, opt_state, fine, begun, steps)
+    trials = Trials(probe, params, opt_state, fine, begun, steps, signals.whole)
     words = _not_seen(probe, signals, more)
     found = _rules.judge(signals, trials)
     history = () if timeline is None else facts_of(timeline)

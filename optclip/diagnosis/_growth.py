@@ -20,7 +20,7 @@ __all__ = [
     "time_growth",
 ]
 
-# A leaf used at least this many times is a recurrence rather than weight sharing.
+# A leaf with a chain of this many uses is a recurrence rather than weight sharing.
 USES = 4
 # The fewest layers or steps whose growth can be distinguished from noise.
 FEWEST = 4
@@ -36,10 +36,12 @@ class Layer(NamedTuple):
         back_out: The same at the output.
         rms_in: Root mean square of the input.
         rms_out: Root mean square of the output.
-        he: Root mean square of the weights divided by that of He initialization.
+        he: Root mean square of the weights divided by that of He initialization, for
+            the sum over the inputs and over what each of them is a sum of.
         activation: Functions between the previous layer and this one, or None.
         source: Index of the previous layer in the list, or None.
         measured: Whether both backward signals were measured.
+        addends: The number of values that each entry of the input is a sum of.
     """
 
     leaf: str
@@ -51,6 +53,7 @@ class Layer(NamedTuple):
     activation: str | None
     source: int | None
     measured: bool = True
+    addends: float = 1.0
 
     @property
     def back(self) -> float:
@@ -138,17 +141,22 @@ def backward_signal(site: Site):
 
 
 def repeated(sites: tuple[Site, ...]) -> set[str]:
-    """Returns the leaves that an unrolled program uses repeatedly."""
-    uses = collections.Counter(s.leaf for s in sites if _is_layer(s))
-    return {leaf for leaf, count in uses.items() if count >= USES}
+    """Returns the leaves that an unrolled program uses repeatedly, step after step."""
+    return {s.leaf for s in sites if _is_layer(s) and s.turn >= USES}
 
 
 def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
-    """Returns the layers by depth; the steps of a recurrence count as one layer."""
+    """Returns the layers by depth.
+
+    The steps of a recurrence count as one layer, and of branches that share weights
+    only the first counts.
+    """
     again, found, place = repeated(sites), [], {}
-    chosen = [s for s in sites if _is_layer(s)]
-    first = {leaf: next(s.order for s in chosen if s.leaf == leaf) for leaf in again}
-    chosen = [s for s in chosen if first.get(s.leaf, s.order) == s.order]
+    first: dict[tuple[str, int], Site] = {}
+    for site in filter(_is_layer, sites):
+        turn = 1 if site.leaf in again else site.turn
+        first.setdefault((site.leaf, turn), site)
+    chosen = sorted(first.values(), key=lambda site: site.order)
     blocks: list[list[Site]] = []
     for site in chosen:  # sites in one scan over layers are interleaved
         length = len(_columns(site))
@@ -162,7 +170,7 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
         for row in range(len(_columns(block[0]))):
             for site in block:
                 back_in, back_out, rms_in, rms_out, rms = _columns(site)[row]
-                he = rms / math.sqrt(2 / max(site.fan_in, 1))
+                he = rms / math.sqrt(2 / max(site.fan_in * site.addends, 1))
                 place[site.order] = len(found)
                 found.append(
                     Layer(
@@ -175,6 +183,7 @@ def layers_of(sites: tuple[Site, ...]) -> list[Layer]:
                         site.activation,
                         place.get(site.source),
                         not site.unmeasured,
+                        site.addends,
                     )
                 )
     return found

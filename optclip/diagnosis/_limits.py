@@ -32,6 +32,8 @@ class Limits:
         mild_trust: The same, if steps a tenth as large achieve the prediction.
         trust_after: The same for smaller steps.
         twice: Range of loss ratios that count as a factor of two.
+        fourfold: The same for a factor of four, or slightly more: a sum over pairs has
+            n * (n - 1) terms.
         rise: Factor by which the loss must rise in a rehearsal of a run that has
             started.
         lost: Fraction of its improvement over all-zero parameters that such a run must
@@ -76,6 +78,7 @@ class Limits:
     mild_trust: float = 0.4
     trust_after: float = 0.35
     twice: tuple[float, float] = (1.8, 2.2)
+    fourfold: tuple[float, float] = (3.6, 5.0)
     rise: float = 1.5
     lost: float = 0.1
     leap: float = 100.0

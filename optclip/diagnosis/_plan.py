@@ -6,6 +6,7 @@ here.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -50,10 +51,55 @@ def scan_layout(eqn: Any) -> tuple[int, int]:
     return kept - carries, carries
 
 
+def _turns(mades: list[Made]) -> Mapping[int, int]:
+    """Returns how often data has passed through each leaf on its way to the values."""
+    distinct = {id(m.turns): m.turns for m in mades if m.turns}
+    if len(distinct) < 2:
+        return next(iter(distinct.values()), CONSTANT.turns)
+    most: dict[int, int] = {}
+    for turns in distinct.values():
+        for leaf, count in turns.items():
+            most[leaf] = max(count, most.get(leaf, 0))
+    return most
+
+
+# Operations that scale a sum by a number of its own size, or bound it.
+SCALING = {
+    "div",
+    "dot_general",
+    "erf",
+    "exp",
+    "log",
+    "logistic",
+    "mul",
+    "pow",
+    "rsqrt",
+    "sqrt",
+    "tanh",
+}
+
+
+def _addends(eqn: Any, mades: list[Made]) -> float:
+    """Returns how many values each entry of the result is a sum of."""
+    name = eqn.primitive.name
+    if name in SCALING:
+        return 1.0
+    known = max((m.addends for m in mades if m.data), default=1.0)
+    if name == "reduce_sum":
+        shape = eqn.invars[0].aval.shape
+        return known * math.prod(shape[axis] for axis in eqn.params["axes"])
+    if name.startswith("scatter"):
+        summed = name in ("scatter-add", "scatter_add")
+        (out,), updates = eqn.outvars, eqn.invars[2]
+        ratio = math.prod(updates.aval.shape) / max(math.prod(out.aval.shape), 1)
+        return known * max(ratio, 1.0) if summed else known
+    return known
+
+
 def _together(mades: list[Made]) -> Made:
     """Returns the provenance of a value computed from all the given values."""
     if any(m.data for m in mades):
-        return DATA
+        return DATA._replace(turns=_turns(mades))
     leaves = frozenset().union(*(m.leaves for m in mades))
     return Made(leaves, stacked=any(m.stacked for m in mades))
 
@@ -162,6 +208,8 @@ def _site(eqn: Any, mades: list[Made], place: _Place) -> SiteSpec | None:
         weight.stacked,
         str(eqn.outvars[0].aval.dtype),
         positions=_positions(eqn, place),
+        turn=1 + max(data.turns.get(leaf, 0) for leaf in weight.leaves),
+        addends=data.addends,
     )
 
 
@@ -267,12 +315,16 @@ def _outs_of(step: Step) -> list[Made]:
     return [_together(list(o)) for o in zip(*(p.outs for p in step.plans), strict=True)]
 
 
-def _result(eqn: Any, made: list[Made], used: bool) -> Made:
+def _result(eqn: Any, made: list[Made], used: bool, inner: list[Made]) -> Made:
     """Returns the provenance of the result of an equation that is not opened."""
     if eqn.primitive.name in ("dynamic_slice", "gather") and made[0].leaves:
         return made[0]  # a layer's own slice, wherever the index comes from
-    whole = DATA if used else _together(made)
-    return whole._replace(chain=_chained(eqn, made)) if whole.data else whole
+    whole = _together([*made, DATA] if used else made)
+    if not whole.data:
+        return whole
+    chain, addends = _chained(eqn, made), _addends(eqn, made)
+    turns = _turns([whole, *inner])
+    return whole._replace(chain=chain, turns=turns, addends=addends)
 
 
 def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
@@ -295,7 +347,9 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
         if site is not None:
             steps.append(Step(eqn, site))
             sites.append(site)
-            env[eqn.outvars[0]] = DATA._replace(chain=Chain(site.number, (), None))
+            turns = {**_turns(made), **dict.fromkeys(site.leaves, site.turn)}
+            chain = Chain(site.number, (), None)
+            env[eqn.outvars[0]] = DATA._replace(chain=chain, turns=turns)
             continue
         step, beyond = _step(eqn, made, here)
         steps.append(step)
@@ -306,7 +360,8 @@ def _make_plan(program: Any, mades: list[Made], place: _Place) -> Plan:
             outs = _outs_of(step)
         else:
             used = bool(beyond.reasons or step.sites)
-            outs = [_result(eqn, made, used)] * len(eqn.outvars)
+            inner = [out for p in step.plans for out in p.outs]
+            outs = [_result(eqn, made, used, inner)] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     outs = tuple(look(v) for v in jaxpr.outvars)
     return Plan(program, tuple(steps), tuple(sites), tuple(hidden), outs, tuple(unseen))

@@ -103,6 +103,10 @@ def _each_norm(grads: Any) -> jax.Array:
     )
 
 
+def _each_finite(grads: Any) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
+
+
 def _inner(g: jax.Array, u: jax.Array) -> jax.Array:
     wide = jnp.promote_types(jnp.result_type(g, u), jnp.float32)
     return jnp.vdot(g.astype(wide), u.astype(wide), precision="highest").real
@@ -208,12 +212,11 @@ class Probe:
         places = dict(
             zip(inputs.paths, norms_over_positions(by_input, inputs.axes), strict=True)
         )
-        fine = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
-        norm, each = norms.global_norm(grads), _each_norm(grads)
+        each, fine = _each_norm(grads), _each_finite(grads)
         # For complex parameters, JAX's gradient is the conjugate of the ascent
         # direction.
         grads = jax.tree.map(jnp.conj, grads)
-        return (loss, norm, each, jnp.stack(fine), statistics, signals, places), grads
+        return (loss, each, fine, statistics, signals, places), grads
 
     def _changed_norm(self, params, batch, change):
         """Returns the loss and gradient norm of the changed program."""
@@ -227,7 +230,7 @@ class Probe:
 
     def _one_step(self, params, opt_state, batch, knobs):
         loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
-        each = _each_norm(grads)
+        each, fine = _each_norm(grads), _each_finite(grads)
         # A norm of infinity keeps its gradient, which is then not finite either.
         norm = knobs.loss * norms.global_norm(grads)
         scale = knobs.loss * jnp.where(norm > knobs.bound, knobs.bound / norm, 1.0)
@@ -235,7 +238,7 @@ class Probe:
         value = knobs.loss * loss
         updates, opt_state = self._updates(grads, opt_state, params, batch, value)
         updates = jax.tree.map(lambda u: knobs.update * u, updates)
-        return optax.apply_updates(params, updates), opt_state, loss, each
+        return optax.apply_updates(params, updates), opt_state, loss, (each, fine)
 
     def _updates(self, grads, opt_state, params, batch, loss):
         """Computes the updates, passing all extra arguments that Optax supports."""
@@ -255,17 +258,32 @@ class Probe:
 
     def batch(self, params: Any, batch: Any) -> tuple[Batch, Any]:
         """Returns the measurements of one batch and its gradients."""
-        found, grads = self._gradient(params, batch)
-        loss, norm, each, fine, statistics, signals, places = found
+        (loss, each, fine, statistics, signals, places), grads = self._gradient(
+            params, batch
+        )
         seen = self._read(params, batch)
-        flags = zip(self.paths, np.asarray(fine), strict=True)
         sites = seen.sites(statistics, signals) if seen else ()
-        bad = tuple(path for path, good in flags if not good)
-        sizes = tuple(np.asarray(each, float).tolist())
         rows = {
             path: tuple(np.asarray(x, float).tolist()) for path, x in places.items()
         }
-        return Batch(float(loss), float(norm), bad, sites, sizes, rows), grads
+        found = self._measured(loss, each, fine)
+        return found._replace(sites=sites, position_norms=rows), grads
+
+    def norms(self, params: Any, opt_state: Any, batch: Any) -> Batch:
+        """Returns the loss and the norms of one batch, without the signals at sites.
+
+        It runs the program of a training step, which is needed anyway.
+        """
+        if self.no_steps:
+            return self.batch(params, batch)[0]
+        _, _, loss, measured = self._step(params, opt_state, batch, Knobs())
+        return self._measured(loss, *measured)
+
+    def _measured(self, loss: Any, each: Any, fine: Any) -> Batch:
+        flags = zip(self.paths, np.asarray(fine), strict=True)
+        bad = tuple(path for path, good in flags if not good)
+        sizes = np.asarray(each, float)
+        return Batch(float(loss), math.hypot(*sizes), bad, (), tuple(sizes.tolist()))
 
     def changed(self, params: Any, batch: Any, change: Change) -> tuple[float, float]:
         """Returns the loss and norm after a change; NaN if the change can't be made."""
@@ -330,7 +348,9 @@ class Probe:
         losses, sizes = [], []
         for number, batch in enumerate(batches):
             now = knobs if isinstance(knobs, Knobs) else knobs(number)
-            params, opt_state, loss, each = self._step(params, opt_state, batch, now)
+            params, opt_state, loss, (each, _) = self._step(
+                params, opt_state, batch, now
+            )
             losses.append(float(loss))
             sizes.append(tuple(np.asarray(each, float).tolist()))
             if not np.isfinite(losses[-1]):

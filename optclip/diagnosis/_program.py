@@ -1,5 +1,7 @@
 """Data structures of a planned program: provenance, sites and steps."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -134,12 +136,18 @@ class Made(NamedTuple):
         data: Whether the value depends on data or on the output of a site.
         chain: The path from a site to the value, or None.
         stacked: Whether the value is a slice of a scanned leaf, as for one layer.
+        turns: How often data has passed through each leaf, one use after the other, on
+            its way to the value.
+        addends: The number of values that each entry is a sum of, since it was last
+            divided or multiplied; 1 if it is not a sum.
     """
 
     leaves: frozenset = frozenset()
     data: bool = False
     chain: Chain | None = None
     stacked: bool = False
+    turns: Mapping[int, int] = MappingProxyType({})
+    addends: float = 1.0
 
     def without_chain(self) -> "Made":
         """Returns the same provenance without its chain, for use in another program."""
@@ -169,6 +177,10 @@ class SiteSpec(NamedTuple):
             "signal_out".
         inside: The reason why they can't be measured; "" if all can.
         positions: For an embedding of sequences, their length; otherwise 0.
+        turn: Number of this use in the longest chain of uses of the same leaf of which
+            each depends on the one before; the first is 1.
+        addends: The number of values that each entry of the input is a sum of; 1 if
+            it is not a sum, or the sum was divided since, as in a mean.
     """
 
     kind: str
@@ -186,6 +198,8 @@ class SiteSpec(NamedTuple):
     unmeasured: tuple[str, ...] = ()
     inside: str = ""
     positions: int = 0
+    turn: int = 1
+    addends: float = 1.0
 
 
 class Ends(NamedTuple):

@@ -141,10 +141,13 @@ def _warmed(s: Signals, trials: Trials) -> Candidate | None:
 
 def _proposed(s: Signals) -> list[Candidate]:
     found = [c for rule in RULES if (c := rule(s)) is not None]
-    causes = {c.finding.cause for c in found}
+    return _without_depth(found, {c.finding.cause for c in found if not c.suspected})
+
+
+def _without_depth(found: list[Candidate], causes: set[str]) -> list[Candidate]:
     # These causes explain growth over the layers, so depth is not the cause.
     if causes & {"activation", "initialization", "recurrence"}:
-        found = [c for c in found if c.finding.cause != "depth"]
+        return [c for c in found if c.finding.cause != "depth"]
     return found
 
 
@@ -153,7 +156,7 @@ def _judged(
 ) -> list[Candidate]:
     """Tries the remedies of all candidates, and leaves out what they rule out."""
     if trials is None or not s.rehearsals:
-        return found
+        return [c for c in found if not c.suspected or math.isinf(c.benefit)]
     rated = [c for c in found if c.finding.cause in RATES]
     others = [c for c in found if c.finding.cause not in RATES]
     others += _suspected(s, trials)
@@ -167,7 +170,7 @@ def _judged(
         judged = [_tried_with(rate, c, o.finding, trials) for c, o in pairs]
         rated = [_warmed(s, trials) or rated[0]]
     named = [c for c in judged if not (c.suspected and c.finding.basis not in HELPED)]
-    return [*named, *rated]
+    return _without_depth([*named, *rated], {c.finding.cause for c in named})
 
 
 def _order(candidate: Candidate) -> tuple:

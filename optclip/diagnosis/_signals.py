@@ -19,7 +19,7 @@ from optclip.diagnosis._origins import Origin
 from optclip.diagnosis._outside import excess_of, larger_steps, unseen_ratios
 from optclip.diagnosis._positions import position_growth
 from optclip.diagnosis._probe import Batch, Knobs, Probe, halves_of
-from optclip.diagnosis._rehearsals import Run, ended
+from optclip.diagnosis._rehearsals import Rehearsal, Run, ended
 from optclip.diagnosis._replay import Change
 
 __all__ = ["LIMITS", "Signals", "ended", "measure"]
@@ -54,6 +54,8 @@ class Signals:
         halves: Loss of a batch divided by the mean loss of its halves; NaN if it can't
             be measured.
         size: Number of examples, or of examples times positions, that the loss sums.
+        perhaps: Number of positions of an example, if it can't be measured whether the
+            loss sums over these too; otherwise 1.
         trust: Fraction of the predicted change in the loss achieved, by update scale.
         slope: The change in the loss that the gradient predicts for a step.
         still: Whether the next step is known to change nothing.
@@ -67,7 +69,8 @@ class Signals:
             be intended, such as a mask of -inf or an initial best loss of inf.
         origin: The operation in which the numbers of a batch stop being finite.
         scaled_trust: As ``trust``, for full steps with weights of typical size.
-        rehearsals: Losses over a few steps of training, by update scale.
+        rehearsals: Losses over a few steps of training, by update scale; only those at
+            the full rate if nothing about them is suspicious.
         starts: Losses of the same batches before those steps.
         empty_loss: If the run has started, the loss of the same model with all
             parameters set to 0, as a proxy for an untrained model.
@@ -85,6 +88,9 @@ class Signals:
             or None.
         rehearsed_norms: Norm of the gradient of each leaf, by step of the rehearsal
             at the full learning rate.
+        evened: The measurements of each batch with weights of typical size, if only
+            these show which batches differ from the others; otherwise empty.
+        memory: Over how many steps the optimizer spreads each gradient.
     """
 
     batches: tuple[Batch, ...]
@@ -105,6 +111,7 @@ class Signals:
     scaled: dict[str, float] = dataclasses.field(default_factory=dict)
     halves: float = math.nan
     size: int = 0
+    perhaps: int = 1
     trust: dict[float, float] = dataclasses.field(default_factory=dict)
     slope: float = math.nan
     still: bool = False
@@ -125,6 +132,8 @@ class Signals:
     uncapped: dict[float, list[float]] = dataclasses.field(default_factory=dict)
     positions: _growth.Growth | None = None
     rehearsed_norms: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+    evened: tuple[Batch, ...] = ()
+    memory: float = 1.0
 
     @property
     def first(self) -> Batch:
@@ -135,6 +144,15 @@ class Signals:
     def norm(self) -> float:
         """The gradient norm of the representative batch."""
         return self.first.norm
+
+    @property
+    def whole(self) -> Rehearsal | None:
+        """The rehearsals at the full rate; None if there are not two of them."""
+        if 1.0 not in self.repeats:
+            return None
+        first = Run(self.starts, self.rehearsals[1.0])
+        second = Run(self.repeat_starts, self.repeats[1.0])
+        return Rehearsal((first, second), self.empty_loss)
 
     @property
     def unstable(self) -> bool:
@@ -231,33 +249,37 @@ def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
     """Returns the ratio that reveals a sum and the number of terms in that sum."""
     shapes = [np.shape(x) for x in jax.tree.leaves(chosen[0])]
     size = next((shape[0] for shape in shapes if shape), 0)
-    first = _halves(probe, params, chosen, 0)
+    positions = next((shape[1] for shape in shapes if len(shape) > 1), 1)
+    first, perhaps = _halves(probe, params, chosen, 0), 1
     if LIMITS.twice[0] < first < LIMITS.twice[1]:
         second = _halves(probe, params, chosen, 1)  # perhaps also over positions
         if LIMITS.twice[0] < second < LIMITS.twice[1]:
-            size *= next(shape[1] for shape in shapes if len(shape) > 1)
-    return {"halves": first, "size": size}
+            size *= positions
+        elif math.isnan(second):  # the model may accept one length only
+            perhaps = positions
+    return {"halves": first, "size": size, "perhaps": perhaps}
 
 
 def _factors(signals: Signals) -> dict[str, float]:
     """Returns the factors that would bring weights to a typical size, if they help.
 
-    Weights larger than He initialization are scaled down to it. Otherwise, if the
-    signal grows over many layers, each weight gets the factor that would keep the
-    signal constant.
+    Weights larger than He initialization are scaled down to it. If these do not
+    account for half of the growth of the signal over many layers, each weight gets the
+    factor that would keep the signal constant.
     """
     he, depth = signals.he, signals.depth
     large = {leaf: round(1 / x, 4) for leaf, x in he.items() if x > LIMITS.weights}
-    if large or depth is None or depth.count < LIMITS.many:
+    if depth is None or depth.count < LIMITS.many:
         return large
-    if max(depth.back, depth.forward) < LIMITS.mild_growth:
-        return {}
+    accounted = -sum(map(math.log10, large.values()))
+    if signals.growing < LIMITS.mild_growth or accounted > signals.growing / 2:
+        return large
     return dict.fromkeys(depth.leaves, round(1 / depth.each, 4))
 
 
-def _seen(probe: Probe, params: Any, batch: Any, number: int) -> Batch:
+def _seen(probe: Probe, params: Any, state: Any, batch: Any, number: int) -> Batch:
     try:
-        return probe.batch(params, batch)[0]
+        return probe.norms(params, state, batch)
     except Exception as error:
         error.add_note(f"This came of batch {number}, the first being number 0.")
         raise
@@ -273,11 +295,15 @@ def measure(
 ) -> Signals:
     """Runs every stage of measurement, skipping stages that have nothing to measure."""
     probe.show(f"gradients of {len(batches)} batches")
-    seen = [_seen(probe, params, b, number) for number, b in enumerate(batches)]
+    seen = [_seen(probe, params, opt_state, b, i) for i, b in enumerate(batches)]
     outliers = outliers_of(seen)
     typical = _typical(seen, outliers)
-    batch, this = batches[typical], seen[typical]
-    grads = probe.batch(params, batch)[1]
+    batch = batches[typical]
+    this, grads = probe.batch(params, batch)
+    seen[typical] = this
+    broken = next((i for i, b in enumerate(seen) if not b.finite), typical)
+    if broken != typical:
+        seen[broken] = probe.batch(params, batches[broken])[0]
     layers = _growth.layers_of(this.sites)
     he = _growth.he_ratios(layers)
     he |= unseen_ratios(probe.tapped, params, he)
@@ -325,15 +351,23 @@ def measure(
         if after.finite and not probe.no_steps:
             step = probe.step(scaled, opt_state, batch, after_grads, after.loss)
             more["scaled_trust"] = step.trust.get(1.0, math.nan)
+        learned = dataclasses.replace(signals, **more).learned
+        if after.finite and not (outliers or learned) and len(batches) > 1:
+            # Large weights can make all batches alike, by saturating what follows.
+            evened = [probe.norms(scaled, opt_state, b) for b in batches]
+            if hidden := outliers_of(evened):
+                more |= {"outliers": hidden, "evened": tuple(evened)}
+    signals = dataclasses.replace(signals, **more)
     if this.finite:
-        fine = [b for i, b in enumerate(batches) if i not in outliers]
-        more |= _training(probe, params, opt_state, fine, batch, grads, signals, steps)
+        more = _training(probe, params, opt_state, batches, grads, signals, steps)
     return dataclasses.replace(signals, **more)
 
 
-def _training(probe, params, opt_state, fine, batch, grads, s, steps) -> dict[str, Any]:
+def _training(probe, params, opt_state, batches, grads, s, steps) -> dict[str, Any]:
     """Measures the effect of steps, and whether the loss is a sum."""
     probe.show("halves of batches")
+    chosen = [i for i in range(len(batches)) if i not in s.outliers]
+    fine, batch = [batches[i] for i in chosen], batches[s.typical]
     more: dict[str, Any] = _sums(probe, params, fine)
     if probe.no_steps:
         return {**more, "no_steps": probe.no_steps}
@@ -344,12 +378,19 @@ def _training(probe, params, opt_state, fine, batch, grads, s, steps) -> dict[st
     if not step.finite:
         broken = {"optimizer": not_finite_leaves(opt_state)}
         return {**more, "bad_updates": True, "broken": broken}
-    run = [fine[i % len(fine)] for i in range(steps)]
+    # The batches in order, and from the last to the first.
+    orders = [[i % len(fine) for i in range(steps)]]
+    orders.append([len(fine) - 1 - i for i in orders[0]])
+    runs = [[fine[i] for i in order] for order in orders]
+    starts = [[s.batches[chosen[i]].loss for i in order] for order in orders]
+    run = runs[0]
     if s.begun:
         zeros = jax.tree.map(_emptied, params)
         more["empty_loss"] = float(np.mean([probe.loss(zeros, b) for b in run[-4:]]))
-    more |= _rehearsals(probe, params, opt_state, run)
-    more["adaptive"] = bool(ignores_scale(probe.optimizer, params))
+    distrusted = not s.begun and step.trust.get(1.0, 1.0) < LIMITS.mild_trust
+    more |= _rehearsals(probe, params, opt_state, runs, starts, distrusted)
+    if len(more["rehearsals"]) > 1:  # otherwise, no rule asks
+        more["adaptive"] = bool(ignores_scale(probe.optimizer, params))
     if s.begun:
         more["excess"] = excess_of(opt_state)
         more["uncapped"] = {
@@ -363,21 +404,34 @@ def _emptied(leaf: Any) -> Any:
     return jnp.zeros_like(leaf) if is_weight(leaf) else leaf
 
 
-def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
-    """Trains at the full rate, a tenth, and lower rates while the loss improves.
+def _is_fine(whole: Run) -> bool:
+    """Whether nothing in a rehearsal at the full rate calls for one at a lower rate."""
+    if whole.fails or len(whole.losses) >= LIMITS.long:
+        return False
+    return max(whole.losses) <= whole.start + LIMITS.leap * abs(whole.start)
+
+
+def _dies(norms: list[tuple[float, ...]]) -> bool:
+    """Whether the gradient becomes exactly 0 in a rehearsal."""
+    return any(norms[0]) and not any(norms[-1])
+
+
+def _rehearsals(probe, params, opt_state, runs, starts, distrusted) -> dict[str, Any]:
+    """Trains at the full rate and, if needed, at lower ones while the loss improves.
 
     What seems better than the full rate is repeated with another order of the batches.
     """
-    starts = [probe.loss(params, batch) for batch in run]
     found: dict[float, list[float]] = {}
     dead: set[float] = set()
     last, sizes = math.inf, []
     for part in PARTS:
-        found[part], each = probe.rehearse(params, opt_state, run, Knobs(part))
-        sizes, whole = sizes or each, Run(starts, found[1.0])
-        if any(each[0]) and not any(each[-1]):
+        found[part], each = probe.rehearse(params, opt_state, runs[0], Knobs(part))
+        sizes, whole = sizes or each, Run(starts[0], found[1.0])
+        if _dies(each):
             dead.add(part)
             continue
+        if part == 1.0 and _is_fine(whole) and not distrusted:
+            break
         end = ended(found[part])
         stalls = math.isfinite(last) and not end < last - LIMITS.worse * abs(last)
         if stalls and (end < whole.start or not whole.fails):
@@ -388,11 +442,14 @@ def _rehearsals(probe, params, opt_state, run) -> dict[str, Any]:
     repeats: dict[float, list[float]] = {}
     if more or whole.fails:
         for part in (1.0, *more):
-            again = probe.rehearse(params, opt_state, run[::-1], Knobs(part))
-            repeats[part] = again[0]
+            repeats[part], each = probe.rehearse(
+                params, opt_state, runs[1], Knobs(part)
+            )
+            if _dies(each):
+                dead.add(part)
     return {
-        "starts": starts,
-        "repeat_starts": starts[::-1],
+        "starts": starts[0],
+        "repeat_starts": starts[1],
         "rehearsals": found,
         "dead": frozenset(dead),
         "repeats": repeats,

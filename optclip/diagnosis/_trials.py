@@ -6,6 +6,7 @@ tried. One that changes the program, such as a normalization, can't.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -74,9 +75,11 @@ class Trials:
         batches: list,
         begun: bool,
         steps: int = 12,
+        known: Rehearsal | None = None,
     ):
         self.probe, self.params, self.opt_state = probe, params, opt_state
         self.batches, self.begun, self.steps = batches, begun, steps
+        self._unchanged = known
         self._known: dict[tuple, Rehearsal | None] = {}
 
     @functools.cached_property
@@ -117,6 +120,9 @@ class Trials:
     @functools.cached_property
     def base(self) -> Rehearsal:
         """The rehearsal without any change."""
+        if self._unchanged is not None:
+            empty = self._empty(self.probe, self.params, self.batches)
+            return dataclasses.replace(self._unchanged, empty_loss=empty)
         self.probe.show("rehearsals")
         return self._rehearse(self._setting())
 
@@ -164,9 +170,12 @@ class Trials:
                 setting.params, setting.opt_state, run, setting.knobs_at
             )
             runs.append(Run(starts, losses))
-        zeros = jax.tree.map(jnp.zeros_like, setting.params)
-        empty = [probe.loss(zeros, batch) for batch in batches[:4]]
-        return Rehearsal(tuple(runs), float(np.mean(empty)))
+        return Rehearsal(tuple(runs), self._empty(probe, setting.params, batches))
+
+    def _empty(self, probe: Probe, params: Any, batches: list) -> float:
+        """Returns the loss with all parameters at 0."""
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return float(np.mean([probe.loss(zeros, batch) for batch in batches[:4]]))
 
     def _once(self, key: tuple, run: Callable[[], Rehearsal | None]) -> Any:
         if key not in self._known:

@@ -56,6 +56,13 @@ class Site:
             the use is inside a function with a custom derivative; they are NaN.
         signal_positions: For an embedding of sequences, the norm of the gradient with
             respect to the output at each position; otherwise empty.
+        turn: Number of this use in the longest chain of uses of the same leaf of which
+            each depends on the one before; the first is 1. The steps of an unrolled
+            recurrence are such a chain, and the branches of a network with shared
+            weights are not.
+        addends: The average number of values that each entry of the input is a sum of,
+            for example over neighbors in a graph; 1 if it is not a sum, or was divided
+            since, as in a mean.
     """
 
     leaf: str
@@ -75,6 +82,8 @@ class Site:
     stacked: bool
     unmeasured: tuple[str, ...] = ()
     signal_positions: tuple[float, ...] = ()
+    turn: int = 1
+    addends: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +175,8 @@ class Tapped(NamedTuple):
                     stacked=spec.stacked,
                     unmeasured=spec.unmeasured,
                     signal_positions=tuple(signal[2 : 2 + spec.positions].tolist()),
+                    turn=spec.turn,
+                    addends=spec.addends,
                 )
             )
         return tuple(found)

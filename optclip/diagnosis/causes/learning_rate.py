@@ -4,12 +4,20 @@ import dataclasses
 import math
 
 from optclip.diagnosis._candidates import Candidate
+from optclip.diagnosis._memory import SHORT
 from optclip.diagnosis._rehearsals import Run, ended
 from optclip.diagnosis._signals import LIMITS, Signals
 from optclip.diagnosis.causes.uphill import uphill
 from optclip.diagnosis.findings import Finding, Remedy
 
 __all__ = ["best_part", "learning_rate"]
+
+
+ADAPTIVE = "Use an adaptive optimizer such as AdamW, which tolerates larger steps."
+MOMENTUM = (
+    "Lower the momentum, for example to 0.9: each gradient counts 1 / (1 - momentum) "
+    "times."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +92,14 @@ class _Evidence:
         return self.mild or (self.wins and (self.whole.fails or self.distrusted))
 
 
+def _lost(s: Signals, whole: Run) -> float:
+    """Returns a rise of the loss that is small for a run that has started."""
+    gained = s.empty_loss - whole.start
+    return LIMITS.lost * gained if gained > 0 else 0.0
+
+
 def _evidence(s: Signals) -> _Evidence:
     whole, slow = (Run(s.starts, s.rehearsals[part]) for part in (1.0, 0.1))
-    gained = s.empty_loss - whole.start
-    lost = LIMITS.lost * gained if gained > 0 else 0.0
     trusted = [p for p, t in s.trust.items() if p < 1 and t > LIMITS.trust_after]
     return _Evidence(
         whole,
@@ -97,7 +109,7 @@ def _evidence(s: Signals) -> _Evidence:
         s.trust.get(0.1, math.nan),
         bool(s.trust) and min(s.trust) <= 0.01 and max(s.trust.values()) < 0,
         s.begun,
-        whole.start + lost,
+        whole.start + _lost(s, whole),
         1.0 in s.dead,
     )
 
@@ -115,7 +127,11 @@ def best_part(s: Signals) -> float | None:
         whole = Run(starts, tried[1.0])
         ends = {part: ended(tried[part]) for part in parts}
         end = math.inf if 1.0 in s.dead else whole.end - whole.noise
-        most = min(end, whole.start + whole.noise)
+        # A run that has started may stand still. Otherwise, it must train.
+        most = whole.start
+        if s.begun:
+            most += max(whole.noise, _lost(s, whole))
+        most = min(end, most)
         ends = {part: end for part, end in ends.items() if end < most}
         least = min(ends.values(), default=math.inf)
         parts = {part for part, end in ends.items() if end <= least + whole.noise}
@@ -155,15 +171,17 @@ def _rehearsed(s: Signals, found: _Evidence, part: float) -> str:
 
 def learning_rate(s: Signals) -> Candidate | None:
     """Finds a rate that is too high, and a lower one with which the model trains."""
-    if not s.rehearsals or uphill(s):
+    if 0.1 not in s.rehearsals or uphill(s):
         return None
     found, part = _evidence(s), best_part(s)
     if part is None or not found.suspicious:
         return None
     end, start = found.whole.end, found.whole.start
     lower = f"Multiply the learning rate by about {part:g}, or warm it up."
-    adaptive = "Use an adaptive optimizer such as AdamW, which tolerates larger steps."
-    other = () if s.adaptive else (Remedy("advice", advice=adaptive),)
+    advice = [] if s.adaptive else [ADAPTIVE]
+    if s.memory > SHORT:
+        advice.insert(0, MOMENTUM)
+    other = (Remedy("advice", advice=words) for words in advice)
     finding = Finding(
         "learning_rate",
         (),

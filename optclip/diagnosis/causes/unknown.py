@@ -12,6 +12,11 @@ ADVICE = (
     "Look at these facts, at the batches and at the loss function. If it helps, a clip "
     "such as `optclip.stabilize` bounds the steps meanwhile."
 )
+DERIVATIVE = (
+    "Check that the gradient is the derivative of the loss, for example with "
+    "`jax.test_util.check_grads`: a custom derivative may be wrong, or the loss may "
+    "change from call to call."
+)
 
 
 def _end(run: Run) -> str:
@@ -28,14 +33,23 @@ def unknown(s: Signals) -> Finding | None:
     if not Rehearsal(tuple(runs), s.empty_loss).fails:
         return None
     start = runs[0].start
-    parts = {p: Run(s.starts, losses) for p, losses in s.rehearsals.items()}
+    parts = [part for part in s.rehearsals if part < 1]
+    if len(parts) > 3:
+        parts = [parts[0], parts[len(parts) // 2], parts[-1]]
     ends = ", ".join(
-        f"to {_end(run)} with {p:g} of it" for p, run in parts.items() if p < 1
+        f"to {_end(Run(s.starts, s.rehearsals[part]))} with {part:g} of it"
+        for part in parts
     )
     evidence = (
         f"In a rehearsal of {len(s.starts)} steps the loss goes from {start:.3g} to "
         f"{_end(runs[0])} at the learning rate of the run, {ends}. The gradient's norm "
         f"is {s.norm:.3g}, the median of {len(s.batches)} batches."
     )
-    remedies = (Remedy("advice", advice=ADVICE),)
+    remedies: tuple[Remedy, ...] = (Remedy("advice", advice=ADVICE),)
+    if s.trust and max(s.trust.values()) < 0:
+        evidence += (
+            " The gradient predicts that the next step lowers the loss, and steps of "
+            f"every size down to {min(s.trust):g} of it raise the loss."
+        )
+        remedies = (Remedy("advice", advice=DERIVATIVE), *remedies)
     return Finding("unknown", (), evidence, remedies, "high", "")
