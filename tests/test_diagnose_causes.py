@@ -69,7 +69,7 @@ def test_a_leaf_that_is_far_from_unit_scale_is_named(changes, leaf):
     assert f"The batch leaf `{leaf}` has a mean of" in finding.evidence
     (remedy,) = finding.remedies
     assert (remedy.kind, remedy.where) == ("standardize", (leaf,))
-    assert "In a rehearsal of 12 steps the loss then goes from" in remedy.tried
+    assert "In rehearsals of 12 steps, the loss goes from" in remedy.tried
     assert finding.basis == "works"
 
 

@@ -1,8 +1,9 @@
-"""Counts how often findings were right, by their basis, and draws the reliability.
+"""Counts how often findings were right, by their basis.
 
-The counts are those of `optclip.diagnosis._calibration`. They come from the results of
-`benchmarks.diagnosis.run` on the scenarios that the rules were developed on, including
-two sets that were held out until they were evaluated.
+The counts are those of `optclip.diagnosis._calibration`. They come from an evaluation
+(`benchmarks.diagnosis.run`) of the scenarios that the rules were developed on, before
+the last corrections. These made all findings on these scenarios right, which says more
+about the corrections than about other models.
 
 Usage: python -m benchmarks.diagnosis.calibrate [--output benchmarks/results]
 """
@@ -19,7 +20,9 @@ SPLITS = ("tune", "held_out", "unseen", "tune_kinds")
 
 def read(folder):
     """Returns the results of all splits that have been run."""
-    paths = [pathlib.Path(folder) / f"diagnosis_{split}.json" for split in SPLITS]
+    paths = [
+        pathlib.Path(folder) / f"diagnosis_before_{split}.json" for split in SPLITS
+    ]
     return [row for p in paths if p.exists() for row in json.loads(p.read_text())]
 
 

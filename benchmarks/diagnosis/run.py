@@ -10,11 +10,13 @@ non-finite. Where it does not help, the first action of each finding is carried 
 well.
 
 Usage: python -m benchmarks.diagnosis.run [--split tune] [--only NAME] [--seeds 1]
-       [--output benchmarks/results]
+       [--jobs 2] [--output benchmarks/results]
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import time
 
 import jax
@@ -124,6 +126,14 @@ def attempt(scenario, seed):
         return Result(scenario, seed, said, 0.0, "", failed, failed)
 
 
+def _one(task):
+    """Returns the result for a number of a scenario; its functions stay behind."""
+    name, number, seed = task
+    result = attempt(split(name)[number], seed)
+    jax.clear_caches()
+    return dataclasses.replace(result, scenario=None)
+
+
 def show(result):
     scenario = result.scenario
     truth = " + ".join((scenario.cause, *scenario.also))
@@ -138,13 +148,19 @@ def show(result):
 
 def main():
     options = _options()
-    chosen = [s for s in split(options.split) if options.only in (s.name, s.cause, "")]
-    results = []
-    for scenario in chosen:
-        for seed in range(options.seeds):
-            results.append(attempt(scenario, seed))
+    every = split(options.split)
+    tasks = [
+        (options.split, number, seed)
+        for number, scenario in enumerate(every)
+        if options.only in (scenario.name, scenario.cause, "")
+        for seed in range(options.seeds)
+    ]
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, fresh) as pool:
+        results = []
+        for task, result in zip(tasks, pool.map(_one, tasks), strict=True):
+            results.append(dataclasses.replace(result, scenario=every[task[1]]))
             show(results[-1])
-        jax.clear_caches()
     counts = [*tables.confusion(results), "", *tables.summary(results)]
     print("\n".join(["", *counts]))
     where = f"Measured by `benchmarks/diagnosis/run.py` on {machine()}."
@@ -163,6 +179,7 @@ def _options():
     made.add_argument("--split", choices=SPLITS, default="tune")
     made.add_argument("--only", default="", help="a name or a cause")
     made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--jobs", type=int, default=1, help="number of processes")
     return made.parse_args()
 
 

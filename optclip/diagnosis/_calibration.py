@@ -5,8 +5,8 @@ import math
 __all__ = ["RIGHT", "probability"]
 
 # By `Finding.basis`: how many first findings named the true cause, and of how many, on
-# the models that the rules were developed on. Counted by
-# `benchmarks/diagnosis/calibrate.py`.
+# the models that the rules were developed on, before the last corrections of the rules.
+# Counted by `benchmarks/diagnosis/calibrate.py`.
 RIGHT = {
     "works": (47, 52),
     "helps": (11, 12),

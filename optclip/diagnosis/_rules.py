@@ -66,8 +66,8 @@ def _suspected(s: Signals, trials: Trials | None) -> list[Candidate]:
 def _words(new: Rehearsal, old: Rehearsal, also: str = "") -> str:
     steps = len(new.runs[0].losses)
     return (
-        f"In a rehearsal of {steps} steps{also} the loss then goes {new.words()}; "
-        f"without, {old.words()}."
+        f"In rehearsals of {steps} steps{also}, the loss goes {new.words()} with this "
+        f"remedy, and {old.words()} without it."
     )
 
 

@@ -40,8 +40,8 @@ class Scale(NamedTuple):
         alone = np.sum(self.size > 0.1 * self.size.max()) < 0.5 * self.size.size
         column = f"column {at} of " if self.size.size > 1 and alone else ""
         return (
-            f"{column}{name} has a mean of {self.mean.ravel()[at]:.3g} and a standard "
-            f"deviation of {self.deviation.ravel()[at]:.3g}"
+            f"{column}{name} has a mean of {self.mean.ravel()[at]:.4g} and a standard "
+            f"deviation of {self.deviation.ravel()[at]:.4g}"
         )
 
 

@@ -54,8 +54,7 @@ def initialization(s: Signals) -> Candidate | None:
         "/ fan_in) for relu, Xavier initialization (2 / (fan_in + fan_out)) for tanh."
     )
     large = (
-        f"The weights are up to {largest:.3g} times as large as He initialization "
-        "makes them."
+        f"The weights are up to {largest:.3g} times as large as with He initialization."
     )
     if summed:
         most = max(summed.values())

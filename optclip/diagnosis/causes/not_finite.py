@@ -7,7 +7,7 @@ import numpy as np
 from optclip.diagnosis._signals import Signals
 from optclip.diagnosis.findings import Finding, Remedy
 
-__all__ = ["given_not_finite", "not_finite", "operation"]
+__all__ = ["cure", "given_not_finite", "not_finite", "operation"]
 
 BROKEN = {
     "parameters": (
@@ -86,7 +86,7 @@ def given_not_finite(s: Signals) -> Finding | None:
     return _finding((), *UPDATES) if s.bad_updates else None
 
 
-def _cure(s: Signals) -> str:
+def cure(s: Signals) -> str:
     """Returns what to do about the operation that was found, or how to find it."""
     if s.origin is None:
         return UNKNOWN
@@ -111,7 +111,7 @@ def not_finite(s: Signals) -> Finding:
         where,
         f"{len(broken)} of {len(s.batches)} batches have a loss or gradient that is "
         f"not finite.{first}",
-        f"{_cure(s)} {SKIP}",
+        f"{cure(s)} {SKIP}",
     )
     # Without the operation, this only says that no other cause explains it.
     return found if s.origin else dataclasses.replace(found, basis="eliminated")
