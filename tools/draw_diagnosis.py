@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import optclip
-from optclip.diagnosis._calibration import probability
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "diagnosis"
@@ -389,37 +388,41 @@ def interval(right, total):
     return middle - spread, middle + spread
 
 
+def counted(names):
+    """Returns how many first findings were right, and of how many, by basis."""
+    found = {basis: [0, 0] for basis in ("measured", "works", "helps")}
+    for name in names:
+        for row in json.loads((RESULTS / f"diagnosis_{name}.json").read_text()):
+            if row["basis"] in found:
+                found[row["basis"]][0] += row["right"]
+                found[row["basis"]][1] += 1
+    return found
+
+
 def draw_reliability():
-    """Compares the probability of findings with how often new ones were right."""
-    unseen = json.loads((RESULTS / "diagnosis_fresh.json").read_text())
-    found = {basis: [] for basis in ("measured", "works", "helps")}
-    for row in unseen:
-        if row["basis"] in found:
-            found[row["basis"]].append(row["right"])
-    figure, axes = panels(("probability that the finding is right", ""))
+    """Compares the probability of findings with how often they were right."""
+    before = ("tune", "held_out", "unseen", "tune_kinds")
+    said = counted([f"before_{name}" for name in before])
+    found = counted(["fresh"])
+    figure, axes = panels(("share of findings that name the true cause", ""))
     axes.set_yscale("linear")
-    for y, (basis, right) in enumerate(reversed(found.items())):
-        total, said = len(right), probability(basis)
-        axes.plot(said, y + 0.18, "o", markersize=9, color=GOOD["color"])
-        if not total:
-            continue
-        low, high = interval(sum(right), total)
-        share = sum(right) / total
+    for y, basis in enumerate(reversed(found)):
+        right, total = said[basis]
+        axes.plot(right / total, y + 0.18, "o", markersize=9, color=GOOD["color"])
+        words = f"{right} of {total}"
+        label(axes, right / total, y + 0.18, words, GOOD["color"], (-9, 0), ha="right")
+        right, total = found[basis]
+        low, high = interval(right, total)
         axes.plot([low, high], [y - 0.18] * 2, linewidth=2.4, color=BAD["color"])
-        axes.plot(share, y - 0.18, "o", markersize=9, color=BAD["color"])
-        words = f"{sum(right)} of {total}"
+        axes.plot(right / total, y - 0.18, "o", markersize=9, color=BAD["color"])
+        words = f"{right} of {total}"
         label(axes, low, y - 0.18, words, BAD["color"], (-9, 0), ha="right")
+    label(axes, 0.2, 2.4, "models of the development", GOOD["color"])
     label(
-        axes,
-        probability("measured"),
-        2.18,
-        "in the report",
-        GOOD["color"],
-        (-12, 0),
-        ha="right",
+        axes, 0.2, 2.1, "models that the rules\nhad never seen", BAD["color"], va="top"
     )
     axes.set_yticks(range(len(found)), reversed(found))
-    axes.set_xlim(0.35, 1.02)
+    axes.set_xlim(0.2, 1.02)
     axes.set_ylim(-0.6, len(found) - 0.3)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     return figure

@@ -1,9 +1,9 @@
 """Counts how often findings were right, by their basis.
 
-The counts are those of `optclip.diagnosis._calibration`. They come from an evaluation
-(`benchmarks.diagnosis.run`) of the scenarios that the rules were developed on, before
-the last corrections. These made all findings on these scenarios right, which says more
-about the corrections than about other models.
+The counts are those of `optclip.diagnosis._calibration`. They come from the single
+evaluation (`benchmarks.diagnosis.run --split fresh`) of models that the rules had never
+seen. On the models that the rules were developed on, far more findings are right, which
+says more about the development than about other models.
 
 Usage: python -m benchmarks.diagnosis.calibrate [--output benchmarks/results]
 """
@@ -12,18 +12,16 @@ import collections
 import json
 import pathlib
 
-from benchmarks._results import parser, write
+from benchmarks._results import machine, parser, write
 from optclip.diagnosis._calibration import RIGHT, probability
 
-SPLITS = ("tune", "held_out", "unseen", "tune_kinds")
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 def read(folder):
-    """Returns the results of all splits that have been run."""
-    paths = [
-        pathlib.Path(folder) / f"diagnosis_before_{split}.json" for split in SPLITS
-    ]
-    return [row for p in paths if p.exists() for row in json.loads(p.read_text())]
+    """Returns the results of the models that the rules had never seen."""
+    path = pathlib.Path(folder) / "diagnosis_fresh.json"
+    return json.loads(path.read_text())
 
 
 def counts(rows):
@@ -46,9 +44,10 @@ def table(counted):
 
 def main():
     options = parser(__doc__).parse_args()
-    counted = counts(read(options.output))
+    counted = counts(read(RESULTS))
     print("\n".join(table(counted)))
-    write(options.output, "diagnosis_calibration.md", table(counted))
+    where = f"Counted by `benchmarks/diagnosis/calibrate.py` on {machine()}."
+    write(options.output, "diagnosis_calibration.md", [*table(counted), "", where])
     if counted != RIGHT:
         print(f"`optclip.diagnosis._calibration` has other counts: {RIGHT}.")
     assert all(0 < probability(basis) < 1 for basis in RIGHT)
