@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optclip.demo import clips
 from optclip.demo import text as texts
 from optclip.demo.options import DEFAULTS, Options, Parser, Sizes, merge
 
 __all__ = ["main"]
+
+_NEXT = """
+What to try next:
+  make demo ARGS="--resume --diagnose"   why the highest learning rate fails
+  make demo ARGS="--method soft_clip"    another method (see --help)
+  docs/choosing.md                       which clip for what
+  notebooks/01_what_clipping_does.ipynb  what clipping does, in plots"""
 
 # A shell convention: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -122,8 +128,8 @@ def _train(task: _Task, runs: list[Any], progress: Any) -> Any:
 
     from optclip.demo import checkpoints, records, training
 
-    output, steps = task.options.output, task.options.steps
-    chunks = [training.compile_chunk(run, task.sizes) for run in runs]
+    options, output, steps = task.options, task.options.output, task.options.steps
+    chunks = [training.compile_chunk(run, options, task.sizes) for run in runs]
     codes = jax.numpy.asarray(task.text.codes)
     log = records.open_log(output / records.LOG, runs, progress)
     bar = tqdm(desc="training", total=steps, initial=progress.step, unit="step")
@@ -138,22 +144,24 @@ def _train(task: _Task, runs: list[Any], progress: Any) -> Any:
 
 
 def _show(task: _Task, runs: list[Any], progress: Any) -> None:
-    from optclip.demo import figure, records, table
+    from optclip.demo import figure, overflow, records, table
 
-    output, entropy = task.options.output, task.text.entropy
-    meaning = clips.METHODS[task.options.method].meaning
-    figure.draw(output / "figure.png", runs, progress, entropy, meaning)
-    print(f"\n{table.render(runs, progress, entropy)}\n")
-    print("final loss: mean over the last tenth of the steps; median of the seeds")
-    print("diverged: ended above its initial loss, or non-finite\n")
-    print(f"Wrote {output / 'figure.png'} and {output / records.LOG}.")
+    output, entropy, options = task.options.output, task.text.entropy, task.options
+    norms = overflow.measure(options, task.sizes, task.text.codes)
+    figure.draw(output / "figure.png", runs, progress, norms, entropy)
+    print(f"\n{table.render(runs, progress, norms)}\n")
+    print("Losses are in nats per character: means over the last tenth of the steps,")
+    print(f"medians of the seeds. A model without context has {entropy:.2f}.\n")
+    print("What skip_steps left out, for the first seed:")
+    print("\n".join(f"  {words}" for words in table.left_out(progress.states[-1])))
+    print(f"\nWrote {output / 'figure.png'} and {output / records.LOG}.\n{_NEXT}")
 
 
 def _diagnose(task: _Task, runs: list[Any]) -> None:
     from optclip.demo import diagnosing
 
-    print(f"Diagnosing the run {runs[0].name!r} ...")
-    paths = diagnosing.write(task.options, task.sizes, task.text.codes, runs[0].name)
+    print(f"Diagnosing the run {diagnosing.chosen(runs)[0]!r} ...")
+    paths = diagnosing.write(task.options, task.sizes, task.text.codes, runs)
     print(f"Wrote {paths[0]} and {paths[1]}.")
 
 
@@ -184,16 +192,20 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
     output = None
     try:
         task = _prepare(given, resume, sizes)
-        from optclip.demo import training
+        from optclip.demo import acts
 
         options = task.options
-        runs = training.plan(options)
+        runs = acts.plan(options)
         progress = _begin(task, runs)
         output = options.output
+        rates = acts.rates_of(options)
         print(
-            f"Learning {len(task.text.codes):,} characters at learning rate "
-            f"{options.learning_rate:g}: {len(runs)} runs of {options.steps} steps, "
-            f"{options.seeds} seeds each."
+            f"Learning {len(task.text.codes):,} characters with Adam, {options.steps} "
+            f"steps, {options.seeds} seeds each:\n"
+            "  1. Without a clip, with Optax's and with optclip's, at learning rates "
+            f"from {rates[0]:g} to {rates[-1]:g}.\n"
+            f"  2. The same at {options.learning_rate:g} with two bad batches.\n"
+            "  3. Gradients whose squares overflow."
         )
         progress = _train(task, runs, progress)
         _show(task, runs, progress)

@@ -1,4 +1,4 @@
-"""The demo's figure: loss per character, and gradient norms with their threshold."""
+"""The demo's figure: one panel per act."""
 
 from pathlib import Path
 from typing import Any
@@ -8,22 +8,60 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from optclip.demo.table import median
-from optclip.demo.training import Progress, Run
+from optclip.demo.acts import BAD, NONE, OPTAX, RATE, Run, incidents
+from optclip.demo.overflow import Overflow
+from optclip.demo.table import final_losses, median
+from optclip.demo.training import Progress
 
 __all__ = ["draw"]
 
 # Okabe and Ito's colors, which people with any kind of color vision can distinguish.
-# The dashes keep the first of two equal curves visible beneath the second.
-_STYLES = (
-    {"color": "#D55E00", "linestyle": "-"},
-    {"color": "#56B4E9", "linestyle": "-"},
-    {"color": "#004D40", "linestyle": (0, (3, 2))},
-)
+_STYLES = {
+    NONE: {"color": "#D55E00", "linestyle": "-", "marker": "s"},
+    OPTAX: {"color": "#56B4E9", "linestyle": "-", "marker": "o"},
+    "optclip": {"color": "#004D40", "linestyle": "-", "marker": "D"},
+}
+# Number of steps over which the curves are smoothed.
+_WINDOW = 5
+_LOST = {"marker": "X", "markersize": 10, "markeredgecolor": "black", "zorder": 9}
 
 
-# Number of steps over which the thick lines are smoothed.
-_WINDOW = 11
+def _style(name: str) -> dict[str, Any]:
+    return _STYLES.get(name, _STYLES["optclip"])
+
+
+def _losses(axes: Any, entropy: float) -> None:
+    axes.axhline(entropy, color="black", linewidth=1, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50]))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("loss (nats per character)")
+
+
+def _over_rates(axes: Any, runs: list[Run], progress: Progress, entropy: float) -> None:
+    """Draws the loss at the end as a function of the learning rate."""
+    for run, record in zip(runs, progress.records, strict=True):
+        if run.act != RATE:
+            continue
+        losses = final_losses(run, record)
+        middle = median(losses)
+        shown = np.where(np.isfinite(middle), middle, np.nan)
+        axes.plot(run.rates, shown, linewidth=2.2, markersize=6, **_style(run.name))
+        lost = [r for r, x in zip(run.rates, middle, strict=True) if np.isinf(x)]
+        _mark(axes, lost, _style(run.name)["color"])
+    _losses(axes, entropy)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate of Adam")
+    axes.set_title("1. The learning rate is too high")
+
+
+def _mark(axes: Any, places: Any, color: str, height: float = 0.95) -> None:
+    """Marks where values are not finite, near the upper edge."""
+    axes.plot(
+        places, [height] * len(places), linestyle="none", color=color,
+        transform=axes.get_xaxis_transform(), **_LOST,
+    )  # fmt: skip
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -33,113 +71,85 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(smooth), smooth, np.nan)
 
 
-def _curves(axes: Any, runs: list[Run], progress: Progress, field: str) -> None:
-    """Draws a thin line per seed, a thick line for the median, and divergence marks."""
-    steps = np.arange(progress.step)
-    every = zip(runs, progress.records, _STYLES, strict=True)
-    for order, (run, record, style) in enumerate(every):
-        values = record[field][: progress.step].astype(np.float64)
-        lost = ~np.isfinite(values)
-        shown = np.where(lost | (values <= 0), np.nan, values)
-        thin = {"color": style["color"], "alpha": 0.3, "linewidth": 0.7}
-        axes.plot(steps, shown, zorder=2 + order, **thin)
-        middle = _smooth(median(np.where(lost, np.inf, shown)))
-        axes.plot(
-            steps, middle, label=run.name, linewidth=2.4, zorder=5 + order, **style
-        )
-        first = np.unique(np.argmax(lost, axis=0)[lost.any(axis=0)])
-        axes.plot(
-            first,
-            np.full(len(first), 0.96),
-            linestyle="none",
-            marker="X",
-            markersize=9,
-            color=style["color"],
-            markeredgecolor="black",
-            label="not finite from here on" if len(first) else None,
-            transform=axes.get_xaxis_transform(),
-            zorder=9,
-        )
-
-
-def _note(axes: Any, height: float, words: str) -> None:
-    """Writes text above the right end of a horizontal line."""
-    axes.annotate(
-        words,
-        xy=(1, height),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(-6, 5),
-        textcoords="offset points",
-        horizontalalignment="right",
-        zorder=10,
-        fontsize=11,
-        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
-    )
-
-
-def _thresholds(axes: Any, runs: list[Run], progress: Progress, meaning: str) -> None:
-    """Draws the thresholds of the methods; equal thresholds are drawn once."""
-    drawn: list[np.ndarray] = []
-    for run, record in reversed(list(zip(runs, progress.records, strict=True))):
-        level = median(record["threshold"][: progress.step])
-        if np.isinf(run.threshold) or any(np.array_equal(level, x) for x in drawn):
+def _over_steps(axes: Any, runs: list[Run], progress: Progress, entropy: float) -> None:
+    """Draws the loss over the steps, two of which have a bad batch."""
+    for order, (run, record) in enumerate(zip(runs, progress.records, strict=True)):
+        if run.act != BAD:
             continue
-        drawn.append(level)
-        style = "-" if len(drawn) == 1 else ":"
-        axes.plot(level, color="black", linewidth=1.2, linestyle=style, zorder=9)
-        words = f"threshold {run.threshold:g}"
-        words += f" ({meaning})" if len(drawn) == 1 else f" ({run.name})"
-        _note(axes, float(level[-1]), words)
+        middle = median(record["loss"][: progress.step].astype(np.float64))
+        style = _style(run.name) | {"marker": None}
+        axes.plot(_smooth(middle), linewidth=2.2, zorder=2 + order, **style)
+        after = np.isinf(middle) & (np.cumsum(np.isinf(middle)[::-1])[::-1] > 1)
+        if after.any():
+            height = 0.95 - 0.09 * (order % 3)
+            _mark(axes, [int(np.argmax(after))], style["color"], height)
+    _losses(axes, entropy)
+    words = ("1,000 times\ntoo large", "NaN")
+    for step, word in zip(
+        incidents(len(runs and progress.records[0]["loss"])), words, strict=True
+    ):
+        axes.axvline(step, color="black", linewidth=1, linestyle="--", zorder=1)
+        axes.annotate(
+            word, (step, 0.02), xycoords=axes.get_xaxis_transform(), fontsize=10,
+            xytext=(4, 0), textcoords="offset points", va="bottom",
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_title("2. Two batches are bad")
+
+
+def _over_norms(axes: Any, overflow: Overflow) -> None:
+    """Draws the norm after a clip as a function of the norm before it."""
+    dashes = {"float32": "-", "float16": "--"}
+    for (package, dtype), after in overflow.after.items():
+        before = overflow.before[dtype]
+        name = OPTAX if package == "optax" else "optclip"
+        style = _style(name) | {"linestyle": dashes[dtype], "marker": None}
+        shown = np.where(np.isfinite(after), after, np.nan)
+        axes.plot(before, shown, linewidth=2.2, **style)
+        lost = np.flatnonzero(~np.isfinite(after))
+        _mark(axes, before[lost[:1]], style["color"], 0.5)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.06, 1.3)
+    axes.set_xlabel("gradient norm (solid: float32, dashed: float16)")
+    axes.set_ylabel("norm after clipping at 1")
+    axes.set_title("3. The squares overflow")
 
 
 def draw(
-    path: Path, runs: list[Run], progress: Progress, entropy: float, meaning: str
+    path: Path,
+    runs: list[Run],
+    progress: Progress,
+    overflow: Overflow,
+    entropy: float,
 ) -> None:
-    """Plots the runs and saves the figure as a PNG file.
+    """Plots the three acts and saves the figure as a PNG file.
 
     Args:
         path: Path of the PNG file.
         runs: The runs to plot.
         progress: The progress of the runs, including their metrics.
-        entropy: Unigram entropy of the text, in nats.
-        meaning: Description of the quantity that the threshold of optclip's clip
-            bounds.
+        overflow: The norms of the third act.
+        entropy: Unigram entropy of the text, in nats, drawn as a dotted line.
     """
-    figure = Figure(figsize=(8, 7.6), dpi=160, layout="constrained")
+    figure = Figure(figsize=(14, 4.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    losses, norms = figure.subplots(2, 1, sharex=True)
-
-    _curves(losses, runs, progress, "loss")
-    losses.axhline(entropy, color="black", linewidth=1.2, zorder=9)
-    _note(losses, entropy, f"unigram entropy of the text: {entropy:.2f}")
-    losses.set_yscale("log")
-    losses.yaxis.set_major_locator(FixedLocator([1, 2, 3, 5, 10, 20, 50, 100]))
-    losses.yaxis.set_major_formatter(ScalarFormatter())
-    losses.yaxis.set_minor_formatter(NullFormatter())
-    losses.set_ylabel("loss (nats per character)", fontsize=12)
-
-    _curves(norms, runs, progress, "norm_before")
-    norms.set_yscale("log")
-    _thresholds(norms, runs, progress, meaning)
-    norms.set_ylabel("gradient norm before the clip", fontsize=12)
-    norms.set_xlabel("training step", fontsize=12)
-
-    for axes in (losses, norms):
+    first, second, third = figure.subplots(1, 3)
+    _over_rates(first, runs, progress, entropy)
+    _over_steps(second, runs, progress, entropy)
+    _over_norms(third, overflow)
+    for axes in (first, second, third):
         axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=11)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
-    handles, labels = losses.get_legend_handles_labels()
+    ours = [run.name for run in runs if run.name.startswith("optclip.")]
+    names = {
+        NONE: NONE,
+        f"{OPTAX}(1.0)": OPTAX,
+        f"{ours[0]}, {ours[-1]}, optclip.clip_by_global_norm(1.0)": "optclip",
+    }
+    lines = [first.plot([], [], linewidth=2.2, **_style(n))[0] for n in names.values()]
+    lost = first.plot([], [], linestyle="none", color="white", **_LOST)
     figure.legend(
-        handles,
-        labels,
-        title=f"thin: each seed; thick: their median, over {_WINDOW} steps",
-        title_fontsize=10.5,
-        alignment="left",
-        loc="outside upper left",
-        ncols=3,
-        fontsize=10.5,
-        columnspacing=1.4,
-        frameon=False,
-    )
+        [*lines, *lost], [*names, "not finite from here on"],
+        loc="outside upper center", ncols=4, frameon=False, fontsize=11,
+    )  # fmt: skip
     figure.savefig(path)

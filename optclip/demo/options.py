@@ -11,10 +11,10 @@ from optclip.diagnosis._parser import OneLineParser
 __all__ = ["DEFAULTS", "Options", "Parser", "Sizes", "merge"]
 
 DEFAULTS = {
-    "method": clips.BASELINE,
-    "learning_rate": 2.0,
-    "steps": 600,
-    "seeds": 5,
+    "method": clips.DEFAULT,
+    "learning_rate": 0.01,
+    "steps": 240,
+    "seeds": 3,
     "output": Path("runs/demo"),
     "text": None,
 }
@@ -24,7 +24,7 @@ class Options(NamedTuple):
     """The options that the user can set."""
 
     method: str
-    threshold: float
+    threshold: float | None
     learning_rate: float
     steps: int
     seeds: int
@@ -79,10 +79,10 @@ def _path(text: str) -> Path:
 
 
 def _methods() -> str:
-    rows = [
-        f"  {name:<20} {method.threshold:<6g} {method.meaning}"
-        for name, method in clips.METHODS.items()
-    ]
+    rows = []
+    for name, method in clips.METHODS.items():
+        known = "" if method.threshold is None else f"{method.threshold:g}"
+        rows.append(f"  {name:<20} {known:<6} {method.meaning}")
     return "\n".join(["methods, with default thresholds and what they bound:", *rows])
 
 
@@ -94,9 +94,10 @@ class Parser(OneLineParser):
         super().__init__(
             prog="python -m optclip.demo",
             description=(
-                "Trains a recurrent network on text, character by character, three\n"
-                "times: without clipping, with Optax's clip_by_global_norm, and with\n"
-                "one of optclip's methods. Shows a table, and writes figure.png and\n"
+                "Trains a recurrent network on text, character by character, without\n"
+                "clipping, with Optax's clip_by_global_norm, and with optclip: at\n"
+                "learning rates that are too high, with bad batches, and with\n"
+                "gradients that overflow. Shows a table, and writes figure.png and\n"
                 "metrics.jsonl. Ctrl-C stops it; --resume continues the run."
             ),
             epilog=_methods(),
@@ -120,7 +121,8 @@ class Parser(OneLineParser):
             "--learning-rate",
             type=_positive,
             metavar="X",
-            help=f"learning rate of plain SGD (default {DEFAULTS['learning_rate']})",
+            help="middle one of the learning rates of Adam "
+            f"(default {DEFAULTS['learning_rate']})",
         )
         add(
             "--steps",
@@ -132,7 +134,7 @@ class Parser(OneLineParser):
             "--seeds",
             type=_whole,
             metavar="N",
-            help=f"networks trained in parallel per run (default {DEFAULTS['seeds']})",
+            help=f"networks per learning rate (default {DEFAULTS['seeds']})",
         )
         add(
             "--output",
@@ -156,7 +158,8 @@ class Parser(OneLineParser):
         add(
             "--diagnose",
             action="store_true",
-            help="then diagnose the run without clipping: report.png and report.html",
+            help="then diagnose the run without clipping at the highest learning "
+            "rate: report.png and report.html",
         )
 
 
@@ -168,14 +171,21 @@ def merge(given: dict[str, Any], stored: dict[str, Any] | None) -> Options:
         stored: Options of the checkpoint to resume, by name, or None.
 
     Raises:
-        ValueError: If a given option differs from the checkpoint's.
+        ValueError: If a given option differs from the checkpoint's, or the method has
+            no threshold.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "text" in given:
         given["text"] = given["text"].resolve()
     if stored is None:
         chosen = DEFAULTS | given
-        chosen.setdefault("threshold", clips.METHODS[chosen["method"]].threshold)
+        known = clips.METHODS[chosen["method"]].threshold
+        if known is None and "threshold" in given:
+            raise ValueError(
+                f"--threshold does not apply to {chosen['method']}, which has none. "
+                "Leave it out, or choose another --method."
+            )
+        chosen.setdefault("threshold", known)
         return Options(**chosen)
     for name, value in given.items():
         if name != "output" and value != stored[name]:

@@ -1,4 +1,4 @@
-"""The demo's log, ``metrics.jsonl``: one JSON object per step, run and seed."""
+"""The demo's log, ``metrics.jsonl``: one JSON object per step and network."""
 
 import json
 import math
@@ -7,11 +7,18 @@ from typing import IO, Any
 
 import numpy as np
 
-from optclip.demo.training import FIELDS, Progress, Run
+from optclip.demo.acts import Run
+from optclip.demo.training import FIELDS, Progress
 
-__all__ = ["LOG", "open_log", "write_rows"]
+__all__ = ["LOG", "name_of", "open_log", "write_rows"]
 
 LOG = "metrics.jsonl"
+
+
+def name_of(run: Run, rate: float) -> str:
+    """Returns the name of a network's run in the log."""
+    words = "with bad batches" if run.bad else f"learning rate {rate:g}"
+    return f"{run.name}, {words}"
 
 
 def _number(value: np.float32) -> float | None:
@@ -19,9 +26,9 @@ def _number(value: np.float32) -> float | None:
     return float(str(value)) if math.isfinite(value) else None
 
 
-def _row(run: Run, seed: int, step: int, values: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, seed: int, step: int, values: dict[str, Any]) -> dict[str, Any]:
     finite = math.isfinite(values["loss"]) and math.isfinite(values["norm_before"])
-    row = {"run": run.name, "seed": seed, "step": step}
+    row = {"run": name, "seed": seed, "step": step}
     row |= {name: _number(values[name]) for name in FIELDS}
     return row | {"nonfinite": not finite}
 
@@ -30,9 +37,12 @@ def write_rows(log: IO[str], runs: list[Run], progress: Progress, begun: int) ->
     """Writes the steps starting at ``begun``; a threshold is null if there is none."""
     for step in range(begun, progress.step):
         for run, record in zip(runs, progress.records, strict=True):
-            for seed in range(record["loss"].shape[1]):
-                values = {name: record[name][step, seed] for name in FIELDS}
-                row = _row(run, seed, step, values)
+            networks = record["loss"].shape[1]
+            seeds = networks // len(run.rates)
+            for i in range(networks):
+                values = {name: record[name][step, i] for name in FIELDS}
+                name = name_of(run, run.rates[i // seeds])
+                row = _row(name, i % seeds, step, values)
                 log.write(json.dumps(row, allow_nan=False) + "\n")
     log.flush()
 

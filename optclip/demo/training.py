@@ -1,6 +1,6 @@
-"""Trains three runs with the same data and initialization but different clipping.
+"""Trains the runs of the demo with the same data and initialization.
 
-All seeds of a run are trained together under `jax.vmap`, with one `jax.lax.scan` per
+All networks of a run are trained together under `jax.vmap`, with one `jax.lax.scan` per
 chunk of steps. The metrics are read from the optimizer state inside the jitted step.
 """
 
@@ -13,35 +13,15 @@ import numpy as np
 import optax
 
 import optclip
-from optclip.demo import clips, model
+from optclip.demo import model
+from optclip.demo.acts import Run, incidents
 from optclip.demo.options import Options, Sizes
 
-__all__ = [
-    "FIELDS",
-    "Progress",
-    "Run",
-    "advance",
-    "begin",
-    "compile_chunk",
-    "plan",
-    "windows_at",
-]
+__all__ = ["FIELDS", "Progress", "advance", "begin", "compile_chunk", "windows_at"]
 
-FIELDS = ("loss", "norm_before", "norm_after", "threshold", "scale", "clipped")
-
-
-class Run(NamedTuple):
-    """A training configuration.
-
-    Attributes:
-        name: The name of the run in the table, the figure and the log.
-        transformation: The clip chained with the optimizer.
-        threshold: The clipping threshold; infinite if the run does not clip.
-    """
-
-    name: str
-    transformation: optax.GradientTransformation
-    threshold: float
+FIELDS = ("loss", "norm_before", "threshold", "clipped", "skipped")
+# The weight of a batch that is too large; that of a broken one is NaN.
+LARGE = 1000.0
 
 
 class Progress(NamedTuple):
@@ -49,9 +29,10 @@ class Progress(NamedTuple):
 
     Attributes:
         step: Number of steps taken.
-        states: Parameters and optimizer state of each run, stacked over the seeds.
-        records: Metrics of each run: a dict of float32[steps, seeds] arrays, which are
-            NaN from index ``step`` onward.
+        states: Parameters and optimizer state of each run, stacked over the learning
+            rates and, for each rate, over the seeds.
+        records: Metrics of each run: a dict of float32[steps, networks] arrays, which
+            are NaN from index ``step`` onward.
     """
 
     step: int
@@ -59,55 +40,47 @@ class Progress(NamedTuple):
     records: list[dict[str, np.ndarray]]
 
 
-def plan(options: Options) -> list[Run]:
-    """Returns three runs: no clipping, Optax's clip, and a clip from optclip."""
-    method = clips.METHODS[options.method]
-    own = options.threshold
-    same = options.method == clips.BASELINE
-    typical = own if same else clips.METHODS[clips.BASELINE].threshold
+def _optimizer(run: Run, rate: Any) -> optax.GradientTransformationExtraArgs:
+    # `record_norms` measures the same norm in all runs, whatever the clip measures.
+    return optax.chain(optclip.record_norms(), run.optimizer(rate))
 
-    def run(name, clip, threshold):
-        # `record_norms` measures the same norm in all runs, whatever the clip measures.
-        descent = optax.sgd(options.learning_rate)
-        chain = optax.chain(
-            optclip.record_norms(), clip, optclip.record_norms(), descent
-        )
-        return Run(name, chain, threshold)
 
-    return [
-        run("no clip", optax.identity(), float("inf")),
-        run(f"optax.{clips.BASELINE}", optax.clip_by_global_norm(typical), typical),
-        run(f"optclip.{options.method}", method.factory(own), own),
-    ]
+def _networks(run: Run, seeds: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the learning rate and the seed of each network."""
+    rates = jnp.repeat(jnp.array(run.rates, jnp.float32), seeds)
+    return rates, jnp.tile(jnp.arange(seeds), len(run.rates))
 
 
 def _telemetry(opt_state: Any, run: Run) -> dict[str, jax.Array]:
     """Returns the metrics of the gradients at the last step."""
     seen = optclip.metrics(opt_state)
     norm = seen["norms/global_norm"]
-    norms = {"norm_before": norm, "norm_after": seen["norms_2/global_norm"]}
-    if "clip/clipped" in seen:
-        worst = "worst_" if "clip/worst_scale" in seen else ""
-        mine = {name: seen[f"clip/{worst}{name}"] for name in ("threshold", "scale")}
-        mine["clipped"] = seen["clip/clipped"]
-        # The largest float32 means that there is no threshold yet.
-        none = mine["threshold"] >= jnp.finfo(jnp.float32).max
-        mine["threshold"] = jnp.where(none, jnp.inf, mine["threshold"])
-        return norms | mine
-    above = norm > run.threshold
-    return norms | {
-        "threshold": jnp.full_like(norm, run.threshold),
-        "scale": jnp.where(above, run.threshold / norm, 1.0),
-        "clipped": above.astype(jnp.float32),
+    threshold = jnp.full_like(norm, run.threshold)
+    for name in ("clip/threshold", "clip/worst_threshold", "skip/threshold"):
+        threshold = seen.get(name, threshold)
+    skipped = jnp.zeros_like(norm)
+    if run.skips:
+        skipped = 1.0 - optclip.step_taken(opt_state).astype(jnp.float32)
+    # The largest float32 means that there is no threshold yet.
+    none = threshold >= jnp.finfo(jnp.float32).max
+    return {
+        "norm_before": norm,
+        "threshold": jnp.where(none, jnp.inf, threshold),
+        "clipped": seen.get("clip/clipped", (norm > run.threshold).astype(jnp.float32)),
+        "skipped": skipped,
     }
 
 
 def begin(runs: list[Run], options: Options, sizes: Sizes) -> Progress:
     """Returns the progress of runs that have not started."""
-    params = model.create(sizes.symbols, sizes.hidden, jnp.arange(options.seeds))
-    states = [(params, jax.vmap(run.transformation.init)(params)) for run in runs]
-    shape = (options.steps, options.seeds)
-    records = [{n: np.full(shape, np.nan, np.float32) for n in FIELDS} for _ in runs]
+    states, records = [], []
+    for run in runs:
+        rates, seeds = _networks(run, options.seeds)
+        params = model.create(sizes.symbols, sizes.hidden, seeds)
+        init = jax.vmap(lambda rate, p, run=run: _optimizer(run, rate).init(p))
+        states.append((params, init(rates, params)))
+        shape = (options.steps, len(rates))
+        records.append({n: np.full(shape, np.nan, np.float32) for n in FIELDS})
     return Progress(0, states, records)
 
 
@@ -123,26 +96,42 @@ def windows_at(codes: jax.Array, seed: Any, step: Any, sizes: Sizes) -> jax.Arra
     return codes[starts + jnp.arange(sizes.length + 1)[None]]
 
 
-def compile_chunk(run: Run, sizes: Sizes) -> Callable[..., Any]:
-    """Returns a jitted function of (state, steps, seeds, codes) for all seeds of a run.
+def _weight(run: Run, step: Any, steps: int) -> Any:
+    """Returns the weight of the batch in the loss."""
+    if not run.bad:
+        return 1.0
+    large, broken = incidents(steps)
+    weight = jnp.where(step == large, LARGE, 1.0)
+    return jnp.where(step == broken, jnp.nan, weight)
 
-    The function returns the new state and the metrics, whose axes are [steps, seeds].
+
+def compile_chunk(run: Run, options: Options, sizes: Sizes) -> Callable[..., Any]:
+    """Returns a jitted function of (state, steps, codes) for all networks of a run.
+
+    The function returns the new state and the metrics, whose axes are
+    [steps, networks].
     """
     definition = model.define(sizes.symbols, sizes.hidden)
+    rates, seeds = _networks(run, options.seeds)
 
-    def train_step(state, step, seed, codes):
+    def train_step(state, step, rate, seed, codes):
         params, opt_state = state
         windows = windows_at(codes, seed, step, sizes)
-        value, grads = jax.value_and_grad(model.loss)(params, definition, windows)
-        updates, opt_state = run.transformation.update(grads, opt_state, params)
+
+        def loss_fn(params):
+            weight = _weight(run, step, options.steps)
+            return weight * model.loss(params, definition, windows)
+
+        value, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = _optimizer(run, rate).update(grads, opt_state, params)
         seen = {"loss": value} | _telemetry(opt_state, run)
         return (optax.apply_updates(params, updates), opt_state), seen
 
-    all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None))
+    every = jax.vmap(train_step, in_axes=(0, None, 0, 0, None))
 
     @jax.jit
-    def chunk(state, steps, seeds, codes):
-        return jax.lax.scan(lambda s, i: all_seeds(s, i, seeds, codes), state, steps)
+    def chunk(state, steps, codes):
+        return jax.lax.scan(lambda s, i: every(s, i, rates, seeds, codes), state, steps)
 
     return chunk
 
@@ -156,8 +145,7 @@ def advance(
     states, records = [], []
     old = zip(chunks, progress.states, progress.records, strict=True)
     for chunk, state, record in old:
-        seeds = jnp.arange(record["loss"].shape[1])
-        state, seen = chunk(state, numbers, seeds, codes)
+        state, seen = chunk(state, numbers, codes)
         states.append(jax.block_until_ready(state))
         record = {name: array.copy() for name, array in record.items()}
         for name, array in jax.device_get(seen).items():
