@@ -62,7 +62,7 @@ $(call stamp,notebooks): $(VENV)/.uv-$(version)
 
 # --- targets --------------------------------------------------------------------------
 
-demo: $(call stamp,demo)  ## Train on real text with and without clipping; table and figure
+demo: $(call stamp,demo)  ## Three short experiments on real text, against Optax; table and figure
 	@$(bin)/python -m optclip.demo $(ARGS)
 
 test: lint unit  ## Lint, type checks, tests, and the examples in docstrings and docs
