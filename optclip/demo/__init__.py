@@ -1,4 +1,4 @@
-"""Trains a recurrent network on real text without clipping and with two clips.
+"""Compares optclip with Optax's clip and no clip, on a network that reads real text.
 
 Run it with ``python -m optclip.demo``. It requires the extra ``optclip[demo]``. The
 library itself does not import this package.

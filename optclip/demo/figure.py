@@ -32,6 +32,9 @@ def _style(name: str) -> dict[str, Any]:
 
 def _losses(axes: Any, entropy: float) -> None:
     axes.axhline(entropy, color="black", linewidth=1, linestyle=":")
+    place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3)}
+    how = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
+    axes.annotate("a model without context", (1, entropy), **place, **how)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -58,10 +61,8 @@ def _over_rates(axes: Any, runs: list[Run], progress: Progress, entropy: float) 
 
 def _mark(axes: Any, places: Any, color: str, height: float = 0.95) -> None:
     """Marks where values are not finite, near the upper edge."""
-    axes.plot(
-        places, [height] * len(places), linestyle="none", color=color,
-        transform=axes.get_xaxis_transform(), **_LOST,
-    )  # fmt: skip
+    place = {"transform": axes.get_xaxis_transform(), "linestyle": "none"}
+    axes.plot(places, [height] * len(places), color=color, **place, **_LOST)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -73,26 +74,24 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _over_steps(axes: Any, runs: list[Run], progress: Progress, entropy: float) -> None:
     """Draws the loss over the steps, two of which have a bad batch."""
-    for order, (run, record) in enumerate(zip(runs, progress.records, strict=True)):
+    height = 0.95
+    for run, record in zip(runs, progress.records, strict=True):
         if run.act != BAD:
             continue
-        middle = median(record["loss"][: progress.step].astype(np.float64))
+        middle = median(record["loss"].astype(np.float64))
         style = _style(run.name) | {"marker": None}
-        axes.plot(_smooth(middle), linewidth=2.2, zorder=2 + order, **style)
-        after = np.isinf(middle) & (np.cumsum(np.isinf(middle)[::-1])[::-1] > 1)
-        if after.any():
-            height = 0.95 - 0.09 * (order % 3)
-            _mark(axes, [int(np.argmax(after))], style["color"], height)
+        axes.plot(_smooth(middle), linewidth=2.2, **style)
+        if np.isinf(middle[-1]):
+            first = int(np.argmax(np.isinf(middle)))
+            _mark(axes, [first], _style(run.name)["color"], height)
+            height -= 0.09
     _losses(axes, entropy)
     words = ("1,000 times\ntoo large", "NaN")
-    for step, word in zip(
-        incidents(len(runs and progress.records[0]["loss"])), words, strict=True
-    ):
+    place = {"xycoords": axes.get_xaxis_transform(), "xytext": (4, 0)}
+    for step, word in zip(incidents(progress.step), words, strict=True):
         axes.axvline(step, color="black", linewidth=1, linestyle="--", zorder=1)
-        axes.annotate(
-            word, (step, 0.02), xycoords=axes.get_xaxis_transform(), fontsize=10,
-            xytext=(4, 0), textcoords="offset points", va="bottom",
-        )  # fmt: skip
+        how = {"textcoords": "offset points", "va": "bottom", "fontsize": 10}
+        axes.annotate(word, (step, 0.02), **place, **how)
     axes.set_xlabel("step")
     axes.set_title("2. Two batches are bad")
 
@@ -148,8 +147,7 @@ def draw(
     }
     lines = [first.plot([], [], linewidth=2.2, **_style(n))[0] for n in names.values()]
     lost = first.plot([], [], linestyle="none", color="white", **_LOST)
-    figure.legend(
-        [*lines, *lost], [*names, "not finite from here on"],
-        loc="outside upper center", ncols=4, frameon=False, fontsize=11,
-    )  # fmt: skip
+    how = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+    words = [*names, "not finite from here on"]
+    figure.legend([*lines, *lost], words, fontsize=11, **how)
     figure.savefig(path)
