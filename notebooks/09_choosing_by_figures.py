@@ -184,9 +184,9 @@ for method, (best, high, worst) in sorted(found.items(), key=lambda x: x[1][0])[
 # - **You tune the learning rate:** `adaptive_grad_clip`, or `clip_by_global_norm` with
 #   a threshold from 0.03 to 0.3. They need no state.
 # - **You don't tune it,** or it may be too high: `stabilize`. It costs more per step
-#   (see [performance](../docs/performance.md)), and with momentum SGD it is less good.
+#   (see [performance](../performance.md)), and with momentum SGD it is less good.
 # - **Without a clip,** nothing protects you from a rate that is too high.
 #
 # The tasks are small, and all of them fit on two CPU cores. How they were chosen, how
 # often they were looked at, and what was tried is in [the
-# benchmark](../docs/benchmark.md).
+# benchmark](../benchmark.md).

@@ -218,7 +218,7 @@ for dtype in (jnp.bfloat16, jnp.float32):
 
 # %% [markdown]
 # `optclip.diagnose` finds this cause: it reports how many of the updates are rounded
-# away (see [the precision of the dtype is too low](../docs/diagnosis.md)).
+# away (see [the precision of the dtype is too low](../diagnosis.md)).
 #
 # ## In short
 #
