@@ -86,7 +86,7 @@ def main():
     counts = {
         "silent": verdicts.count("silent"),
         "right": verdicts.count("right"),
-        "false alarms": verdicts.count("false alarm"),
+        "false alarm(s)": verdicts.count("false alarm"),
     }
     lines = [
         f"{len(rows)} diagnoses of {len(chosen)} healthy models: "

@@ -172,7 +172,7 @@ def diagnose(
     A model with non-finite values is never reported as healthy. Parts of the program
     that can't be inspected, such as the backward pass of functions with a custom
     derivative, are judged from the outside, by gradients, losses and trial steps, and
-    the headline says so. A diagnosis of a healthy model costs about as much as 70
+    the headline says so. A diagnosis of a healthy model costs about as much as 60
     training steps and compiles about five programs; each remedy that is tried costs 24
     further steps. Run it when training fails or before a long run.
 
