@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Which clip do the figures recommend?
+# # Which clip does the benchmark recommend?
 #
 # *There are more than twenty clips. Which one should you use if you tune the learning
 # rate, and which one if you don't?*
