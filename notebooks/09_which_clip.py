@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Which clip does the benchmark recommend?
 #
-# *There are more than twenty clips. Which one should you use if you tune the learning
+# *There are many clips. Which one should you use if you tune the learning
 # rate, and which one if you don't?*
 #
 # The benchmark of this repository trained 13 small tasks on which no default was tuned,
@@ -142,7 +142,7 @@ def ratios(method):
     return np.exp(np.mean(best)), np.exp(np.mean(high)), np.exp(np.max(best))
 
 
-found = {method: ratios(method) for method in every}
+found = {method: ratios(method) for method in sorted(every)}
 LABELS = {  # and where they are, relative to their points
     "stabilize": (8, 4),
     "stabilize, normalize=False": (8, 4),

@@ -186,7 +186,7 @@ def test_a_rehearsal_that_fails_at_every_rate_has_an_unknown_cause(losses):
     assert finding.cause == "unknown"
     assert finding.headline == "Training fails, and the cause is unknown"
     assert [r.kind for r in finding.remedies] == ["advice"]
-    assert "at the learning rate of the run, to" in finding.evidence
+    assert "At 0.1 times the learning rate, it ends at" in finding.evidence
 
 
 def test_learning_rate_is_lowered_only_as_far_as_the_rehearsals_require():

@@ -29,7 +29,8 @@ FORMS = (r"\d[\d,]*\.\d+(?:e[+-]?\d+)?%?", r"\d+%", rf"\d[\d,]* {UNITS}", r"\d+ 
 FIGURE = re.compile(rf"(?<![\w.,])(?:{'|'.join(FORMS)})")
 SOURCE = re.compile(r"<!-- figures: ([^>]*?) -->")
 # Versions are not figures.
-VERSION = re.compile(r"(Python|JAX|Optax|Apache|version|Flax)[ -]\(?[\d.]+(\.\w+)?")
+NAMES = "Python|JAX|Optax|optclip|Apache|version|Flax"
+VERSION = re.compile(rf"({NAMES})[ -]\(?[\d.]+(\.\w+)?")
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 MACHINE = re.compile(r"JAX \d")
 

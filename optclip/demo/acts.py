@@ -9,10 +9,22 @@ import optclip
 from optclip.demo import clips
 from optclip.demo.options import Options
 
-__all__ = ["BAD", "NONE", "OPTAX", "RATE", "Run", "incidents", "plan", "rates_of"]
+__all__ = [
+    "BAD",
+    "FINITE",
+    "NONE",
+    "OPTAX",
+    "RATE",
+    "Run",
+    "incidents",
+    "plan",
+    "rates_of",
+]
 
 RATE, BAD = "rate", "bad batches"
 NONE, OPTAX = "no clip", "optax.clip_by_global_norm"
+# Optax's clip in Optax's own protection from NaN.
+FINITE = "optax.apply_if_finite"
 # The first act trains at the learning rate of the options times these factors.
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -63,6 +75,11 @@ def _with_optax(rate: Any) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
+def _if_finite(rate: Any) -> optax.GradientTransformationExtraArgs:
+    guarded = optax.apply_if_finite(_with_optax(rate), max_consecutive_errors=10)
+    return optax.with_extra_args_support(guarded)
+
+
 def _with_skips(rate: Any) -> optax.GradientTransformationExtraArgs:
     return optclip.skip_steps(optax.adam(rate))
 
@@ -82,5 +99,6 @@ def plan(options: Options) -> list[Run]:
         Run(RATE, f"optclip.{options.method}", ours, several, own),
         Run(BAD, NONE, _without, one),
         Run(BAD, OPTAX, _with_optax, one, 1.0),
+        Run(BAD, FINITE, _if_finite, one, 1.0),
         Run(BAD, "optclip.skip_steps", _with_skips, one),
     ]

@@ -17,7 +17,7 @@ _NEXT = """
 What to try next:
   make demo ARGS="--resume --diagnose"   why the highest learning rate fails
   make demo ARGS="--method soft_clip"    another method (see --help)
-  docs/choosing.md                       which clip for what
+  docs/choosing.md                       how to choose a clip
   notebooks/01_what_clipping_does.ipynb  what clipping does, in plots"""
 
 # A shell convention: 128 + SIGINT.
@@ -151,8 +151,9 @@ def _show(task: _Task, runs: list[Any], progress: Any) -> None:
     figure.draw(output / "figure.png", runs, progress, norms, entropy)
     print(f"\n{table.render(runs, progress, norms)}\n")
     print("Losses are in nats per character: means over the last tenth of the steps,")
-    print(f"medians of the seeds. A model without context has {entropy:.2f}.\n")
-    print("What skip_steps left out, for the first seed:")
+    print("medians of the seeds. Predicting from the frequencies of characters alone")
+    print(f"gives {entropy:.2f}.\n")
+    print("Steps that skip_steps skipped, for the first seed:")
     print("\n".join(f"  {words}" for words in table.left_out(progress.states[-1])))
     print(f"\nWrote {output / 'figure.png'} and {output / records.LOG}.\n{_NEXT}")
 
@@ -202,10 +203,10 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = _SIZES) -> int:
         print(
             f"Learning {len(task.text.codes):,} characters with Adam, {options.steps} "
             f"steps, {options.seeds} seeds each:\n"
-            "  1. Without a clip, with Optax's and with optclip's, at learning rates "
-            f"from {rates[0]:g} to {rates[-1]:g}.\n"
+            "  1. No clip, Optax's and optclip's at learning rates from "
+            f"{rates[0]:g} to {rates[-1]:g}.\n"
             f"  2. The same at {options.learning_rate:g} with two bad batches.\n"
-            "  3. Gradients whose squares overflow."
+            "  3. Gradients so large that the sum of their squares overflows."
         )
         progress = _train(task, runs, progress)
         _show(task, runs, progress)

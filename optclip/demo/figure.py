@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from optclip.demo.acts import BAD, NONE, OPTAX, RATE, Run, incidents
+from optclip.demo.acts import BAD, FINITE, NONE, OPTAX, RATE, Run, incidents
 from optclip.demo.overflow import Overflow
 from optclip.demo.table import final_losses, median
 from optclip.demo.training import Progress
@@ -19,6 +19,7 @@ __all__ = ["draw"]
 _STYLES = {
     NONE: {"color": "#D55E00", "linestyle": "-", "marker": "s"},
     OPTAX: {"color": "#56B4E9", "linestyle": "-", "marker": "o"},
+    FINITE: {"color": "#0072B2", "linestyle": ":", "marker": "^"},
     "optclip": {"color": "#004D40", "linestyle": "-", "marker": "D"},
 }
 # Number of steps over which the curves are smoothed.
@@ -30,16 +31,22 @@ def _style(name: str) -> dict[str, Any]:
     return _STYLES.get(name, _STYLES["optclip"])
 
 
+def _ours(runs: list[Run], act: str) -> str:
+    """Returns the name of optclip's run in an act."""
+    (name,) = [r.name for r in runs if r.act == act and r.name.startswith("optclip.")]
+    return name
+
+
 def _losses(axes: Any, entropy: float) -> None:
     axes.axhline(entropy, color="black", linewidth=1, linestyle=":")
     place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3)}
     how = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
-    axes.annotate("a model without context", (1, entropy), **place, **how)
+    axes.annotate("frequencies of characters alone", (1, entropy), **place, **how)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("loss (nats per character)")
+    axes.set_ylabel("loss (nats per character, log scale)")
 
 
 def _over_rates(axes: Any, runs: list[Run], progress: Progress, entropy: float) -> None:
@@ -56,7 +63,7 @@ def _over_rates(axes: Any, runs: list[Run], progress: Progress, entropy: float) 
     _losses(axes, entropy)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate of Adam")
-    axes.set_title("1. The learning rate is too high")
+    axes.set_title(f"1. Learning rates ({_ours(runs, RATE)})")
 
 
 def _mark(axes: Any, places: Any, color: str, height: float = 0.95) -> None:
@@ -86,14 +93,14 @@ def _over_steps(axes: Any, runs: list[Run], progress: Progress, entropy: float) 
             _mark(axes, [first], _style(run.name)["color"], height)
             height -= 0.09
     _losses(axes, entropy)
-    words = ("1,000 times\ntoo large", "NaN")
+    words = ("loss 1,000 times\ntoo large", "NaN")
     place = {"xycoords": axes.get_xaxis_transform(), "xytext": (4, 0)}
     for step, word in zip(incidents(progress.step), words, strict=True):
         axes.axvline(step, color="black", linewidth=1, linestyle="--", zorder=1)
         how = {"textcoords": "offset points", "va": "bottom", "fontsize": 10}
         axes.annotate(word, (step, 0.02), **place, **how)
     axes.set_xlabel("step")
-    axes.set_title("2. Two batches are bad")
+    axes.set_title(f"2. Two bad batches ({_ours(runs, BAD)})")
 
 
 def _over_norms(axes: Any, overflow: Overflow) -> None:
@@ -111,7 +118,10 @@ def _over_norms(axes: Any, overflow: Overflow) -> None:
     axes.set_ylim(-0.06, 1.3)
     axes.set_xlabel("gradient norm (solid: float32, dashed: float16)")
     axes.set_ylabel("norm after clipping at 1")
-    axes.set_title("3. The squares overflow")
+    axes.set_title("3. Overflow (optclip.clip_by_global_norm)")
+    how = {"textcoords": "offset points", "fontsize": 10, "xytext": (5, 0)}
+    axes.annotate("256", (256, 0.5), **how)
+    axes.annotate("1.8e19", (1.8e19, 0.5), **how)
 
 
 def draw(
@@ -139,15 +149,15 @@ def draw(
     for axes in (first, second, third):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    ours = [run.name for run in runs if run.name.startswith("optclip.")]
     names = {
         NONE: NONE,
         f"{OPTAX}(1.0)": OPTAX,
-        f"{ours[0]}, {ours[-1]}, optclip.clip_by_global_norm(1.0)": "optclip",
+        f"the same in {FINITE}": FINITE,
+        "optclip, see the titles": "optclip",
     }
     lines = [first.plot([], [], linewidth=2.2, **_style(n))[0] for n in names.values()]
     lost = first.plot([], [], linestyle="none", color="white", **_LOST)
-    how = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+    how = {"loc": "outside upper center", "ncols": 5, "frameon": False}
     words = [*names, "not finite from here on"]
     figure.legend([*lines, *lost], words, fontsize=11, **how)
     figure.savefig(path)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import optclip
-from optclip.demo.acts import NONE, OPTAX, RATE, Run
+from optclip.demo.acts import FINITE, NONE, OPTAX, RATE, Run
 from optclip.demo.overflow import BOUND, HUGE, Overflow
 from optclip.demo.training import Progress
 
@@ -43,12 +43,14 @@ def _rows(
     for run, record in zip(runs, progress.records, strict=True):
         ends[run.act, run.name] = median(final_losses(run, record))
     (rates,) = {run.rates for run in runs if run.act == RATE}
-    high, lows, bad = [], [], []
-    for (act, _), losses in ends.items():
+    high, lows, bad, finite = [], [], [], ""
+    for (act, name), losses in ends.items():
         if act == RATE:
             best = int(np.argmin(losses))
             high.append(_number(losses[-1]))
             lows.append(f"{_number(losses[best])} (at {rates[best]:g})")
+        elif name == FINITE:
+            finite = _number(losses[0])
         else:
             bad.append(_number(losses[0]))
     names = {run.act: run.name for run in runs}
@@ -58,6 +60,7 @@ def _rows(
         (f"1. loss at a learning rate of {rates[-1]:g}", *high, names[RATE]),
         ("   loss at the best of five rates", *lows, ""),
         ("2. loss after two bad batches", *bad, runs[-1].name),
+        (f"   the same in {FINITE}", "", finite, "", ""),
         (f"3. norm, clipped at {BOUND:g}", *huge, "optclip.clip_by_global_norm"),
     ]
 
@@ -88,7 +91,7 @@ def left_out(state: Any) -> list[str]:
             words = f"NaN in {', '.join(leaf.path for leaf in leaves)}"
         else:
             (leaf, *_) = leaves
-            words = f"the norm of {leaf.path} was {leaf.norm:.3g}, the largest"
+            words = f"a norm of {leaf.norm:.3g} in {leaf.path}, the largest"
         lines.append(f"step {step}: {words}")
     return lines
 
