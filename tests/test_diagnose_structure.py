@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optclip
-from optclip.diagnosis import _growth
+from optclip.diagnosis import _growth, _signals
 from optclip.diagnosis._memory import memory_of, rehearsal_length
 from optclip.diagnosis._probe import Batch
 from optclip.diagnosis._signals import Signals
@@ -201,6 +201,22 @@ def test_a_bad_batch_is_found_behind_weights_that_saturate():
     assert causes["bad_batch"].where == ("batch 5",), str(found)
 
 
+def test_a_hidden_bad_batch_does_not_represent_the_others(monkeypatch):
+    calls = []
+
+    def outliers_of(batches):
+        calls.append(_signals._typical(batches, ()))
+        return () if len(calls) == 1 else (calls[0],)  # it turns out to be bad
+
+    monkeypatch.setattr(_signals, "outliers_of", outliers_of)
+    params = weights_of((WIDTH, WIDTH, WIDTH, 3), gain=3.0)
+    found = run(graph(lambda x: x), params, graphs(), 1e-6)
+    assert len(calls) == 2
+    assert found.signals["outlier_batches"] == (calls[0],)
+    assert found.signals["typical_batch"] != calls[0]
+    assert found.signals["sites"]
+
+
 def pairs_of(reduce):
     def loss_fn(w, x):
         y = x @ w
@@ -239,6 +255,15 @@ def test_a_sum_over_positions_is_tried_if_the_length_is_fixed():
     assert finding.cause == "loss_sum"
     assert finding.remedies[0].amount == math.prod(shape)
     assert finding.basis == "works"
+
+
+def test_features_of_a_table_are_not_taken_for_positions():
+    def loss_fn(w, batch):
+        return jnp.sum((batch["x"] @ w[:, :3] - batch["y"]) ** 2)
+
+    finding = run(loss_fn, SQUARE, graphs(), 1e-6).findings[0]
+    assert finding.cause == "loss_sum"
+    assert [remedy.amount for remedy in finding.remedies] == [NODES]
 
 
 @pytest.mark.parametrize(("optimizer", "steps"), [

@@ -245,18 +245,24 @@ def _halves(probe: Probe, params: Any, chosen: list[Any], axis: int) -> float:
     return float(np.median(ratios)) if ratios else math.nan
 
 
+def _has_positions(leaf: Any) -> bool:
+    """Whether axis 1 is one of positions; that of a table of features is not."""
+    whole = not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return np.ndim(leaf) > 2 or (np.ndim(leaf) == 2 and whole)
+
+
 def _sums(probe: Probe, params: Any, chosen: list[Any]) -> dict[str, Any]:
     """Returns the ratio that reveals a sum and the number of terms in that sum."""
-    shapes = [np.shape(x) for x in jax.tree.leaves(chosen[0])]
-    size = next((shape[0] for shape in shapes if shape), 0)
-    positions = next((shape[1] for shape in shapes if len(shape) > 1), 1)
+    leaves = jax.tree.leaves(chosen[0])
+    size = next((np.shape(x)[0] for x in leaves if np.ndim(x)), 0)
     first, perhaps = _halves(probe, params, chosen, 0), 1
     if LIMITS.twice[0] < first < LIMITS.twice[1]:
         second = _halves(probe, params, chosen, 1)  # perhaps also over positions
         if LIMITS.twice[0] < second < LIMITS.twice[1]:
-            size *= positions
+            size *= next(np.shape(x)[1] for x in leaves if np.ndim(x) > 1)
         elif math.isnan(second):  # the model may accept one length only
-            perhaps = positions
+            lengths = (np.shape(x)[1] for x in leaves if _has_positions(x))
+            perhaps = next(lengths, 1)
     return {"halves": first, "size": size, "perhaps": perhaps}
 
 
@@ -357,6 +363,11 @@ def measure(
             evened = [probe.norms(scaled, opt_state, b) for b in batches]
             if hidden := outliers_of(evened):
                 more |= {"outliers": hidden, "evened": tuple(evened)}
+                if typical in hidden:
+                    typical = _typical(evened, hidden)
+                    this, grads = probe.batch(params, batches[typical])
+                    seen[typical] = this
+                    more |= {"typical": typical, "batches": tuple(seen)}
     signals = dataclasses.replace(signals, **more)
     if this.finite:
         more = _training(probe, params, opt_state, batches, grads, signals, steps)
