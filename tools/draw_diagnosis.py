@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import optclip
+from benchmarks.diagnosis.calibrate import counts
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "_static" / "diagnosis"
@@ -390,13 +391,9 @@ def interval(right, total):
 
 def counted(names):
     """Returns how many first findings were right, and of how many, by basis."""
-    found = {basis: [0, 0] for basis in ("measured", "works", "helps")}
-    for name in names:
-        for row in json.loads((RESULTS / f"diagnosis_{name}.json").read_text()):
-            if row["basis"] in found:
-                found[row["basis"]][0] += row["right"]
-                found[row["basis"]][1] += 1
-    return found
+    paths = [RESULTS / f"diagnosis_{name}.json" for name in names]
+    every = counts([row for path in paths for row in json.loads(path.read_text())])
+    return {basis: every[basis] for basis in ("measured", "works", "helps")}
 
 
 def draw_reliability():
