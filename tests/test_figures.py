@@ -35,14 +35,14 @@ def page(tmp_path, monkeypatch):
     return problems
 
 
-COST = "<!-- figures: cost.md -->"
+COST = "<!-- source: cost.md -->"
 
 
 @pytest.mark.parametrize("words", [
     f"It takes 1.83 times as long.\n{COST}\n",
     f"- an item\n- It takes 1.8 times as long, with 119 MB.\n  {COST}\n",
     f"| a | b |\n| --- | --- |\n| 27 of 33 | 183% |\n\n{COST}\n",
-    "The default is 0.04.\n<!-- figures: settings -->\n",
+    "The default is 0.04.\n<!-- source: settings -->\n",
     "It needs Python 3.11 and JAX 0.6.1, and clips at `1.0`.\n",
     "```python\nx = 1.5\n```\n\nSee [this](page.md#1.5).\n",
 ])  # fmt: skip
@@ -55,8 +55,8 @@ def test_figures_with_a_source_are_accepted(page, words):
     ("a\n\nb\nit is 20% off\n", "page.md:3: no source for 20%"),
     (f"- 9 of 10\n  {COST}\n", "page.md:1: 9 of 10 is not in cost.md"),
     (f"It takes 1.84.\n{COST}\n", "page.md:1: 1.84 is not in cost.md"),
-    ("1.83\n<!-- figures: none.md -->\n", "page.md:1: there is no result none.md"),
-    ("1.83\n<!-- figures: nowhere.md -->\n", "nowhere.md does not name its machine"),
+    ("1.83\n<!-- source: none.md -->\n", "page.md:1: there is no result none.md"),
+    ("1.83\n<!-- source: nowhere.md -->\n", "nowhere.md does not name its machine"),
 ])  # fmt: skip
 def test_other_figures_are_reported(page, words, message):
     assert any(message in found for found in page(words)), page(words)

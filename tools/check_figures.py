@@ -3,9 +3,9 @@
 A figure is a number in prose with a decimal point, a percent sign, a unit, or of the
 form "9 of 10". Below its paragraph, a comment names where it comes from:
 
-    <!-- figures: step_cost.md, device_cost.md -->  results, in benchmarks/results/
-    <!-- figures: code -->      the output of the page's code, which the tests run
-    <!-- figures: settings -->  arguments, defaults, definitions, arithmetic
+    <!-- source: step_cost.md, device_cost.md -->  results, in benchmarks/results/
+    <!-- source: code -->      the output of the page's code, which the tests run
+    <!-- source: settings -->  arguments, defaults, definitions, arithmetic
 
 Figures from results must be in one of these files, up to rounding, and the file must
 name the machine. Numbers that are not measured are in backticks if they share a
@@ -27,7 +27,7 @@ PAGES = [
 UNITS = r"(?:MB|KB|GB|ms|seconds|minutes|times as|CPU seconds)"
 FORMS = (r"\d[\d,]*\.\d+(?:e[+-]?\d+)?%?", r"\d+%", rf"\d[\d,]* {UNITS}", r"\d+ of \d+")
 FIGURE = re.compile(rf"(?<![\w.,])(?:{'|'.join(FORMS)})")
-SOURCE = re.compile(r"<!-- figures: ([^>]*?) -->")
+SOURCE = re.compile(r"<!-- source: ([^>]*?) -->")
 # Versions are not figures.
 NAMES = "Python|JAX|Optax|optclip|Apache|version|Flax"
 VERSION = re.compile(rf"({NAMES})[ -]\(?[\d.]+(\.\w+)?")
