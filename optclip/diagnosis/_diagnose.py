@@ -229,8 +229,9 @@ def diagnose(
         'initialization'
     """
     validation.transformation(optimizer=optimizer)
-    if rehearsal_steps is not None:
-        validation.size("rehearsal_steps", rehearsal_steps, FEWEST_STEPS)
+    steps = rehearsal_steps
+    if steps is not None:
+        steps = validation.size("rehearsal_steps", steps, FEWEST_STEPS)
     timeline = None if logs is None else timeline_of(logs)
     loss_fn, params = _models.as_arrays(scalar_loss(loss_fn, has_aux), params)
     wrapped = optax.with_extra_args_support(optimizer)
@@ -246,7 +247,7 @@ def diagnose(
     probe.read(params, given[0])
     probe.try_steps(params, opt_state, given[0])
     memory = memory_of(wrapped, params)
-    steps = rehearsal_steps or rehearsal_length(memory, STEPS)
+    steps = steps or rehearsal_length(memory, STEPS)
     signals = _signals.measure(probe, params, opt_state, given, begun, steps)
     signals = dataclasses.replace(signals, memory=memory)
     fine = [b for i, b in enumerate(given) if i not in signals.outliers]

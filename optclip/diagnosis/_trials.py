@@ -79,7 +79,7 @@ class Trials:
     ):
         self.probe, self.params, self.opt_state = probe, params, opt_state
         self.batches, self.begun, self.steps = batches, begun, steps
-        self._unchanged = known
+        self._unchanged = known  # the rehearsal without a change, if it has been run
         self._known: dict[tuple, Rehearsal | None] = {}
 
     @functools.cached_property
@@ -121,7 +121,7 @@ class Trials:
     def base(self) -> Rehearsal:
         """The rehearsal without any change."""
         if self._unchanged is not None:
-            empty = self._empty(self.probe, self.params, self.batches)
+            empty = _empty_loss(self.probe, self.params, self.batches)
             return dataclasses.replace(self._unchanged, empty_loss=empty)
         self.probe.show("rehearsals")
         return self._rehearse(self._setting())
@@ -170,17 +170,18 @@ class Trials:
                 setting.params, setting.opt_state, run, setting.knobs_at
             )
             runs.append(Run(starts, losses))
-        return Rehearsal(tuple(runs), self._empty(probe, setting.params, batches))
-
-    def _empty(self, probe: Probe, params: Any, batches: list) -> float:
-        """Returns the loss with all parameters at 0."""
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return float(np.mean([probe.loss(zeros, batch) for batch in batches[:4]]))
+        return Rehearsal(tuple(runs), _empty_loss(probe, setting.params, batches))
 
     def _once(self, key: tuple, run: Callable[[], Rehearsal | None]) -> Any:
         if key not in self._known:
             self._known[key] = run()
         return self._known[key]
+
+
+def _empty_loss(probe: Probe, params: Any, batches: list) -> float:
+    """Returns the loss with all parameters at 0."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return float(np.mean([probe.loss(zeros, batch) for batch in batches[:4]]))
 
 
 def _scale_weights(trials: Trials, setting: Setting, remedy: Remedy) -> Setting:
